@@ -1,0 +1,1 @@
+"""The world, one technology a room. An adapter knows `core` and `seams`, and never another adapter."""

@@ -1,0 +1,225 @@
+"""The nouns of portd, and nothing else.
+
+Every noun is immutable: a change makes a new one, so whoever holds an old one holds history, not a moving target.
+This room must not know how nouns are stored, shown or sent. Wall times (`*_at`) are seconds since the epoch;
+`tick` values are seconds on the lease clock, which stands still while the daemon does.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+Protocol = Literal["tcp", "udp", "both"]
+HoldKind = Literal["shared", "exclusive", "none"]
+State = Literal["held", "bound", "conflict", "ended"]
+Health = Literal["passing", "warning", "critical", "unknown"]
+Lifetime = Literal["process", "ttl", "static"]
+EndedBecause = Literal["released", "owner_exited", "expired", "revoked", "host_rebooted"]
+KnownBy = Literal["peercred", "socket", "token"]
+
+LABEL_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z"
+"""A DNS label (RFC 1123 section 2.1): services, instances and endpoints become host names."""
+Label = Annotated[str, Meta(pattern=LABEL_PATTERN, min_length=1, max_length=63)]
+PortNumber = Annotated[int, Meta(ge=1, le=65535)]
+
+OWN_ADDRESS = "own"
+"""The address wish that asks for a loopback address of the instance's own."""
+MAIN_ENDPOINT = "main"
+
+
+class Now(Struct, frozen=True, gc=False):
+    """One reading of the clock: `at` for people (epoch seconds), `tick` for deadlines (lease-clock seconds)."""
+
+    at: float
+    tick: float
+
+
+class ProcessId(Struct, frozen=True, gc=False):
+    """What tells a process from every other one that ever had its pid.
+
+    `start_ticks` is field 22 of /proc/PID/stat (10 ms ticks since boot); `inode` is the pidfd's inode where pidfs
+    numbers processes (Linux 6.9 and up), else 0, and tells apart two processes that started within one tick.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    inode: int = 0
+
+
+class Owner(Struct, frozen=True, gc=False, kw_only=True):
+    """The process that a lease belongs to, as far as the kernel lets portd see it: what it hides is None."""
+
+    pid: int | None = None
+    uid: int | None = None
+    user: str | None = None
+    exe: str | None = None
+    cmdline: tuple[str, ...] | None = None
+    unit: str | None = None
+    started_at: float | None = None
+    known_by: KnownBy
+
+
+Seconds = Annotated[float, Meta(ge=0.05, le=86400)]
+Threshold = Annotated[int, Meta(ge=1, le=100)]
+HeaderValue = Annotated[str, Meta(max_length=1024, pattern=r"^[\t\x20-\x7e]*\Z")]
+HeaderName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z", max_length=128)]
+
+
+class CheckTiming(Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What all checks have. `interval`, `timeout` and `start_period` are seconds; `rise` and `fall` count results."""
+
+    interval: Seconds = 10.0
+    timeout: Seconds = 2.0
+    rise: Threshold = 2
+    fall: Threshold = 3
+    start_period: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+
+
+class HttpCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="http"):
+    """GET (or `method`) `path` on the lease's own address and port: 2xx passes unless told otherwise, 429 warns."""
+
+    path: Annotated[str, Meta(pattern=r"^/[\x21-\x7e]*\Z", max_length=2048)] = "/"
+    method: Literal["GET", "HEAD", "POST", "OPTIONS"] = "GET"
+    headers: Annotated[dict[HeaderName, HeaderValue], Meta(max_length=32)] = {}
+    expect_status: Annotated[tuple[Annotated[int, Meta(ge=100, le=599)], ...], Meta(max_length=32)] = ()
+    expect_body: Annotated[str, Meta(max_length=1024)] | None = None
+    tls: bool = False
+    tls_verify: bool = True
+
+
+class TcpCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="tcp"):
+    """The port accepts a connection."""
+
+
+class GrpcCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="grpc"):
+    """The standard gRPC health protocol says SERVING for `service` ("" is the whole server)."""
+
+    service: Annotated[str, Meta(max_length=256)] = ""
+
+
+class ListenCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="listen"):
+    """The kernel says that the owner listens: no traffic at all."""
+
+
+class ReportCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="report"):
+    """The service reports by itself, at least once in `ttl` seconds; silence is critical."""
+
+    ttl: Seconds = 30.0
+
+
+class CommandCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="command"):
+    """A program from the configuration's allow-list exits 0 (passing), 1 (warning) or else (critical)."""
+
+    command: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...],
+                       Meta(min_length=1, max_length=32)]
+
+
+Check = HttpCheck | TcpCheck | GrpcCheck | ListenCheck | ReportCheck | CommandCheck
+
+
+class Announcement(Struct, frozen=True, gc=False, kw_only=True):
+    """A lease's DNS-SD service on the LAN: what was asked for, and what became of it.
+
+    `name` is the wish; `published_as` is the name that won on the LAN (None while nothing is published);
+    `problem` says in one sentence why nothing is, or why the name differs.
+    """
+
+    type: str
+    name: str
+    txt: dict[str, str] = {}
+    published_as: str | None = None
+    problem: str | None = None
+
+
+class Lease(Struct, frozen=True, gc=False, kw_only=True):
+    """The right of one owner to one (protocol, address, port) of this host.
+
+    The fields below the line never leave the daemon: no view of a lease shows them.
+    """
+
+    id: str
+    service: str
+    instance: str
+    endpoint: str
+    protocol: Protocol
+    address: str
+    port: int
+    pool: str
+    hold: HoldKind
+    state: State = "held"
+    health: Health = "unknown"
+    health_note: str = ""
+    drain: bool = False
+    lifetime: Lifetime
+    owner: Owner
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, str] = {}
+    check: Check | None = None
+    announce: Announcement | None = None
+    host: str
+    created_at: float
+    renewed_at: float | None = None
+    ended_at: float | None = None
+    ended_because: EndedBecause | None = None
+    revision: int = 0
+    # --- never shown ---
+    process: ProcessId | None = None
+    token_hash: bytes = b""
+    ttl: float | None = None
+    exact: bool = False
+    own_address: bool = False
+    stranger: Owner | None = None
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Return what identifies the endpoint among all: (service, instance, endpoint)."""
+        return (self.service, self.instance, self.endpoint)
+
+    @property
+    def protocols(self) -> tuple[Literal["tcp", "udp"], ...]:
+        """Return the kernel's protocols that this lease covers."""
+        return ("tcp", "udp") if self.protocol == "both" else (self.protocol,)
+
+
+EventType = Literal[
+    "granted", "bound", "unbound", "conflict", "declined", "draining", "undrained", "updated", "health", "announced",
+    "ended",
+]
+
+
+class Event(Struct, frozen=True, gc=False):
+    """One visible change: the lease as it is after it. Revisions only grow, across restarts too."""
+
+    revision: int
+    type: EventType
+    at: float
+    lease: Lease
+
+
+class Listener(Struct, frozen=True, gc=False):
+    """A socket that the kernel says is listening (TCP) or bound (UDP): `inode` names the socket, `uid` its creator."""
+
+    protocol: Literal["tcp", "udp"]
+    address: str
+    port: int
+    uid: int
+    inode: int
+    v6only: bool = True
+
+
+def encode_lease(lease: Lease) -> bytes:
+    """Encode a lease whole, secrets too, for the store alone."""
+    return _lease_encoder.encode(lease)
+
+
+def decode_lease(data: bytes) -> Lease:
+    """Decode what `encode_lease` made; raises msgspec.DecodeError on anything else."""
+    return _lease_decoder.decode(data)
+
+
+_lease_encoder = msgspec.msgpack.Encoder()
+_lease_decoder = msgspec.msgpack.Decoder(Lease)

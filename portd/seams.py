@@ -1,0 +1,131 @@
+"""The Protocols through which the service touches the world.
+
+Each seam has one implementation for the real world in `adapters/` and one that tests drive in `testing/`. This room
+must not know either. What can fail says how: a seam never raises anything that is not named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId
+from portd.core.model import Protocol as LeaseProtocol
+
+
+class Clock(Protocol):
+    """The only clock. `tick` never goes back, and stands still while the whole daemon was stopped or suspended."""
+
+    def now(self) -> Now: ...
+
+
+Taken = Literal["taken", "busy", "no_address", "forbidden", "no_descriptors"]
+"""What became of a hold: `busy`: somebody has the port; `no_address`: not an address of this host (EADDRNOTAVAIL);
+`forbidden`: the daemon may not bind it (EACCES, EPERM); `no_descriptors`: the file limit is reached (EMFILE, ENFILE)."""
+
+
+class Holds(Protocol):
+    """The sockets that portd keeps bound so that nobody gets a leased port by accident. All calls return at once."""
+
+    def take(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> Taken:
+        """Bind the port for the lease, all of its protocols or none. With `none` the port is only tested.
+
+        Whatever the kind, `taken` means that at this moment no other process had the port.
+        """
+
+    def restore(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> bool:
+        """Take a hold back after a restart; False while the owner's own listening socket is in the way (try later)."""
+
+    def drop(self, lease_id: str) -> None:
+        """Close the lease's hold; nothing happens when it has none."""
+
+    def is_free(self, protocol: LeaseProtocol, address: str, port: int) -> bool:
+        """Tell whether nobody has the port bound, without keeping it. Sockets in TIME_WAIT don't count."""
+
+
+class Process(NamedTuple):
+    """A live process: who it is for the lease table, and what can be told about it."""
+
+    id: ProcessId
+    owner: Owner
+
+
+class ProcessGone(Exception):
+    """There is no such process, or it has exited (a zombie has)."""
+
+
+class ForeignNetwork(Exception):
+    """The process lives in another network namespace: its ports are not this host's."""
+
+
+class Processes(Protocol):
+    """The processes of this host."""
+
+    def find(self, pid: int, known_by: KnownBy) -> Process:
+        """Read a live process; raises ProcessGone or ForeignNetwork. Costs a few reads of /proc: keep the answer."""
+
+    def watch(self, process: ProcessId, on_exit: Callable[[ProcessId], None]) -> None:
+        """Call `on_exit` once, on the event loop, when the process is gone; one pidfd however often it is asked for.
+
+        Raises ProcessGone when it is gone already (or its pid is somebody else's by now), OSError(EMFILE) at the file
+        limit.
+        """
+
+    def unwatch(self, process: ProcessId) -> None:
+        """Close the pidfd; nothing happens when there is none."""
+
+    def is_alive(self, process: ProcessId) -> bool:
+        """Tell whether exactly this process (start time and boot compared) still runs."""
+
+
+class Loaded(NamedTuple):
+    """What the store remembers at start. `remembered` holds the newest ended lease of every (service, instance,
+    endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first."""
+
+    live: list[Lease]
+    remembered: list[Lease]
+    events: list[Event]
+    revision: int
+
+
+class LeaseStore(Protocol):
+    """The durable memory. One writer; reads never wait for it."""
+
+    async def load(self) -> Loaded: ...
+
+    async def commit(self, events: Sequence[Event]) -> None:
+        """Write events and the leases they leave, all or none, durable when it returns.
+
+        Raises StoreUnavailable when surely nothing was written (it may be tried again), StoreLost when nobody knows.
+        """
+
+    async def lease(self, lease_id: str) -> Lease | None:
+        """Read one lease, live or ended, or None when it is not remembered."""
+
+    async def history(self, port: int, *, protocol: LeaseProtocol | None = None, at: float | None = None,
+                      limit: int = 100) -> list[Lease]:
+        """Read who had the port, newest first; `at` (epoch seconds) asks for one moment."""
+
+    async def prune(self, ended_before: float, events_kept: int) -> int:
+        """Forget leases that ended before `ended_before` and all but the newest events, in small steps.
+
+        Returns how many rows went. Never holds the writer for longer than a few milliseconds at a time.
+        """
+
+    async def close(self) -> None: ...
+
+
+class SocketTable(Protocol):
+    """The kernel's own table of sockets."""
+
+    def listeners(self, port: int | None = None) -> list[Listener]:
+        """List listening TCP and bound UDP sockets of any process, portd's own holds left out."""
+
+
+ApplyEvent = Callable[[Event], None]
+"""A watcher: called on the event loop, in order of revision, after the event is true. It must not raise or wait."""
+
+ReportHealth = Callable[[str, Literal["passing", "warning", "critical"], str], None]
+"""How probes tell what they found: lease id, result, and a note of at most 4 KB."""
+
+Sleep = Callable[[float], Awaitable[None]]
