@@ -6,7 +6,8 @@ must not know either. What can fail says how: a seam never raises anything that 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId
@@ -121,11 +122,48 @@ class SocketTable(Protocol):
     def listeners(self, port: int | None = None) -> list[Listener]:
         """List listening TCP and bound UDP sockets of any process, portd's own holds left out."""
 
+    async def owners(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Owner]:
+        """Find the process of each socket inode, `likely_pids` first; off the loop where all of /proc is walked.
+
+        Where the kernel does not let portd see it, the inode is left out: its uid is all there is.
+        """
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a connection, by the kernel's word. `pid` is None where it can't be known (another
+    pid namespace); `groups` are the peer's group ids, supplementary ones too where the kernel tells them."""
+
+    uid: int
+    pid: int | None
+    groups: frozenset[int]
+    known_by: KnownBy
+    inode: int = 0
+
+
+class Peers(Protocol):
+    """The kernel's word about who calls."""
+
+    def of_unix(self, connection: socket.socket) -> Peer:
+        """Read SO_PEERCRED and SO_PEERGROUPS (unix(7)): who called connect()."""
+
+    def of_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Peer | None:
+        """Ask the socket table for the other end of a loopback connection; `pid` is None so far.
+
+        None when the other end is not on this host, or is an orphan or in TIME_WAIT (inode 0: it would read as root).
+        """
+
+    async def with_pid(self, peer: Peer) -> Peer:
+        """Find the process of a TCP peer by its socket's inode, off the loop: milliseconds. `pid` stays None if hidden."""
+
 
 ApplyEvent = Callable[[Event], None]
 """A watcher: called on the event loop, in order of revision, after the event is true. It must not raise or wait."""
 
 ReportHealth = Callable[[str, Literal["passing", "warning", "critical"], str], None]
 """How probes tell what they found: lease id, result, and a note of at most 4 KB."""
+
+ReportState = Callable[[str, Literal["held", "bound", "conflict"], Owner | None], None]
+"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the stranger
+in a conflict, or None)."""
 
 Sleep = Callable[[float], Awaitable[None]]
