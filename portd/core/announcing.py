@@ -1,0 +1,159 @@
+"""What may be announced on the LAN, and as what: the rules of RFC 6335 and RFC 6763, judged once, at the grant.
+
+This room must not know multicast DNS itself: who publishes, and what became of it, is the adapter's.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from ipaddress import IPv6Address, ip_address
+from typing import NamedTuple
+
+from portd.core.errors import AnnounceUnreachable, InvalidRequest
+from portd.core.model import MAIN_ENDPOINT, OWN_ADDRESS, Announcement, Check, HttpCheck, Lease, Protocol
+from portd.core.requests import AnnounceRequest
+
+NAME_BYTES = 63
+"""An instance name is one DNS label (RFC 6763 section 4.1.1)."""
+TXT_STRING_BYTES = 255
+TXT_BYTES = 1300
+"""The whole TXT record; more would not fit one packet of an Ethernet (RFC 6763 section 6.2)."""
+
+_SERVICE_NAME = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?\Z")
+"""RFC 6335 section 5.1: 1 to 15 of letters, digits and single hyphens inside, one letter at least."""
+_TXT_KEY = re.compile(r"[\x20-\x3c\x3e-\x7e]+\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters, C1 and the two separators too: not Net-Unicode (RFC 5198 section 2)."""
+
+
+class ServiceType(NamedTuple):
+    """A DNS-SD type taken apart: `base` is `_http._tcp`, `subtype` is `_printer` or None (RFC 6763 section 7.1)."""
+
+    base: str
+    subtype: str | None
+
+
+def default_type(service: str, protocol: Protocol, check: Check | None) -> str:
+    """Return the DNS-SD type of a lease that names none: `_http._tcp` with an http check, else `_SERVICE._tcp|_udp`.
+
+    Raises InvalidRequest when the service's name is no service name of RFC 6335: then a type must be given.
+    """
+    if isinstance(check, HttpCheck):
+        return "_http._tcp"
+    if not _SERVICE_NAME.match(service):
+        raise InvalidRequest(
+            f"{service!r} can't be a DNS-SD type by itself (RFC 6335: at most 15 characters, one letter at least, no "
+            f"double hyphen): give announce.type, for example _http._tcp", pointer="/announce/type")
+    return f"_{service}._{'udp' if protocol == 'udp' else 'tcp'}"
+
+
+def parse_type(value: str) -> ServiceType:
+    """Take a type apart: `_http._tcp`, or `_printer._sub._http._tcp`; a trailing `.local.` is forgiven.
+
+    Raises InvalidRequest.
+    """
+    labels = value.lower().removesuffix(".").removesuffix(".local").split(".")
+    subtype = None
+    if len(labels) == 4 and labels[1] == "_sub":
+        subtype, labels = labels[0], labels[2:]
+        if not 1 < len(subtype.encode(errors="replace")) <= NAME_BYTES or _CONTROL.search(subtype):
+            raise InvalidRequest(f"the subtype in {value!r} is no DNS label", pointer="/announce/type")
+    service, protocol = labels[0], labels[-1]
+    if len(labels) != 2 or protocol not in ("_tcp", "_udp") or not service.startswith("_"):
+        raise InvalidRequest(f"{value!r} is no DNS-SD type: it looks like _http._tcp or _printer._sub._http._tcp",
+                             pointer="/announce/type")
+    if not _SERVICE_NAME.match(service[1:]):
+        raise InvalidRequest(
+            f"{service!r} is no service name (RFC 6335: at most 15 letters, digits and single hyphens, one letter at "
+            f"least)", pointer="/announce/type")
+    return ServiceType(f"{service}.{protocol}", subtype)
+
+
+def check_type(value: str) -> str:
+    """Return the type in its one spelling (lower case, without `.local.`); raises InvalidRequest."""
+    base, subtype = parse_type(value)
+    return f"{subtype}._sub.{base}" if subtype else base
+
+
+def check_name(value: str) -> str:
+    """Return an instance name in NFC; raises InvalidRequest unless it is 1 to 63 bytes without control characters."""
+    name = unicodedata.normalize("NFC", value)
+    size_bytes = len(name.encode("utf-8", "replace"))
+    if not 0 < size_bytes <= NAME_BYTES:
+        raise InvalidRequest(f"an instance name is 1 to {NAME_BYTES} bytes of UTF-8, not {size_bytes}",
+                             pointer="/announce/name")
+    if _CONTROL.search(name) or not _encodable(name):
+        raise InvalidRequest("an instance name holds no control characters (RFC 6763 section 4.1.1)",
+                             pointer="/announce/name")
+    return name
+
+
+def check_txt(value: Mapping[str, str], *, service: str, instance: str) -> dict[str, str]:
+    """Return the TXT pairs with `service` and `instance` in front (RFC 6763 section 6); raises InvalidRequest.
+
+    The two may be given again (somebody sends back what was read), but not otherwise.
+    """
+    pairs = {"service": service, "instance": instance}
+    seen = set(pairs)
+    for key, text in value.items():
+        pointer = f"/announce/txt/{key.replace('~', '~0').replace('/', '~1')}"
+        if not _TXT_KEY.match(key):
+            raise InvalidRequest("a TXT key is printable ASCII without '='", pointer=pointer)
+        if not _encodable(text) or len(f"{key}={text}".encode()) > TXT_STRING_BYTES:
+            raise InvalidRequest(f"'key=value' is at most {TXT_STRING_BYTES} bytes of UTF-8", pointer=pointer)
+        if pairs.get(key) == text:
+            continue
+        if key.lower() in seen:
+            raise InvalidRequest("TXT keys differ by more than case, and service and instance are portd's own",
+                                 pointer=pointer)
+        seen.add(key.lower())
+        pairs[key] = text
+    size_bytes = sum(1 + len(f"{key}={text}".encode()) for key, text in pairs.items())
+    if size_bytes > TXT_BYTES:
+        raise InvalidRequest(f"a TXT record is at most {TXT_BYTES} bytes, not {size_bytes}", pointer="/announce/txt")
+    return pairs
+
+
+def resolve(request: bool | AnnounceRequest | None, *, service: str, instance: str, endpoint: str,
+            protocol: Protocol, address: str, check: Check | None) -> Announcement | None:
+    """Turn what a request wants announced into the announcement of its lease; None when it wants none.
+
+    Raises InvalidRequest for what breaks the rules, AnnounceUnreachable for an address that nobody on the LAN reaches.
+    """
+    if request is None or request is False:
+        return None
+    if not reachable(address):
+        raise AnnounceUnreachable(
+            f"{address} is reached from this host only: an announced lease needs an address of the LAN, 0.0.0.0 or ::",
+            pointer="/address")
+    asked = AnnounceRequest() if request is True else request
+    usual_name = instance if endpoint == MAIN_ENDPOINT else f"{instance} {endpoint}"[:NAME_BYTES].rstrip()
+    return Announcement(
+        type=check_type(asked.type) if asked.type is not None else default_type(service, protocol, check),
+        name=check_name(asked.name if asked.name is not None else usual_name),
+        txt=check_txt(asked.txt, service=service, instance=instance))
+
+
+def reachable(address: str) -> bool:
+    """Tell whether other hosts can reach what binds the address: loopback ones and `own` they can't."""
+    if address == OWN_ADDRESS:
+        return False
+    parsed = ip_address(address)
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return not parsed.is_loopback
+
+
+def is_announceable(lease: Lease) -> bool:
+    """Tell whether the lease belongs on the LAN now: bound, not critical, not draining (an ended one is not bound)."""
+    return lease.announce is not None and lease.state == "bound" and lease.health != "critical" and not lease.drain
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""What may be announced: the rules of RFC 6335 and RFC 6763."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from portd.core import announcing
+from portd.core.errors import AnnounceUnreachable, InvalidRequest
+from portd.core.model import Announcement, HttpCheck, Lease, Owner, TcpCheck
+from portd.core.requests import AnnounceRequest
+
+FACTS: dict[str, Any] = {"service": "orders", "instance": "orders-1", "endpoint": "main", "protocol": "tcp",
+                         "address": "0.0.0.0", "check": None}
+
+
+def test_an_http_check_makes_the_default_type_http() -> None:
+    assert announcing.default_type("orders", "tcp", HttpCheck()) == "_http._tcp"
+
+
+@pytest.mark.parametrize(("protocol", "type_"), [("tcp", "_orders._tcp"), ("udp", "_orders._udp"),
+                                                 ("both", "_orders._tcp")])
+def test_without_an_http_check_the_default_type_is_the_service(protocol: Any, type_: str) -> None:
+    assert announcing.default_type("orders", protocol, TcpCheck()) == type_
+
+
+@pytest.mark.parametrize("service", ["a-very-long-service", "4711", "a--b"])
+def test_a_service_that_is_no_service_name_of_rfc_6335_needs_a_type(service: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        announcing.default_type(service, "tcp", None)
+    assert refused.value.pointer == "/announce/type"
+
+
+@pytest.mark.parametrize(("given_type", "kept"), [
+    ("_http._tcp", "_http._tcp"), ("_HTTP._TCP.local.", "_http._tcp"), ("_sleep-proxy._udp", "_sleep-proxy._udp"),
+    ("_printer._sub._http._tcp", "_printer._sub._http._tcp"), ("_x4711._tcp", "_x4711._tcp")])
+def test_a_type_has_one_spelling(given_type: str, kept: str) -> None:
+    assert announcing.check_type(given_type) == kept
+
+
+@pytest.mark.parametrize("wrong", [
+    "", "http", "http._tcp", "_http", "_http._sctp", "_a-very-long-servicename._tcp", "_-x._tcp", "_x-._tcp",
+    "_a--b._tcp", "_123._tcp", "_._tcp", "_http._tcp.example", "_a.b._http._tcp", "__x._tcp", "_http._tcp\n"])
+def test_what_is_no_type_is_refused(wrong: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        announcing.check_type(wrong)
+    assert refused.value.pointer == "/announce/type"
+
+
+def test_a_subtype_and_its_base_are_told_apart() -> None:
+    assert announcing.parse_type("_printer._sub._http._tcp") == ("_http._tcp", "_printer")
+    assert announcing.parse_type("_http._tcp") == ("_http._tcp", None)
+
+
+def test_a_name_is_kept_in_nfc_with_its_dots_and_blanks() -> None:
+    assert announcing.check_name("Dr. Cafe\u0301 №1") == "Dr. Caf\u00e9 №1"
+    assert announcing.check_name("ü" * 31 + "x") == "ü" * 31 + "x"
+
+
+@pytest.mark.parametrize("wrong", ["", "ü" * 32, "a\x00b", "a\nb", "a\x7f", "a\x85", "\ud800"])
+def test_what_is_no_name_is_refused(wrong: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        announcing.check_name(wrong)
+    assert refused.value.pointer == "/announce/name"
+
+
+@given(st.text(max_size=80))
+def test_every_name_that_passes_is_one_label_in_nfc(text: str) -> None:
+    try:
+        name = announcing.check_name(text)
+    except InvalidRequest:
+        return
+    assert 0 < len(name.encode()) <= 63
+    assert unicodedata.is_normalized("NFC", name)
+
+
+def test_txt_begins_with_service_and_instance() -> None:
+    pairs = announcing.check_txt({"path": "/"}, service="orders", instance="orders-1")
+    assert list(pairs.items()) == [("service", "orders"), ("instance", "orders-1"), ("path", "/")]
+
+
+def test_txt_that_was_read_can_be_sent_back() -> None:
+    pairs = announcing.check_txt({"a": "b"}, service="orders", instance="orders-1")
+    assert announcing.check_txt(pairs, service="orders", instance="orders-1") == pairs
+
+
+@pytest.mark.parametrize(("wrong", "pointer"), [
+    ({"": "x"}, "/announce/txt/"), ({"a=b": "x"}, "/announce/txt/a=b"), ({"ü": "x"}, "/announce/txt/ü"),
+    ({"a/b": "x" * 255}, "/announce/txt/a~1b"), ({"Path": "1", "path": "2"}, "/announce/txt/path"),
+    ({"service": "else"}, "/announce/txt/service"), ({str(i): "x" * 250 for i in range(6)}, "/announce/txt")])
+def test_what_is_no_txt_is_refused(wrong: dict[str, str], pointer: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        announcing.check_txt(wrong, service="orders", instance="orders-1")
+    assert refused.value.pointer == pointer
+
+
+@pytest.mark.parametrize(("address", "yes"), [
+    ("0.0.0.0", True), ("::", True), ("192.168.1.5", True), ("fe80::1", True), ("127.0.0.1", False),
+    ("127.77.0.9", False), ("::1", False), ("::ffff:127.0.0.1", False), ("own", False)])
+def test_loopback_is_not_reachable(address: str, yes: bool) -> None:
+    assert announcing.reachable(address) is yes
+
+
+def test_a_loopback_lease_cannot_be_announced() -> None:
+    with pytest.raises(AnnounceUnreachable):
+        announcing.resolve(True, **(FACTS | {"address": "127.0.0.1"}))
+
+
+def test_announce_true_names_the_service_after_its_instance() -> None:
+    announcement = announcing.resolve(True, **FACTS)
+    assert announcement == Announcement(type="_orders._tcp", name="orders-1",
+                                        txt={"service": "orders", "instance": "orders-1"})
+    other = announcing.resolve(True, **(FACTS | {"endpoint": "metrics"}))
+    assert other is not None
+    assert other.name == "orders-1 metrics"
+
+
+def test_what_is_asked_for_is_announced() -> None:
+    asked = AnnounceRequest(type="_http._tcp", name="Orders", txt={"path": "/"})
+    announcement = announcing.resolve(asked, **FACTS)
+    assert announcement is not None
+    assert (announcement.type, announcement.name, announcement.txt["path"]) == ("_http._tcp", "Orders", "/")
+    assert announcing.resolve(None, **FACTS) is None
+    assert announcing.resolve(False, **FACTS) is None
+
+
+@pytest.mark.parametrize(("change", "yes"), [
+    ({}, True), ({"health": "passing"}, True), ({"health": "warning"}, True), ({"health": "critical"}, False),
+    ({"drain": True}, False), ({"state": "held"}, False), ({"state": "conflict"}, False), ({"state": "ended"}, False),
+    ({"announce": None}, False)])
+def test_a_lease_is_on_the_lan_while_bound_not_critical_and_not_draining(change: dict[str, Any], yes: bool) -> None:
+    facts: dict[str, Any] = {
+        "id": "a", "service": "orders", "instance": "orders-1", "endpoint": "main", "protocol": "tcp",
+        "address": "0.0.0.0", "port": 20000, "pool": "default", "hold": "shared", "state": "bound",
+        "lifetime": "process", "owner": Owner(known_by="peercred"), "host": "here", "created_at": 0.0,
+        "announce": Announcement(type="_http._tcp", name="Orders")}
+    assert announcing.is_announceable(Lease(**(facts | change))) is yes
