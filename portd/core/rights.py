@@ -1,0 +1,44 @@
+"""Who may do what. The caller is known by the kernel or by a token; nothing here asks anybody."""
+
+from __future__ import annotations
+
+import hmac
+
+from msgspec import Struct
+
+from portd.core.errors import NotOwner, Unauthenticated
+from portd.core.model import KnownBy, Lease
+
+
+class Caller(Struct, frozen=True, gc=False, kw_only=True):
+    """Who asks. `uid` and `pid` are None where the kernel can't tell (another host, another pid namespace).
+
+    `admin`: root, a member of the admin group, or a bearer of an admin token. `token_hash` is what the caller showed,
+    hashed, or None.
+    """
+
+    uid: int | None = None
+    pid: int | None = None
+    known_by: KnownBy = "token"
+    admin: bool = False
+    token_hash: bytes | None = None
+
+
+def check_change(caller: Caller, lease: Lease) -> None:
+    """Let pass who may change the lease: its owner's uid, whoever shows its token, and admins.
+
+    Raises Unauthenticated when nothing is known of the caller, NotOwner when too much is.
+    """
+    if caller.admin or (caller.uid is not None and caller.uid == lease.owner.uid):
+        return
+    if caller.token_hash is not None and hmac.compare_digest(caller.token_hash, lease.token_hash):
+        return
+    if caller.uid is None and caller.token_hash is None:
+        raise Unauthenticated("who calls is not known here: send the lease's token as 'Authorization: Bearer TOKEN'")
+    raise NotOwner(f"lease {lease.id} ({lease.instance}, port {lease.port}) belongs to "
+                   f"{lease.owner.user or lease.owner.uid or 'somebody else'}; show its token to change it")
+
+
+def sees_cmdline(caller: Caller, lease_uid: int | None) -> bool:
+    """Tell whether the caller may read the command line of a process of this uid: it may hold secrets."""
+    return caller.admin or (caller.uid is not None and caller.uid == lease_uid)

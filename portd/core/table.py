@@ -1,0 +1,233 @@
+"""LeaseTable: every live lease, found by whatever it is asked for by.
+
+A grant on its way is *claimed* first: its name and place are taken from the moment of the decision, before anything
+is durable, so two grants can't collide in between. Applying its event makes it live. The table never decides; it
+refuses what would be wrong.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+
+from portd.core.allocator import Place, meet, place_of
+from portd.core.model import Event, Lease, ProcessId
+
+_NOTHING: Mapping[str, Lease] = {}
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+class LeaseTable:
+    """Indexes over the live leases and the claims. Every look-up costs its answer, never a walk over all."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._live: dict[str, Lease] = {}
+        self._names: dict[tuple[str, str, str], Lease] = {}
+        self._places: dict[int, dict[str, list[Lease]]] = {}
+        self._services: dict[str, dict[str, Lease]] = {}
+        self._processes: dict[ProcessId, dict[str, Lease]] = {}
+        self._uids: dict[int | None, int] = {}
+        self._instances: dict[str, _Instances] = {}
+        self._moving: dict[str, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(self._live.values())
+
+    # --- look-ups ---
+
+    def get(self, lease_id: str) -> Lease | None:
+        """Return a live lease, or None."""
+        return self._live.get(lease_id)
+
+    def named(self, service: str, instance: str, endpoint: str) -> Lease | None:
+        """Return the lease or claim that has this name, or None."""
+        return self._names.get((service, instance, endpoint))
+
+    def in_way(self, place: Place) -> Lease | None:
+        """Return a lease or claim that the place would collide with by the kernel's rules, or None."""
+        by_address = self._places.get(place.port)
+        if not by_address:
+            return None
+        # A plain address meets itself and the wildcards alone, which keeps this constant for own addresses.
+        nearby: Iterable[str] = by_address if place.address in _WILDCARDS else (place.address, *_WILDCARDS)
+        for address in nearby:
+            for lease in by_address.get(address, ()):
+                if meet(place_of(lease), place):
+                    return lease
+        return None
+
+    def on_port(self, port: int) -> list[Lease]:
+        """Return the live leases of a port number."""
+        by_address = self._places.get(port)
+        if not by_address:
+            return []
+        return [lease for leases in by_address.values() for lease in leases if lease.id in self._live]
+
+    def ports(self) -> Iterable[int]:
+        """Return every port number that a lease or claim is on."""
+        return self._places.keys()
+
+    def of_service(self, service: str) -> Mapping[str, Lease]:
+        """Return the live leases of a service, by id."""
+        return self._services.get(service, _NOTHING)
+
+    def services(self) -> Iterable[str]:
+        """Return the names of services with live leases."""
+        return self._services.keys()
+
+    def of_process(self, process: ProcessId) -> list[Lease]:
+        """Return the leases and claims of a process."""
+        return list(self._processes.get(process, _NOTHING).values())
+
+    def count_of_uid(self, uid: int | None) -> int:
+        """Count the leases and claims of a user."""
+        return self._uids.get(uid, 0)
+
+    def free_instance(self, service: str, endpoint: str, shared: Iterable[str] = ()) -> str:
+        """Return the first of the `shared` instances without this endpoint, else the lowest free SERVICE-N."""
+        for instance in shared:
+            if (service, instance, endpoint) not in self._names:
+                return instance
+        return (self._instances.get(service) or _Instances(service)).lowest()
+
+    # --- claims and events ---
+
+    def claim(self, lease: Lease) -> None:
+        """Take the lease's name and place for a grant that is on its way."""
+        assert lease.name not in self._names, f"{lease.name} is taken"
+        assert self.in_way(place_of(lease)) is None, f"{place_of(lease)} is taken"
+        self._enter(lease)
+
+    def disclaim(self, lease: Lease) -> None:
+        """Give a claim up: its grant did not happen."""
+        self._leave(lease)
+
+    def claim_move(self, moved: Lease) -> None:
+        """Take the place that a live lease is about to move to (a decline); applying that event settles it."""
+        assert self.in_way(place_of(moved)) is None, f"{place_of(moved)} is taken"
+        self._moving[moved.id] = moved
+        self._enter_place(moved)
+
+    def disclaim_move(self, lease_id: str) -> None:
+        """Give a move up; nothing happens when there is none."""
+        moved = self._moving.pop(lease_id, None)
+        if moved is not None:
+            self._leave_place(moved)
+
+    def apply(self, event: Event) -> Lease | None:
+        """Make an event true; returns the lease as it was before, None for a grant."""
+        assert event.revision > self.revision, f"revision {event.revision} after {self.revision}"
+        self.revision = event.revision
+        lease = event.lease
+        before = self._live.get(lease.id)
+        if before is None:
+            self._leave(lease)  # the claim
+        else:
+            self._leave(before)
+            del self._live[lease.id]
+            self._drop_from_service(before)
+        if event.type in ("declined", "ended"):
+            self.disclaim_move(lease.id)
+        if lease.state != "ended":
+            self._enter(lease)
+            self._live[lease.id] = lease
+            self._services.setdefault(lease.service, {})[lease.id] = lease
+        return before
+
+    def restore(self, leases: Iterable[Lease], revision: int) -> None:
+        """Fill an empty table with what was live, at this revision."""
+        assert not self._live
+        for lease in leases:
+            self.claim(lease)
+            self._live[lease.id] = lease
+            self._services.setdefault(lease.service, {})[lease.id] = lease
+        self.revision = revision
+
+    # --- indexes ---
+
+    def _enter(self, lease: Lease) -> None:
+        self._names[lease.name] = lease
+        self._enter_place(lease)
+        if lease.process is not None:
+            self._processes.setdefault(lease.process, {})[lease.id] = lease
+        self._uids[lease.owner.uid] = self._uids.get(lease.owner.uid, 0) + 1
+        self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance)
+
+    def _leave(self, lease: Lease) -> None:
+        del self._names[lease.name]
+        self._leave_place(lease)
+        if lease.process is not None:
+            of_process = self._processes[lease.process]
+            del of_process[lease.id]
+            if not of_process:
+                del self._processes[lease.process]
+        self._uids[lease.owner.uid] -= 1
+        if not self._uids[lease.owner.uid]:
+            del self._uids[lease.owner.uid]
+        instances = self._instances[lease.service]
+        instances.leave(lease.instance)
+        if not instances:
+            del self._instances[lease.service]
+
+    def _enter_place(self, lease: Lease) -> None:
+        self._places.setdefault(lease.port, {}).setdefault(lease.address, []).append(lease)
+
+    def _leave_place(self, lease: Lease) -> None:
+        by_address = self._places[lease.port]
+        left = [other for other in by_address[lease.address] if other.id != lease.id]
+        if left:
+            by_address[lease.address] = left
+        else:
+            del by_address[lease.address]
+            if not by_address:
+                del self._places[lease.port]
+
+    def _drop_from_service(self, lease: Lease) -> None:
+        of_service = self._services[lease.service]
+        del of_service[lease.id]
+        if not of_service:
+            del self._services[lease.service]
+
+
+class _Instances:
+    """The instance names of one service, and the lowest free number among them."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._leases: dict[str, int] = {}
+        self._next = 1
+        self._freed: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._leases)
+
+    def lowest(self) -> str:
+        while self._freed:
+            name = self._name(self._freed[0])
+            if name not in self._leases:
+                return name
+            heapq.heappop(self._freed)
+        while (name := self._name(self._next)) in self._leases:
+            self._next += 1
+        return name
+
+    def enter(self, instance: str) -> None:
+        self._leases[instance] = self._leases.get(instance, 0) + 1
+
+    def leave(self, instance: str) -> None:
+        self._leases[instance] -= 1
+        if self._leases[instance]:
+            return
+        del self._leases[instance]
+        _, _, digits = instance.rpartition("-")
+        if digits.isdecimal() and digits[0] != "0" and int(digits) < self._next \
+                and instance == self._name(int(digits)):
+            heapq.heappush(self._freed, int(digits))
+
+    def _name(self, number: int) -> str:
+        suffix = f"-{number}"
+        return self._service[:63 - len(suffix)] + suffix  # an instance is a DNS label too

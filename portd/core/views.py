@@ -1,0 +1,115 @@
+"""What others see of a lease: the contract's fields, no secrets, the command line only for those who may read it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+from portd.core.model import (
+    Announcement,
+    Check,
+    EndedBecause,
+    Event,
+    Health,
+    HoldKind,
+    KnownBy,
+    Lease,
+    Lifetime,
+    Owner,
+    Protocol,
+    State,
+)
+
+
+class OwnerView(Struct, frozen=True, gc=False, kw_only=True):
+    """The owner of a lease, or another process; what the kernel or the caller's rights hide is null."""
+
+    pid: int | None
+    uid: int | None
+    user: str | None
+    exe: str | None
+    cmdline: tuple[str, ...] | None
+    unit: str | None
+    started_at: datetime | None
+    known_by: KnownBy
+
+
+class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
+    """A lease as the contract shows it. `token` is there in the answer to a grant alone."""
+
+    id: str
+    service: str
+    instance: str
+    endpoint: str
+    protocol: Protocol
+    address: str
+    port: int
+    pool: str
+    hold: HoldKind
+    state: State
+    health: Health
+    drain: bool
+    lifetime: Lifetime
+    owner: OwnerView
+    tags: tuple[str, ...]
+    metadata: dict[str, str]
+    check: Check | None
+    announce: Announcement | None
+    host: str
+    created_at: datetime
+    renewed_at: datetime | None
+    expires_at: datetime | None
+    ended_at: datetime | None
+    ended_because: EndedBecause | None
+    revision: int
+    token: str | UnsetType = UNSET
+
+
+class EventView(Struct, frozen=True, gc=False):
+    """An event as followers see it; `stranger` is who listens where a lease is in conflict."""
+
+    revision: int
+    type: str
+    at: datetime
+    service: str
+    note: str
+    lease: LeaseView
+    stranger: OwnerView | None
+
+
+def moment(at: float | None) -> datetime | None:
+    """Turn epoch seconds into a UTC time; None stays None."""
+    return None if at is None else datetime.fromtimestamp(at, UTC)
+
+
+def view_owner(owner: Owner, *, cmdline: bool) -> OwnerView:
+    """Show an owner, its command line only where `cmdline` says so."""
+    return OwnerView(pid=owner.pid, uid=owner.uid, user=owner.user, exe=owner.exe,
+                     cmdline=owner.cmdline if cmdline else None, unit=owner.unit,
+                     started_at=moment(owner.started_at), known_by=owner.known_by)
+
+
+def view_lease(lease: Lease, *, cmdline: bool, renewed_at: float | None = None, expires_at: float | None = None,
+               token: str | UnsetType = UNSET) -> LeaseView:
+    """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease."""
+    created_at: Any = moment(lease.created_at)
+    return LeaseView(
+        id=lease.id, service=lease.service, instance=lease.instance, endpoint=lease.endpoint,
+        protocol=lease.protocol, address=lease.address, port=lease.port, pool=lease.pool, hold=lease.hold,
+        state=lease.state, health=lease.health, drain=lease.drain, lifetime=lease.lifetime,
+        owner=view_owner(lease.owner, cmdline=cmdline), tags=lease.tags, metadata=lease.metadata, check=lease.check,
+        announce=lease.announce, host=lease.host, created_at=created_at,
+        renewed_at=moment(renewed_at if renewed_at is not None else lease.renewed_at),
+        expires_at=moment(expires_at), ended_at=moment(lease.ended_at), ended_because=lease.ended_because,
+        revision=lease.revision, token=token)
+
+
+def view_event(event: Event, *, cmdline: bool) -> EventView:
+    """Show an event with the lease as it was then."""
+    at: Any = moment(event.at)
+    stranger = event.lease.stranger if event.lease.state == "conflict" else None
+    return EventView(event.revision, event.type, at, event.lease.service, event.lease.health_note,
+                     view_lease(event.lease, cmdline=cmdline),
+                     None if stranger is None else view_owner(stranger, cmdline=False))
