@@ -21,8 +21,8 @@ class Clock(Protocol):
 
 
 Taken = Literal["taken", "busy", "no_address", "forbidden", "no_descriptors"]
-"""What became of a hold: `busy`: somebody has the port; `no_address`: not an address of this host (EADDRNOTAVAIL);
-`forbidden`: the daemon may not bind it (EACCES, EPERM); `no_descriptors`: the file limit is reached (EMFILE, ENFILE)."""
+"""What became of a hold. `busy`: somebody has the port; `no_address`: not an address of this host (EADDRNOTAVAIL);
+`forbidden`: the daemon may not bind it (EACCES, EPERM); `no_descriptors`: at the file limit (EMFILE, ENFILE)."""
 
 
 class Holds(Protocol):
@@ -107,6 +107,9 @@ class LeaseStore(Protocol):
                       limit: int = 100) -> list[Lease]:
         """Read who had the port, newest first; `at` (epoch seconds) asks for one moment."""
 
+    async def ended(self, service: str | None = None, limit: int = 1000) -> list[Lease]:
+        """Read ended leases, newest end first."""
+
     async def prune(self, ended_before: float, events_kept: int) -> int:
         """Forget leases that ended before `ended_before` and all but the newest events, in small steps.
 
@@ -153,7 +156,7 @@ class Peers(Protocol):
         """
 
     async def with_pid(self, peer: Peer) -> Peer:
-        """Find the process of a TCP peer by its socket's inode, off the loop: milliseconds. `pid` stays None if hidden."""
+        """Find a TCP peer's process by its socket's inode, off the loop: milliseconds. `pid` stays None if hidden."""
 
 
 ApplyEvent = Callable[[Event], None]

@@ -1,0 +1,118 @@
+"""The recent past, for those who follow: the newest events, and who waits for the next one.
+
+Bounded on both sides: events beyond the kept ones are gone (a follower lists again), and a waiter is woken by a change
+of the service that it waits for, by nothing else. This room must not know how events travel to followers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from portd.core.errors import RevisionGone
+from portd.core.model import Event, Lease
+
+EVENTS_KEPT: Final = 10_000
+"""Events that a follower can resume over; the store keeps as many. About 5 MB when full."""
+SERVICES_KEPT: Final = 100_000
+"""Services whose last change is remembered; a watcher of a forgotten one is answered at once, not left to wait."""
+
+Follower = Callable[[Event], None]
+
+
+class Feed:
+    """A watcher of the journal that others can watch at their own pace."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._gone = 0  # the newest revision that is no longer kept
+        self._changed: OrderedDict[str, int] = OrderedDict()
+        self._forgotten = 0  # the newest last change among the services that are no longer remembered
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._followers: set[Follower] = set()
+        self.wakeup_count = 0
+
+    def restore(self, events: Iterable[Event], leases: Iterable[Lease], revision: int) -> None:
+        """Take the past up at start; what is older than `events` is gone."""
+        self._events.extend(events)
+        first = self._events[0].revision if self._events else revision + 1
+        self._gone = first - 1
+        for lease in leases:
+            self._changed[lease.service] = max(lease.revision, self._changed.get(lease.service, 0))
+        for event in self._events:
+            self._changed[event.lease.service] = max(event.revision, self._changed.get(event.lease.service, 0))
+        self.revision = self._forgotten = revision
+
+    def apply(self, event: Event) -> None:
+        """Take the next event; tell followers, and wake those who wait for its service."""
+        if len(self._events) == EVENTS_KEPT:
+            self._gone = self._events[0].revision
+        self._events.append(event)
+        self.revision = event.revision
+        service = event.lease.service
+        self._changed[service] = event.revision
+        self._changed.move_to_end(service)
+        if len(self._changed) > SERVICES_KEPT:
+            self._forgotten = max(self._forgotten, self._changed.popitem(last=False)[1])
+        for waiter in self._waiters.pop(service, ()):
+            if not waiter.done():
+                self.wakeup_count += 1
+                waiter.set_result(None)
+        for follower in tuple(self._followers):
+            follower(event)
+
+    def since(self, revision: int, service: str | None = None) -> Iterator[Event]:
+        """Yield the events after a revision, oldest first.
+
+        Raises RevisionGone at once when some of them are no longer kept, or the revision is from the future (another
+        or a wiped store): list again, then follow from the revision of that answer.
+        """
+        if revision < self._gone or revision > self.revision:
+            raise RevisionGone(f"events after revision {revision} are not kept (kept: after {self._gone}, up to "
+                               f"{self.revision}); list again, then follow from the X-Portd-Revision of that answer")
+        return (event for event in tuple(self._events)
+                if event.revision > revision and service in (None, event.lease.service))
+
+    @contextlib.contextmanager
+    def following(self, follower: Follower) -> Iterator[None]:
+        """Call `follower` with every event while the context is open; it must neither wait nor raise."""
+        self._followers.add(follower)
+        try:
+            yield
+        finally:
+            self._followers.discard(follower)
+
+    @property
+    def follower_count(self) -> int:
+        """Return how many follow now."""
+        return len(self._followers)
+
+    def changed_since(self, service: str, revision: int) -> bool:
+        """Tell whether the service changed after the revision; True as well when that can't be known."""
+        if revision > self.revision:
+            return True
+        changed = self._changed.get(service)
+        return changed > revision if changed is not None else revision < self._forgotten
+
+    async def wait(self, service: str, revision: int, timeout_s: float) -> bool:
+        """Wait until the service has changed after the revision, `timeout_s` seconds at most; tell whether it has."""
+        if self.changed_since(service, revision):
+            return True
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(service, set()).add(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            waiting = self._waiters.get(service)
+            if waiting is not None:
+                waiting.discard(waiter)
+                if not waiting:
+                    del self._waiters[service]

@@ -1,0 +1,280 @@
+"""Deciding a grant: from a request to a lease that is claimed and held, in one go.
+
+Everything here is synchronous. Between reading the table and claiming the place there is no await, so no other grant
+can come in between: that, and not a lock, is why a port is never granted twice.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from typing import Final, NamedTuple
+
+import msgspec
+
+from portd.core import announcing
+from portd.core.allocator import Allocator, Ask, Place
+from portd.core.errors import (
+    Busy,
+    InvalidRequest,
+    NotOwner,
+    OtherNetwork,
+    PortReserved,
+    QuotaExceeded,
+)
+from portd.core.model import (
+    OWN_ADDRESS,
+    Check,
+    CommandCheck,
+    GrpcCheck,
+    HoldKind,
+    HttpCheck,
+    Lease,
+    Lifetime,
+    Now,
+    Owner,
+    ProcessId,
+    Protocol,
+    TcpCheck,
+)
+from portd.core.requests import LeaseRequest
+from portd.core.rights import Caller
+from portd.core.table import LeaseTable
+from portd.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
+
+TRIES_MAX: Final = 512
+"""Candidates that one grant tries: each costs a bind (10 µs), so a pool full of strangers blocks the loop for 5 ms at
+the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
+DEFAULT_ADDRESS: Final = "127.0.0.1"
+"""What a request without an address binds; a static port's own address takes its place."""
+PRIVILEGED_BELOW: Final = 1024
+"""Ports that only root may bind by the kernel's rule: a lease on one is a privilege too, except on an own address."""
+
+
+class Policy(NamedTuple):
+    """What the configuration says about grants. `quota_per_uid` counts leases; `max_ttl_s` is in seconds."""
+
+    max_ttl_s: float
+    quota_per_uid: int
+    hold: HoldKind
+    allow_commands: frozenset[str]
+    host: str
+
+
+class Grant(NamedTuple):
+    """A decided grant, with the secret that is shown once."""
+
+    lease: Lease
+    token: str
+
+
+def new_id() -> str:
+    """Make a lease id: 96 bits of chance, in letters that a shell and a URL take as they are."""
+    return secrets.token_hex(12)
+
+
+def new_token() -> str:
+    """Make a token: 192 bits of chance."""
+    return secrets.token_urlsafe(24)
+
+
+def hash_token(token: str) -> bytes:
+    """Hash a token for storing and comparing; it is long and random, so a fast hash is a safe one."""
+    return sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+class Granter:
+    """Decides grants and takes their holds; undoes both where nothing comes of it."""
+
+    def __init__(self, table: LeaseTable, allocator: Allocator, holds: Holds, processes: Processes, policy: Policy,
+                 make_id: Callable[[], str] = new_id, make_token: Callable[[], str] = new_token) -> None:
+        self._table = table
+        self._allocator = allocator
+        self._holds = holds
+        self._processes = processes
+        self.policy = policy
+        self._make_id = make_id
+        self._make_token = make_token
+
+    def grant(self, request: LeaseRequest, caller: Caller, process: Process | None, now: Now,
+              shared: Iterable[str] = ()) -> Grant:
+        """Decide one grant: the lease is claimed in the table, counted in its pool, and its hold is taken.
+
+        `shared` are instances of the same service that the same call has made: endpoints gather on them. Raises the
+        refusal; then nothing is left behind.
+        """
+        self._check(request)
+        owner, identity = self._owner(caller, process)
+        quota = self.policy.quota_per_uid
+        if quota and self._table.count_of_uid(owner.uid) >= quota:
+            raise QuotaExceeded(f"uid {owner.uid} has {quota} leases already, its quota: release some, "
+                                "or raise quota_per_uid in the configuration")
+        instance = request.instance or self._table.free_instance(request.service, request.endpoint, shared)
+        static = self._allocator.static_for(request.service, request.endpoint)
+        address, own = self._address(request, instance)
+        protocol = request.protocol
+        wish = request.port
+        if static is not None and wish in (None, static.port):
+            wish = static.port
+            protocol = static.protocol if static.protocol != "both" else protocol
+            address = address if own or request.address != DEFAULT_ADDRESS else static.address
+        hold = self._hold(request, protocol)
+        announce = announcing.resolve(request.announce, service=request.service, instance=instance,
+                                      endpoint=request.endpoint, protocol=protocol, address=address,
+                                      check=request.check)
+        ask = Ask((request.service, instance, request.endpoint), protocol, address, wish, request.pool, request.exact)
+        privileged = caller.admin or own or static is not None
+        token = self._make_token()
+        lease_id = self._make_id()
+        place = self._find(lease_id, ask, hold, now, privileged=privileged)
+        lifetime: Lifetime = "process"
+        if request.ttl is not None:
+            lifetime = "ttl"
+        elif static is not None and place.port == static.port:
+            lifetime = "static"
+        lease = Lease(
+            id=lease_id, service=request.service, instance=instance, endpoint=request.endpoint, protocol=protocol,
+            address=address, port=place.port, pool=request.pool, hold=hold, lifetime=lifetime, owner=owner,
+            tags=request.tags, metadata=request.metadata, check=request.check, announce=announce,
+            host=self.policy.host, created_at=now.at, process=identity, token_hash=hash_token(token),
+            ttl=request.ttl, exact=request.exact, own_address=own)
+        self._table.claim(lease)  # no await between the pick and here
+        self._allocator.use(lease)
+        return Grant(lease, token)
+
+    def undo(self, lease: Lease) -> None:
+        """Give up a decided grant of which nothing came."""
+        self._holds.drop(lease.id)
+        self._table.disclaim(lease)
+        self._allocator.give_back(lease)
+
+    def move(self, lease: Lease, now: Now, *, privileged: bool) -> Lease:
+        """Decide another port for a live lease whose port a stranger has; the old one goes on probation.
+
+        The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none.
+        """
+        self._allocator.decline(Place(lease.protocol, lease.address, lease.port), now.tick)
+        self._holds.drop(lease.id)
+        ask = Ask(lease.name, lease.protocol, lease.address, None, lease.pool, exact=False)
+        try:
+            place = self._find(lease.id, ask, lease.hold, now, privileged=privileged)
+        except BaseException:
+            self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
+            raise
+        moved = msgspec.structs.replace(lease, port=place.port, state="held")
+        self._table.claim_move(moved)  # no await between the pick and here
+        self._allocator.use(moved)
+        return moved
+
+    def undo_move(self, lease: Lease, moved: Lease, *, is_live: bool) -> None:
+        """Give up a decided move: the lease stays where it was, if it still lives."""
+        self._holds.drop(moved.id)
+        self._table.disclaim_move(moved.id)
+        self._allocator.give_back(moved)
+        if is_live:
+            self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
+
+    def process(self, request_pid: int | None, caller: Caller, *, required: bool) -> Process | None:
+        """Find the process that a lease will belong to: the wished one, else the caller.
+
+        None where it can't be known and is not `required`. Raises InvalidRequest for a process that is gone or not
+        known, NotOwner for somebody else's, OtherNetwork for one of another network namespace.
+        """
+        pid = request_pid or caller.pid
+        if pid is None or (caller.known_by == "token" and request_pid is None):
+            if required:
+                raise InvalidRequest("which process calls can't be known here: give 'ttl' (seconds), and renew in time",
+                                     pointer="/ttl")
+            return None
+        try:
+            process = self._processes.find(pid, caller.known_by)
+        except ForeignNetwork as error:
+            raise OtherNetwork(f"process {pid} lives in another network namespace: its ports are not this host's; run "
+                               "portd in that namespace", pointer="/pid" if request_pid else None) from error
+        except ProcessGone as error:
+            if not required and request_pid is None:
+                return None
+            raise InvalidRequest(f"there is no process {pid} (any more)", pointer="/pid") from error
+        if request_pid is not None and not caller.admin and process.owner.uid != caller.uid:
+            raise NotOwner(f"process {pid} belongs to uid {process.owner.uid}: only root or the admin group may lease "
+                           "for it", pointer="/pid")
+        return process
+
+    def check_check(self, check: Check | None, protocol: Protocol) -> None:
+        """Refuse a check that can't be made here; raises InvalidRequest."""
+        if isinstance(check, HttpCheck | TcpCheck | GrpcCheck) and protocol == "udp":
+            raise InvalidRequest("this check needs TCP: use 'listen', 'report' or 'command' for a udp lease",
+                                 pointer="/check/kind")
+        if isinstance(check, CommandCheck) and check.command[0] not in self.policy.allow_commands:
+            raise InvalidRequest(f"{check.command[0]} is not among allow_commands in the configuration",
+                                 pointer="/check/command/0")
+
+    # --- parts of a decision ---
+
+    def _check(self, request: LeaseRequest) -> None:
+        if request.pool not in self._allocator.pools():
+            raise InvalidRequest(f"there is no pool {request.pool}; there is: {', '.join(self._allocator.pools())}",
+                                 pointer="/pool")
+        if request.ttl is not None and request.ttl > self.policy.max_ttl_s:
+            raise InvalidRequest(f"a ttl of more than {self.policy.max_ttl_s:g} s (max_ttl) is not granted",
+                                 pointer="/ttl")
+        if request.exact and request.port is None:
+            raise InvalidRequest("'exact' needs a 'port'", pointer="/exact")
+        self.check_check(request.check, request.protocol)
+
+    @staticmethod
+    def _owner(caller: Caller, process: Process | None) -> tuple[Owner, ProcessId | None]:
+        if process is None:
+            return Owner(uid=caller.uid, known_by=caller.known_by), None
+        return process.owner, process.id
+
+    def _hold(self, request: LeaseRequest, protocol: Protocol) -> HoldKind:
+        if request.hold == "shared" and protocol == "udp":
+            raise InvalidRequest("a udp port can't be held 'shared': the last to bind gets every datagram; use "
+                                 "'exclusive' (by handoff) or 'none'", pointer="/hold")
+        if request.hold is not None:
+            return request.hold
+        return "none" if protocol == "udp" else self.policy.hold
+
+    def _address(self, request: LeaseRequest, instance: str) -> tuple[str, bool]:
+        if request.address == OWN_ADDRESS:
+            return self._allocator.own_address(request.service, instance), True
+        try:
+            address = ipaddress.ip_address(request.address)
+        except ValueError as error:
+            raise InvalidRequest(f"{request.address!r} is not an IP address, nor 'own'", pointer="/address") from error
+        if address.is_multicast or (address.version == 6 and (address.ipv4_mapped or address.scope_id)):
+            raise InvalidRequest(f"{request.address} is not an address that a service listens on", pointer="/address")
+        return str(address), False
+
+    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Place:
+        tries = 0
+        for place in self._allocator.candidates(ask):
+            if place.port < PRIVILEGED_BELOW and not privileged:
+                if ask.exact:
+                    raise PortReserved(f"port {place.port} is privileged: only root, the admin group or a static port "
+                                       "of the configuration gets it; or ask for an own address", pointer="/port")
+                continue
+            if self._table.in_way(place) is not None:
+                continue
+            tries += 1
+            if tries > TRIES_MAX:
+                raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by strangers; try again")
+            taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold)
+            if taken == "taken":
+                return place
+            if taken == "busy" and self._allocator.pool_of(place.port) is not None and not self._mine(place):
+                self._allocator.decline(place, now.tick)
+            elif taken == "no_address":
+                raise InvalidRequest(f"{place.address} is not an address of this host", pointer="/address")
+            elif taken == "no_descriptors":
+                raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')")
+            elif taken == "forbidden" and ask.exact:
+                raise PortReserved(f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE",
+                                   pointer="/port")
+        raise AssertionError("candidates() ends by raising")
+
+    def _mine(self, place: Place) -> bool:
+        return bool(self._table.on_port(place.port))

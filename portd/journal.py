@@ -1,0 +1,245 @@
+"""The order of everything that happens: changes become events here, one after the other, and nowhere else.
+
+Two kinds of change come in. A *commit* is somebody's request: it is true only once the disk has it, and then it is
+answered. An *observation* (a process is gone, a clock ran out, a port is listened on) is true already: it is applied
+at once and written with the next commit; a disk that is full must not keep a dead instance in the look-ups.
+
+Revisions are given at the moment of sequencing. While a commit is on its way to the disk nothing else is applied, so
+the order of revisions, of application and of the log is one and the same. The batch forms by itself: whatever comes
+in while the disk works goes with the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavailable
+from portd.core.model import EndedBecause, Event, Lease
+from portd.core.table import LeaseTable
+from portd.core.transitions import Change, advance, is_legal
+from portd.seams import ApplyEvent, Clock, LeaseStore
+
+logger = logging.getLogger(__name__)
+
+REVISION_GAP: Final = 1 << 20
+"""How far revisions jump at a start. An observation may have been told and then lost with a crash: its number must not
+come again. Larger than UNWRITTEN_MAX, and small against 2**53, the end of JSON's integers: eight billion restarts."""
+UNWRITTEN_MAX: Final = 100_000
+"""Events that may wait for the disk (about 100 MB). Past it the daemon stops, rather than forget one."""
+PENDING_MAX: Final = 2_048
+"""Requests that may wait for the disk; the next one is told to come back (`busy`)."""
+BATCH_MAX: Final = 512
+"""Requests in one transaction: larger ones win no throughput and cost latency."""
+RETRY_S: Final = 0.5
+"""Seconds between two tries to write observations while the store is unavailable."""
+
+Undo = Callable[[], None]
+
+
+class Entry:
+    """A request on its way: its changes are applied all or none. `undo` runs when nothing came of it."""
+
+    __slots__ = ("abandoned", "changes", "done", "undo")
+
+    def __init__(self, changes: Sequence[Change], undo: Undo, done: asyncio.Future[list[Lease]]) -> None:
+        self.changes = changes
+        self.undo = undo
+        self.done = done
+        self.abandoned = False
+
+
+class Journal:
+    """The sequencer between decisions and truth. `run` is its task; it ends with StoreLost when the disk can't be
+    trusted any more, and then the daemon must stop."""
+
+    def __init__(self, table: LeaseTable, store: LeaseStore, clock: Clock) -> None:
+        self._table = table
+        self._store = store
+        self._clock = clock
+        self._revision = table.revision
+        self._watchers: list[ApplyEvent] = []
+        self._entries: list[Entry] = []
+        self._observed: deque[Change] = deque()
+        self._unwritten: list[Event] = []
+        self._committing = False
+        self._applying = False
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.problem: str | None = None
+
+    @property
+    def waiting_count(self) -> int:
+        """Return how many requests wait for the disk."""
+        return len(self._entries)
+
+    def start_after(self, revision: int) -> int:
+        """Take revisions up from the newest one in the store, with a gap for what it may have missed; returns where."""
+        self._revision = revision + REVISION_GAP if revision else 0
+        return self._revision
+
+    def subscribe(self, watcher: ApplyEvent) -> None:
+        """Have `watcher` called with every event, after it is true and in order. Watchers can't undo anything."""
+        self._watchers.append(watcher)
+
+    def commit(self, changes: Sequence[Change], undo: Undo = lambda: None) -> Entry:
+        """Queue a request; its `done` resolves to the changed leases once they are durable and applied.
+
+        `done` fails with StoreUnavailable or a Refusal of the change itself, after `undo` ran. Cancelling it cancels
+        the waiting, never the work. Raises Busy when too many wait already.
+        """
+        if len(self._entries) >= PENDING_MAX:
+            raise Busy("too many requests wait for the disk: try again in a second")
+        entry = Entry(changes, undo, asyncio.get_running_loop().create_future())
+        self._entries.append(entry)
+        self._idle.clear()
+        self._wake.set()
+        return entry
+
+    def observe(self, change: Change) -> None:
+        """Make something true that is so already. A change that is no longer legal when its turn comes is dropped."""
+        self._observed.append(change)
+        self._apply_observations()
+
+    async def run(self) -> None:
+        """Write batches for ever; raises StoreLost when an outcome is unknown."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._entries or self._unwritten:
+                if len(self._unwritten) > UNWRITTEN_MAX:
+                    raise StoreLost(f"{len(self._unwritten)} events wait for a disk that does not take them")
+                await self._write_batch()
+                if self.problem and not self._entries:
+                    await self._wait_for_entry(RETRY_S)
+            self._idle.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until everything that came in is on the disk, for at most `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d events did not reach the disk before the stop", len(self._unwritten))
+
+    async def _wait_for_entry(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    async def _write_batch(self) -> None:
+        batch, self._entries = self._entries[:BATCH_MAX], self._entries[BATCH_MAX:]
+        observed = len(self._unwritten)
+        sequenced = self._sequence(batch)
+        events = self._unwritten + [event for _, made in sequenced for event in made]
+        if not events:
+            return
+        # From here until the batch is applied or given up nothing else is applied: `observe` queues.
+        self._committing = bool(sequenced)
+        try:
+            await self._store.commit(events)
+        except StoreUnavailable as error:
+            self._give_up(sequenced, error)
+        except BaseException as error:
+            lost = error if isinstance(error, StoreLost) else StoreLost(f"the journal failed: {error!r}")
+            self._give_up(sequenced, StoreUnavailable("the store failed; portd is starting over from the disk"),
+                          undo=False)
+            raise lost from error
+        else:
+            if self.problem is not None:
+                logger.info("the store works again")
+            self.problem = None
+            del self._unwritten[:observed]
+            for entry, made in sequenced:
+                self._finish(entry, made)
+        finally:
+            self._committing = False
+            self._apply_observations()
+
+    def _sequence(self, batch: Iterable[Entry]) -> list[tuple[Entry, list[Event]]]:
+        """Turn requests into events with the next revisions; each change sees the ones before it."""
+        staged: dict[str, Lease] = {}
+        sequenced = []
+        at = self._clock.now().at
+        for entry in batch:
+            made: list[Event] = []
+            before_entry = dict(staged) if len(entry.changes) > 1 else staged
+            try:
+                for change in entry.changes:
+                    event = self._event(change, staged.get(change.lease_id), at)
+                    staged[change.lease_id] = event.lease
+                    made.append(event)
+            except Refusal as refusal:
+                staged = before_entry
+                self._refuse(entry, refusal)
+            else:
+                sequenced.append((entry, made))
+        return sequenced
+
+    def _event(self, change: Change, staged: Lease | None, at: float) -> Event:
+        lease = change.lease or staged or self._table.get(change.lease_id)
+        if lease is None:
+            raise LeaseEnded(f"lease {change.lease_id} has ended; ask for a new one")
+        self._revision += 1
+        return Event(self._revision, change.type, at, advance(lease, change, self._revision))
+
+    def _apply_observations(self) -> None:
+        """Apply what was observed, unless a commit is on its way (then it does so when it has landed, or failed), or a
+        watcher observes while it is being told something: each watcher sees events in order."""
+        if self._committing or self._applying:
+            return
+        self._applying = True
+        try:
+            while self._observed:
+                change = self._observed.popleft()
+                lease = self._table.get(change.lease_id)
+                if lease is None or not is_legal(lease, change.type):
+                    continue
+                event = self._event(change, None, self._clock.now().at)
+                self._publish(event)
+                self._unwritten.append(event)
+        finally:
+            self._applying = False
+        if self._unwritten:
+            self._idle.clear()
+            self._wake.set()
+
+    def _publish(self, event: Event) -> None:
+        self._table.apply(event)
+        for watcher in self._watchers:
+            watcher(event)
+
+    def _finish(self, entry: Entry, made: list[Event]) -> None:
+        for event in made:
+            self._publish(event)
+        if not entry.done.done():
+            entry.done.set_result([event.lease for event in made])
+        if entry.abandoned:
+            # Nobody was told of this grant (its caller got 503), so nobody owns it.
+            for event in made:
+                if event.type == "granted":
+                    self._observed.append(end(event.lease.id, "revoked", event.at))
+
+    def _give_up(self, sequenced: Iterable[tuple[Entry, list[Event]]], error: StoreUnavailable, *,
+                 undo: bool = True) -> None:
+        if self.problem is None:
+            logger.error("the store does not take writes: %s", error.detail)
+        self.problem = error.detail
+        for entry, _ in sequenced:
+            self._refuse(entry, error, undo=undo)
+
+    def _refuse(self, entry: Entry, refusal: Refusal, *, undo: bool = True) -> None:
+        if undo:
+            entry.undo()
+        if not entry.done.done():
+            entry.done.set_exception(refusal)
+
+
+def end(lease_id: str, because: EndedBecause, at: float) -> Change:
+    """Make the change that ends a lease."""
+    return Change(lease_id, "ended", {"ended_at": at, "ended_because": because})

@@ -1,0 +1,476 @@
+"""LeaseService: the only place where effects are ordered: decide, hold, commit, apply, answer.
+
+Every call here is one thing that somebody wants of a lease, or one thing that portd has seen about it. It knows the
+world through the seams alone, and its callers not at all: HTTP, handoff and tests call it alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from portd.core import announcing
+from portd.core.allocator import Allocator
+from portd.core.errors import (
+    Busy,
+    InvalidRequest,
+    LeaseEnded,
+    NoClock,
+    NotDeclinable,
+    NotFound,
+    PortTaken,
+    Refusal,
+    StoreUnavailable,
+)
+from portd.core.expiry import Deadlines
+from portd.core.model import Event, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
+from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
+from portd.core.rights import Caller, check_change
+from portd.core.table import LeaseTable
+from portd.core.transitions import Change
+from portd.core.views import LeaseView, view_lease
+from portd.grants import Grant, Granter
+from portd.journal import Entry, Journal, end
+from portd.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
+
+logger = logging.getLogger(__name__)
+
+COMMIT_TIMEOUT_S: Final = 5.0
+"""Seconds that a request waits for the disk. What it asked for is then undone when the disk comes back."""
+
+
+class Granted(NamedTuple):
+    """The leases of one call, in its order; a token is None where the lease was there before."""
+
+    leases: list[Lease]
+    tokens: list[str | None]
+
+    @property
+    def is_new(self) -> bool:
+        """Tell whether the call granted anything that was not there before."""
+        return any(token is not None for token in self.tokens)
+
+
+class LeaseService:
+    """All that can be done with leases. Methods raise a Refusal where they don't do it; then nothing has changed."""
+
+    def __init__(self, table: LeaseTable, allocator: Allocator, journal: Journal, granter: Granter, store: LeaseStore,
+                 holds: Holds, processes: Processes, clock: Clock) -> None:
+        self.table = table
+        self.allocator = allocator
+        self.journal = journal
+        self.granter = granter
+        self._store = store
+        self._holds = holds
+        self._processes = processes
+        self.clock = clock
+        self._deadlines: Deadlines[str] = Deadlines()
+        self._renewed: dict[str, float] = {}
+        self._granting: dict[str, Entry] = {}
+        self._moving: dict[str, Lease] = {}
+        self._exited: set[ProcessId] = set()
+        self._without_hold: set[str] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
+        journal.subscribe(self._on_event)
+
+    # --- granting ---
+
+    async def grant(self, requests: Sequence[LeaseRequest], caller: Caller,
+                    known: Process | None = None) -> Granted:
+        """Grant leases, all or none, durably.
+
+        `known` is the caller's process where it has been read before. The same live owner that asks again for a name
+        gets the lease that it has, and no token: that was shown once. Raises the refusal of the first request that
+        can't be granted, with a pointer into the array when there are several.
+        """
+        await self._names_settle(requests)
+        now = self.clock.now()
+        grants: list[Grant] = []
+        changes: list[Change] = []
+        answers: list[Grant | Lease] = []
+        try:
+            for index, request in enumerate(requests):
+                try:
+                    answers.append(self._grant_one(request, caller, known, now, grants, changes))
+                except Refusal as refusal:
+                    if len(requests) > 1:
+                        refusal.pointer = f"/{index}{refusal.pointer or ''}"
+                    raise
+            entry = self.journal.commit(changes, lambda: self._undo(grants)) if changes else None
+        except BaseException:
+            self._undo(grants)
+            raise
+        if entry is not None:
+            for grant in grants:
+                self._granting[grant.lease.id] = entry
+            await self._settled(entry)
+        leases = [self.table.get(a.lease.id) or a.lease if isinstance(a, Grant) else self.table.get(a.id) or a
+                  for a in answers]
+        return Granted(leases, [answer.token if isinstance(answer, Grant) else None for answer in answers])
+
+    def _grant_one(self, request: LeaseRequest, caller: Caller, known: Process | None, now: Now,
+                   grants: list[Grant], changes: list[Change]) -> Grant | Lease:
+        process = known if request.pid is None and known is not None else \
+            self.granter.process(request.pid, caller, required=request.ttl is None)
+        if request.instance is not None:
+            existing = self.table.named(request.service, request.instance, request.endpoint)
+            if existing is not None:
+                changes.extend(self._again(existing, request, caller, process, now))
+                return existing
+        shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service)
+        grant = self.granter.grant(request, caller, process, now, shared)
+        grants.append(grant)
+        if request.ttl is None and process is not None:
+            self._watch(process.id)
+        changes.append(Change(grant.lease.id, "granted", lease=grant.lease))
+        return grant
+
+    def _again(self, lease: Lease, request: LeaseRequest, caller: Caller, process: Process | None,
+               now: Now) -> list[Change]:
+        """Judge a request for a name that is leased: the same owner has it already; a user's new process takes a
+        ttl lease over from the one that died; anybody else is refused."""
+        identity = None if process is None else process.id
+        same_uid = caller.uid is not None and caller.uid == lease.owner.uid
+        if lease.process is not None and identity == lease.process:
+            if lease.lifetime == "ttl":
+                self._restart_clock(lease, now)
+            return []
+        orphaned = lease.lifetime == "ttl" and (lease.process is None or not self._processes.is_alive(lease.process))
+        shows_token = caller.token_hash is not None and caller.token_hash == lease.token_hash
+        if request.ttl is not None and orphaned and (same_uid or shows_token):
+            self._restart_clock(lease, now)
+            if process is None:
+                return []
+            return [Change(lease.id, "updated", {"owner": process.owner, "process": process.id})]
+        raise PortTaken(f"{lease.instance} (endpoint {lease.endpoint}) has port {lease.port} already, for "
+                        f"{describe(lease.owner)}: take another instance name, or none", pointer="/instance")
+
+    async def _names_settle(self, requests: Sequence[LeaseRequest]) -> None:
+        """Wait for grants of the same names that are on their way: the caller may be asking twice."""
+        while True:
+            claims = (self.table.named(r.service, r.instance, r.endpoint) for r in requests if r.instance)
+            entries = [self._granting[claim.id].done for claim in claims if claim and claim.id in self._granting]
+            if not entries:
+                return
+            await asyncio.wait(entries)
+
+    def _undo_move(self, lease: Lease, moved: Lease) -> None:
+        self._moving.pop(lease.id, None)
+        self.granter.undo_move(lease, moved, is_live=self.table.get(lease.id) is not None)
+
+    def _undo(self, grants: list[Grant]) -> None:
+        for grant in grants:
+            self._granting.pop(grant.lease.id, None)
+            self.granter.undo(grant.lease)
+            self._forget_process(grant.lease.process)
+        grants.clear()
+
+    # --- what owners do ---
+
+    async def renew(self, lease_id: str, caller: Caller, seconds: float | None) -> Lease:
+        """Restart the clock of a ttl lease. In memory alone: a crash gives every ttl lease a full period anyway. A new
+        period (`seconds`) is durable. Raises NoClock for a lease without a clock."""
+        lease = await self._mine(lease_id, caller)
+        if lease.lifetime != "ttl":
+            raise NoClock(f"lease {lease.id} ({lease.instance}, port {lease.port}) lasts as long as its process: there "
+                          "is nothing to renew")
+        if seconds is not None and seconds > self.granter.policy.max_ttl_s:
+            raise InvalidRequest(f"a ttl of more than {self.granter.policy.max_ttl_s:g} s (max_ttl) is not granted",
+                                 pointer="/seconds")
+        if seconds is not None and seconds != lease.ttl:
+            lease = await self._commit(Change(lease.id, "updated", {"ttl": seconds}))
+        self._restart_clock(lease, self.clock.now())
+        return lease
+
+    async def decline(self, lease_id: str, caller: Caller) -> Lease:
+        """Give the lease another port: somebody else has the one it was granted. Raises NotDeclinable for an exact or
+        static one, PoolExhausted when no other is left."""
+        lease = await self._mine(lease_id, caller)
+        if lease.exact or lease.lifetime == "static":
+            kind = "exactly this port was asked for" if lease.exact else "its port is static"
+            raise NotDeclinable(f"lease {lease.id} can't move from port {lease.port}: {kind}; see 'portd who "
+                                f"{lease.port}' for who has it")
+        if lease.id in self._moving:
+            raise Busy(f"lease {lease.id} is being moved from port {lease.port} already")
+        moved = self.granter.move(lease, self.clock.now(), privileged=caller.admin or lease.own_address)
+        self._moving[lease.id] = lease
+        change = Change(lease.id, "declined", {"port": moved.port, "health": "unknown", "stranger": None})
+        return await self._commit(change, undo=lambda: self._undo_move(lease, moved))
+
+    async def drain(self, lease_id: str, caller: Caller, drain: bool) -> Lease:
+        """Start draining (or stop): the instance leaves every look-up at once, and keeps its port."""
+        lease = await self._mine(lease_id, caller)
+        if lease.drain == drain:
+            return lease
+        return await self._commit(Change(lease.id, "draining" if drain else "undrained", {"drain": drain}))
+
+    async def patch(self, lease_id: str, caller: Caller, patch: PatchRequest) -> Lease:
+        """Replace tags, metadata, check or announcement: each that is given, whole."""
+        lease = await self._mine(lease_id, caller)
+        fields: dict[str, Any] = {}
+        if patch.tags is not UNSET:
+            fields["tags"] = patch.tags
+        if patch.metadata is not UNSET:
+            fields["metadata"] = patch.metadata
+        if patch.check is not UNSET:
+            self.granter.check_check(patch.check, lease.protocol)
+            fields["check"] = patch.check
+            if patch.check != lease.check:
+                fields |= {"health": "unknown", "health_note": ""}
+        if patch.announce is not UNSET:
+            fields["announce"] = announcing.resolve(
+                patch.announce, service=lease.service, instance=lease.instance, endpoint=lease.endpoint,
+                protocol=lease.protocol, address=lease.address, check=fields.get("check", lease.check))
+        changed = {name: value for name, value in fields.items() if getattr(lease, name) != value}
+        return await self._commit(Change(lease.id, "updated", changed)) if changed else lease
+
+    async def report(self, lease_id: str, caller: Caller, report: HealthReport) -> Lease:
+        """Take the service's own word for its health. Raises InvalidRequest for a lease without a `report` check."""
+        lease = await self._mine(lease_id, caller)
+        if not isinstance(lease.check, ReportCheck):
+            raise InvalidRequest(f"lease {lease.id} ({lease.instance}) has no check of kind 'report'",
+                                 pointer="/status")
+        self.report_to_probes(lease.id, report.status, report.note)
+        return self.table.get(lease.id) or lease
+
+    async def release(self, lease_id: str, caller: Caller) -> None:
+        """End a lease, durably. Releasing again does nothing. Raises NotFound for an id that was never given."""
+        try:
+            lease = await self._mine(lease_id, caller)
+            await self._commit(end(lease.id, "released", self.clock.now().at))
+        except LeaseEnded:
+            return
+
+    # --- what portd sees ---
+
+    def observe_health(self, lease_id: str, health: Literal["passing", "warning", "critical"], note: str) -> None:
+        """Take a check's result, where it changes anything."""
+        lease = self.table.get(lease_id)
+        if lease is not None and (lease.health, lease.health_note) != (health, note):
+            self.journal.observe(Change(lease_id, "health", {"health": health, "health_note": note}))
+
+    def observe_state(self, lease_id: str, state: Literal["held", "bound", "conflict"], listener: Owner | None) -> None:
+        """Take what the kernel says of a lease's port: who listens, or nobody."""
+        lease = self.table.get(lease_id)
+        if lease is None or lease.state == state:
+            return
+        if state == "conflict":
+            self.journal.observe(Change(lease_id, "conflict", {"stranger": listener}))
+        elif state == "bound":
+            owner = lease.owner
+            if listener is not None and listener.pid == owner.pid:  # it may have become another program by exec
+                owner = replace(listener, known_by=owner.known_by)
+            self.journal.observe(Change(lease_id, "bound", {"stranger": None, "owner": owner}))
+        else:
+            fields: dict[str, Any] = {"stranger": None}
+            if lease.check is not None and not isinstance(lease.check, ReportCheck):
+                fields["health"] = "unknown"
+            self.journal.observe(Change(lease_id, "unbound", fields))
+
+    def observe_announcement(self, lease_id: str, published_as: str | None, problem: str | None) -> None:
+        """Take what became of an announcement on the LAN."""
+        lease = self.table.get(lease_id)
+        if lease is None or lease.announce is None:
+            return
+        announce = replace(lease.announce, published_as=published_as, problem=problem)
+        if announce != lease.announce:
+            self.journal.observe(Change(lease_id, "announced", {"announce": announce}))
+
+    def _on_exit(self, process: ProcessId) -> None:
+        at = self.clock.now().at
+        for lease in self.table.of_process(process):
+            if lease.id in self._granting:
+                self._exited.add(process)  # it ends as soon as its grant has landed
+            elif lease.lifetime != "ttl":
+                self.journal.observe(end(lease.id, "owner_exited", at))
+
+    def _on_event(self, event: Event) -> None:
+        lease = event.lease
+        if event.type == "granted":
+            self._granting.pop(lease.id, None)
+            if lease.ttl is not None:
+                self._restart_clock(lease, self.clock.now())
+            elif lease.process in self._exited:
+                self.journal.observe(end(lease.id, "owner_exited", event.at))
+        elif event.type == "declined":
+            self.allocator.vacate(self._moving.pop(lease.id))
+            self._without_hold.discard(lease.id)
+            self._arm()
+        elif event.type == "unbound" and lease.id in self._without_hold:
+            self._restore_hold(lease)
+        elif event.type == "ended":
+            self._holds.drop(lease.id)
+            self.allocator.cool(lease, self.clock.now().tick)
+            self._deadlines.discard(lease.id)
+            self._renewed.pop(lease.id, None)
+            self._without_hold.discard(lease.id)
+            self._forget_process(lease.process)
+            self._arm()
+
+    # --- clocks ---
+
+    def view(self, lease: Lease, *, cmdline: bool, token: str | None = None) -> LeaseView:
+        """Show a lease with its running clock."""
+        expires_at = None
+        tick = self._deadlines.at(lease.id)
+        if tick is not None and lease.state != "ended":
+            now = self.clock.now()
+            expires_at = now.at + (tick - now.tick)
+        return view_lease(lease, cmdline=cmdline, renewed_at=self._renewed.get(lease.id), expires_at=expires_at,
+                          token=UNSET if token is None else token)
+
+    def tend(self) -> None:
+        """Do what is due: end leases whose time has run out, look at quarantined ports. May be called at any time."""
+        now = self.clock.now()
+        for lease_id in self._deadlines.pop_due(now.tick):
+            renewed_at = self._renewed.get(lease_id)
+            change = end(lease_id, "expired", now.at)
+            if renewed_at is not None:
+                change.fields["renewed_at"] = renewed_at
+            self.journal.observe(change)
+        for quarantine in self.allocator.due_looks(now.tick):
+            place = quarantine.place
+            free = self._holds.is_free(place.protocol, place.address, place.port)
+            self.allocator.seen(quarantine, free, now.tick)
+        self._arm()
+
+    def _restart_clock(self, lease: Lease, now: Now) -> None:
+        assert lease.ttl is not None
+        if lease.id in self._deadlines:
+            self._renewed[lease.id] = now.at
+        self._deadlines.set(lease.id, now.tick + lease.ttl)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set the timer to what is due next."""
+        ticks = [tick for tick in (self._deadlines.next_tick(), self.allocator.next_look()) if tick is not None]
+        loop = asyncio.get_running_loop()
+        if not ticks:
+            return
+        when = loop.time() + max(0.0, min(ticks) - self.clock.now().tick)
+        if self._timer is not None and not self._timer.cancelled():
+            if loop.time() < self._timer.when() <= when:
+                return  # it fires early enough, and arms itself anew
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self.tend)
+
+    # --- start and stop ---
+
+    def restore(self, loaded: Loaded, boot_id: str) -> None:
+        """Take everything up as the store remembers it: leases, clocks, holds, owners, cooldowns, the order of the
+        pools. Ends what did not outlive the daemon's absence."""
+        now = self.clock.now()
+        self.table.restore(loaded.live, self.journal.start_after(loaded.revision))
+        for lease in loaded.live:
+            self.allocator.use(lease)
+        self.allocator.restore_line(loaded.remembered)
+        for lease in loaded.remembered:
+            age_s = max(0.0, now.at - (lease.ended_at or 0.0))
+            if age_s < self.allocator.cooldown_s:
+                self.allocator.cool(lease, now.tick, age_s=age_s)
+        for lease in loaded.live:
+            self._restore_lease(lease, boot_id, now)
+        self._arm()
+
+    def _restore_lease(self, lease: Lease, boot_id: str, now: Now) -> None:
+        if lease.lifetime == "ttl":
+            self._restart_clock(lease, now)
+        elif lease.process is None or lease.process.boot_id != boot_id:
+            self.journal.observe(end(lease.id, "host_rebooted", now.at))
+            return
+        elif not self._processes.is_alive(lease.process):
+            self.journal.observe(end(lease.id, "owner_exited", now.at))
+            return
+        else:
+            try:
+                self._watch(lease.process)
+            except InvalidRequest:
+                self.journal.observe(end(lease.id, "owner_exited", now.at))
+                return
+        self._restore_hold(lease)
+
+    def _restore_hold(self, lease: Lease) -> None:
+        if self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold):
+            self._without_hold.discard(lease.id)
+        else:
+            self._without_hold.add(lease.id)  # its owner listens: the port is safe, and is held again when it stops
+
+    def close(self) -> None:
+        """Stop the timer; leases stay for the next start."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def without_hold_count(self) -> int:
+        """Return how many leases have no hold because their owner's socket was in the way at the start."""
+        return len(self._without_hold)
+
+    # --- parts ---
+
+    async def find(self, lease_id: str) -> Lease:
+        """Return a lease, an ended one too while it is remembered; raises NotFound."""
+        lease = self.table.get(lease_id) or await self._store.lease(lease_id)
+        if lease is None:
+            raise NotFound(f"there is no lease {lease_id}, nor is one remembered")
+        return self.table.get(lease_id) or lease
+
+    async def ended(self, service: str | None = None) -> list[Lease]:
+        """Return ended leases that are remembered, newest first, a bounded number."""
+        return await self._store.ended(service)
+
+    async def history(self, port: int, protocol: Protocol | None, at: float | None, limit: int) -> list[Lease]:
+        """Return who had the port, newest first; live leases as they are now."""
+        leases = await self._store.history(port, protocol=protocol, at=at, limit=limit)
+        return [self.table.get(lease.id) or lease for lease in leases]
+
+    async def _mine(self, lease_id: str, caller: Caller) -> Lease:
+        """Return a live lease that the caller may change; raises what stands against it."""
+        lease = await self.find(lease_id)
+        check_change(caller, lease)
+        if lease.state == "ended":
+            raise LeaseEnded(f"lease {lease.id} on port {lease.port} has ended ({lease.ended_because}); ask for a new "
+                             "one")
+        return lease
+
+    async def _commit(self, change: Change, undo: Any = lambda: None) -> Lease:
+        try:
+            entry = self.journal.commit([change], undo)
+        except Busy:
+            undo()
+            raise
+        return (await self._settled(entry))[0]
+
+    async def _settled(self, entry: Entry) -> list[Lease]:
+        """Wait for a commit, but not for ever: a disk that hangs is answered as one that fails."""
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                return await asyncio.shield(entry.done)
+        except TimeoutError as error:
+            entry.abandoned = True
+            entry.done.add_done_callback(lambda done: done.exception())
+            raise StoreUnavailable("the disk does not answer; nothing is granted until it does") from error
+
+    def _watch(self, process: ProcessId) -> None:
+        try:
+            self._processes.watch(process, self._on_exit)
+        except ProcessGone as error:
+            raise InvalidRequest(f"process {process.pid} has exited", pointer="/pid") from error
+        except OSError as error:
+            raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
+
+    def _forget_process(self, process: ProcessId | None) -> None:
+        if process is not None and not self.table.of_process(process):
+            self._exited.discard(process)
+            self._processes.unwatch(process)
+
+
+def describe(owner: Owner) -> str:
+    """Say who an owner is, in a few words."""
+    who = f"pid {owner.pid}" if owner.pid else "an unknown process"
+    return f"{who} of {owner.user or owner.uid}" if owner.uid is not None else who
