@@ -1,0 +1,1 @@
+"""HTTP: routes, problem documents, identity of the caller, server-sent events, the OpenAPI document."""

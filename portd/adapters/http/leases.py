@@ -1,0 +1,172 @@
+"""The calls on leases: grant, list, renew, decline, drain, change, report, release."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any, Final
+
+from msgspec import Meta, Struct
+
+from portd.adapters.http.calls import Answer, Call, Route
+from portd.adapters.http.problems import InvalidQuery
+from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
+from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
+from portd.core.rights import Caller, sees_cmdline
+from portd.core.views import LeaseView
+from portd.service import LeaseService
+
+GRANT_MAX: Final = 256
+"""Requests in one call; all or none of them are granted."""
+Grants = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
+
+
+class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Filters of a listing: all that are given apply; `tag` may be repeated, and then all tags must be there."""
+
+    service: Label | None = None
+    instance: Label | None = None
+    endpoint: Label | None = None
+    protocol: Protocol | None = None
+    port: PortNumber | None = None
+    pid: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
+    uid: Annotated[int, Meta(ge=0, le=4_294_967_295)] | None = None
+    pool: Annotated[str, Meta(max_length=63)] | None = None
+    state: State | None = None
+    health: Health | None = None
+    tag: tuple[Tag, ...] = ()
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 1_000
+    cursor: Annotated[str, Meta(max_length=512)] | None = None
+
+
+class LeaseList(Struct, frozen=True):
+    """One page of leases; `next` is the cursor of the next one, or null."""
+
+    leases: list[LeaseView]
+    next: str | None
+
+
+class LeaseCalls:
+    """The handlers of /v1/leases."""
+
+    def __init__(self, service: LeaseService) -> None:
+        self._service = service
+
+    def routes(self) -> list[Route]:
+        """Return the routes of this room."""
+        one = {200: LeaseView}
+        mine = ("unauthenticated", "not_owner", "not_found", "lease_ended", "store_unavailable", "busy")
+        lease = "/v1/leases/{id}"
+        return [
+            Route("POST", "/v1/leases", self.grant, "Grant one lease, or several: all or none",
+                  {201: LeaseView | list[LeaseView], 200: LeaseView | list[LeaseView]}, body=Grants,
+                  refusals=("unauthenticated", "not_owner", "port_taken", "port_reserved", "other_network",
+                            "announce_unreachable", "quota_exceeded", "pool_exhausted", "busy", "store_unavailable")),
+            Route("GET", "/v1/leases", self.listing, "List leases", {200: LeaseList}, query=LeaseQuery),
+            Route("GET", lease, self.show, "Show one lease, an ended one too while it is remembered", one,
+                  refusals=("not_found",)),
+            Route("POST", f"{lease}/renew", self.renew, "Restart the clock of a ttl lease", one, body=RenewRequest,
+                  body_required=False, refusals=(*mine, "no_clock"), access="lease"),
+            Route("POST", f"{lease}/decline", self.decline, "Get another port: somebody else has this one", one,
+                  refusals=(*mine, "not_declinable", "pool_exhausted"), access="lease"),
+            Route("POST", f"{lease}/drain", self.drain, "Take no new work, or take it again", one, body=DrainRequest,
+                  body_required=False, refusals=mine, access="lease"),
+            Route("PATCH", lease, self.patch, "Replace tags, metadata, check or announcement", one, body=PatchRequest,
+                  refusals=(*mine, "announce_unreachable"), access="lease"),
+            Route("PUT", f"{lease}/health", self.report, "Report the result of a 'report' check", one,
+                  body=HealthReport, refusals=mine, access="lease"),
+            Route("DELETE", lease, self.release, "Release", {204: None}, refusals=mine, access="lease"),
+        ]
+
+    async def grant(self, call: Call) -> Answer:
+        """POST /v1/leases."""
+        requests = call.body if isinstance(call.body, list) else [call.body]
+        granted = await self._service.grant(requests, call.caller)
+        views = [self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid), token=token)
+                 for lease, token in zip(granted.leases, granted.tokens, strict=True)]
+        status = 201 if granted.is_new else 200
+        return Answer(views if isinstance(call.body, list) else views[0], status)
+
+    async def listing(self, call: Call) -> Answer:
+        """GET /v1/leases, in the order of (service, instance, endpoint), which a page can be taken up from."""
+        query: LeaseQuery = call.query
+        after = _decode_cursor(query.cursor)
+        leases = await self._candidates(query)
+        matching = sorted((lease for lease in leases if _matches(lease, query)), key=_order)
+        page = [lease for lease in matching if after is None or _order(lease) > after]
+        cursor = _encode_cursor(page[query.limit - 1]) if len(page) > query.limit else None
+        return Answer(LeaseList([self._view(lease, call.caller) for lease in page[:query.limit]], cursor))
+
+    async def show(self, call: Call) -> Answer:
+        """GET /v1/leases/{id}."""
+        return self._answer(await self._service.find(call.path["id"]), call)
+
+    async def renew(self, call: Call) -> Answer:
+        """POST /v1/leases/{id}/renew."""
+        return self._answer(await self._service.renew(call.path["id"], call.caller, call.body.seconds), call)
+
+    async def decline(self, call: Call) -> Answer:
+        """POST /v1/leases/{id}/decline."""
+        return self._answer(await self._service.decline(call.path["id"], call.caller), call)
+
+    async def drain(self, call: Call) -> Answer:
+        """POST /v1/leases/{id}/drain."""
+        return self._answer(await self._service.drain(call.path["id"], call.caller, call.body.drain), call)
+
+    async def patch(self, call: Call) -> Answer:
+        """PATCH /v1/leases/{id}."""
+        return self._answer(await self._service.patch(call.path["id"], call.caller, call.body), call)
+
+    async def report(self, call: Call) -> Answer:
+        """PUT /v1/leases/{id}/health."""
+        return self._answer(await self._service.report(call.path["id"], call.caller, call.body), call)
+
+    async def release(self, call: Call) -> Answer:
+        """DELETE /v1/leases/{id}."""
+        await self._service.release(call.path["id"], call.caller)
+        return Answer(None, 204)
+
+    async def _candidates(self, query: LeaseQuery) -> Any:
+        if query.state == "ended":
+            return await self._service.ended(query.service)
+        table = self._service.table
+        if query.service is not None:
+            return table.of_service(query.service).values()
+        if query.port is not None:
+            return table.on_port(query.port)
+        return table
+
+    def _answer(self, lease: Lease, call: Call) -> Answer:
+        return Answer(self._view(lease, call.caller))
+
+    def _view(self, lease: Lease, caller: Caller) -> LeaseView:
+        return self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid))
+
+
+def _matches(lease: Lease, query: LeaseQuery) -> bool:
+    return (query.service in (None, lease.service) and query.instance in (None, lease.instance)
+            and query.endpoint in (None, lease.endpoint) and query.protocol in (None, lease.protocol)
+            and query.port in (None, lease.port) and query.pid in (None, lease.owner.pid)
+            and query.uid in (None, lease.owner.uid) and query.pool in (None, lease.pool)
+            and query.state in (None, lease.state) and query.health in (None, lease.health)
+            and all(tag in lease.tags for tag in query.tag))
+
+
+def _order(lease: Lease) -> tuple[str, str, str, str]:
+    return (*lease.name, lease.id)
+
+
+def _encode_cursor(lease: Lease) -> str:
+    return base64.urlsafe_b64encode("/".join(_order(lease)).encode()).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str | None) -> tuple[str, ...] | None:
+    if cursor is None:
+        return None
+    try:
+        parts = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split("/")
+    except (binascii.Error, ValueError):
+        parts = []
+    if len(parts) != 4:
+        raise InvalidQuery("this is no cursor of a listing", pointer="/cursor")
+    return tuple(parts)

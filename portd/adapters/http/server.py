@@ -1,0 +1,232 @@
+"""The HTTP server: it takes connections, lets calls through the gate, hands them to the routes, and answers every
+refusal with a problem document. Slow and silent clients are cut off.
+
+aiohttp's own request handler is subclassed for three things that it leaves open: what is known of the other end, the
+time that a request's head may take, and the shape of its answers to broken requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
+from portd.adapters.http.gate import Gate, Guest
+from portd.adapters.http.problems import (
+    PROBLEM_TYPE,
+    MethodNotAllowed,
+    Problem,
+    headers_of,
+    problem_of,
+)
+from portd.core.errors import InvalidRequest, NotFound, Refusal, Unauthenticated
+
+logger = logging.getLogger(__name__)
+
+REQUEST_TIMEOUT_S: Final = 10.0
+"""Seconds for the head of a request to arrive, and again for its body: a phone on a bad network takes one."""
+ANSWER_TIMEOUT_S: Final = 30.0
+"""Seconds for a client to take an answer; one that does not read is cut off."""
+KEEPALIVE_S: Final = 75.0
+"""Seconds that an idle connection stays: longer than common proxies keep theirs, so that they close first."""
+CONNECTIONS_MAX: Final = 8_192
+"""Connections at once; the next one is closed. Leaves descriptors for holds and pidfds at a limit of 20,000."""
+
+
+class Connection(RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ("_head_timer", "guest")
+
+    guest: Guest
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Find out who is there; turn away what is too much."""
+        self._head_timer: asyncio.TimerHandle | None = None
+        server = self._manager
+        assert isinstance(server, Server)
+        self.guest = server.gate.meet(transport)
+        super().connection_made(transport)
+        if len(server.connections) > CONNECTIONS_MAX:
+            self.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take data; a request whose head does not end in time is given up."""
+        super().data_received(data)
+        if self._messages or self._request_in_progress:
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self._loop.call_later(REQUEST_TIMEOUT_S, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the timer."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
+                     message: str | None = None) -> web.StreamResponse:
+        """Answer what aiohttp itself refuses (broken HTTP), and what went wrong in portd, with a problem document."""
+        if status < 500:
+            refusal = InvalidRequest(f"this is not HTTP: {(message or 'bad request').splitlines()[0][:200]}")
+            response = problem_response(problem_of(refusal))
+        else:
+            logger.error("a request failed: %s %s", request.method, request.rel_url, exc_info=exc)
+            response = internal_error()
+        response.force_close()
+        return response
+
+    async def finish_response(self, request: Any, resp: Any, start_time: Any) -> Any:
+        """Send the answer, in bounded time."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await super().finish_response(request, resp, start_time)
+        except TimeoutError:
+            self.force_close()
+            return resp, True
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class Server(web.Server):
+    """Makes connections that know the gate."""
+
+    def __init__(self, handler: Any, gate: Gate, **kwargs: Any) -> None:
+        super().__init__(handler, **kwargs)
+        self.gate = gate
+
+    def __call__(self) -> Connection:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    """Runs the application on portd's own connections."""
+
+    def __init__(self, app: web.Application, gate: Gate) -> None:
+        super().__init__(app, access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0, shutdown_timeout=1.0)
+        self._gate = gate
+
+    async def _make_server(self) -> web.Server:
+        stock = await super()._make_server()
+        return Server(stock.request_handler, self._gate, request_factory=stock.request_factory, access_log=None,
+                      keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
+
+
+class HttpServer:
+    """The API on any number of sockets. `revision` gives the value of X-Portd-Revision."""
+
+    def __init__(self, gate: Gate, hash_token: Callable[[str], bytes], revision: Callable[[], int]) -> None:
+        self._gate = gate
+        self._hash_token = hash_token
+        self._revision = revision
+        self._app = web.Application(client_max_size=BODY_MAX_BYTES, middlewares=[_refuse_unknown])
+        self._runner: _Runner | None = None
+
+    def add(self, routes: Iterable[Route]) -> None:
+        """Serve these routes; only before the start."""
+        for route in routes:
+            self._app.router.add_route(route.method, route.path, self._handler(route))
+
+    async def start(self) -> None:
+        """Get ready to serve; sockets come after."""
+        self._runner = _Runner(self._app, self._gate)
+        await self._runner.setup()
+
+    async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Accept on a bound socket until the stop; the socket is then closed."""
+        assert self._runner is not None
+        await web.SockSite(self._runner, listener, ssl_context=tls, backlog=1024).start()
+
+    async def close(self) -> None:
+        """End streams and long polls, answer what is under way for a second, close everything."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @property
+    def connection_count(self) -> int:
+        """Return how many connections are open."""
+        server = self._runner.server if self._runner is not None else None
+        return len(server.connections) if server is not None else 0
+
+    def _handler(self, route: Route) -> Any:
+        reader = Reader(route)
+        needs_pid = route.method == "POST" and route.path == "/v1/leases"
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                call = await self._let_in(route, reader, request, needs_pid)
+                answer = await route.handler(call)
+                return answer if isinstance(answer, web.StreamResponse) else self._respond(answer)
+            except Refusal as refusal:
+                return self._refuse(refusal)
+
+        return handle
+
+    async def _let_in(self, route: Route, reader: Reader, request: web.Request, needs_pid: bool) -> Call:
+        guest: Guest = request.protocol.guest  # type: ignore[attr-defined]
+        if route.access != "anybody":
+            self._gate.check_origin(guest, request.headers)
+        caller, known = self._gate.caller(guest, request.headers, self._hash_token)
+        if not known and not (route.access == "anybody" or (route.access == "lease" and caller.token_hash)):
+            raise Unauthenticated("callers from elsewhere need a token of the configuration: send it as "
+                                  "'Authorization: Bearer TOKEN'")
+        query = reader.query(request)
+        body = await reader.body(request, REQUEST_TIMEOUT_S)
+        if needs_pid and caller.pid is None and caller.uid is not None:
+            await self._gate.with_pid(guest)
+            caller, _ = self._gate.caller(guest, request.headers, self._hash_token)
+        return Call(request, caller, query, body)
+
+    def _respond(self, answer: Answer) -> web.Response:
+        headers = {"X-Portd-Revision": str(self._revision()), **answer.headers}
+        if answer.body is None:
+            return web.Response(status=answer.status, headers=headers)
+        headers.setdefault("Content-Type", "application/json")
+        body = answer.body if isinstance(answer.body, bytes) else encode(answer.body)
+        return web.Response(body=body, status=answer.status, headers=headers)
+
+    @staticmethod
+    def _refuse(refusal: Refusal) -> web.Response:
+        return problem_response(problem_of(refusal), headers_of(refusal))
+
+
+@web.middleware
+async def _refuse_unknown(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Answer for paths and methods that are not there, and for what nobody foresaw."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        refusal: Refusal = MethodNotAllowed(f"{request.method} can't be done on {request.path}; possible: {allowed}")
+        return problem_response(problem_of(refusal), {"Allow": allowed})
+    except web.HTTPNotFound:
+        return problem_response(problem_of(NotFound(f"there is no {request.path} here; see /openapi.json")))
+    except web.HTTPException as error:
+        return problem_response(problem_of(InvalidRequest(error.reason)))
+    except (ConnectionError, asyncio.CancelledError):
+        raise  # the client has gone, or the daemon stops: nobody to answer
+    except Exception:  # the last line of defence: a fault of ours becomes a 500 and one line with its trace
+        logger.exception("%s %s failed", request.method, request.rel_url)
+        return internal_error()
+    return response
+
+
+def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> web.Response:
+    """Make the response that carries a problem document."""
+    return web.Response(body=encode(problem), status=problem.status, headers=headers, content_type=PROBLEM_TYPE)
+
+
+def internal_error() -> web.Response:
+    """Make the answer to a fault of ours: it tells nothing that a client could use, or should know."""
+    problem = Problem("urn:portd:problem:internal_error", "portd failed", 500,
+                      "this is a fault of portd's; its log says more", "internal_error")
+    return problem_response(problem)

@@ -1,0 +1,126 @@
+"""How the daemon is: status for people, healthz for supervisors, metrics for Prometheus."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from portd import __version__
+from portd.adapters.http.calls import Answer, Call, Route
+from portd.service import LeaseService
+
+
+class PoolStatus(Struct, frozen=True):
+    """A pool's numbers: size = used (bound) + held (granted, nobody listens) + cooling + declined + free."""
+
+    size: int
+    used: int
+    held: int
+    cooling: int
+    declined: int
+    free: int
+
+
+class Status(Struct, frozen=True):
+    """The daemon's condition."""
+
+    version: str
+    host: str
+    pid: int
+    uptime: float
+    revision: int
+    pools: dict[str, PoolStatus]
+    counts: dict[str, int]
+    store: dict[str, Any]
+    mdns: dict[str, Any]
+    dns: dict[str, Any]
+    cluster: dict[str, Any]
+    warnings: list[str]
+
+
+class Healthy(Struct, frozen=True):
+    """All is well."""
+
+    status: str = "ok"
+
+
+class Unhealthy(Struct, frozen=True):
+    """What is not well."""
+
+    reasons: list[str]
+    status: str = "unhealthy"
+
+
+Conditions = Mapping[str, Callable[[], dict[str, Any]]]
+
+
+class StatusCalls:
+    """The handlers of /v1/status, /healthz and /metrics.
+
+    `conditions` gives the condition of store, mdns, dns and cluster: a dict, with a `problem` that is None or a
+    sentence. `facts` gives pid, uptime and counts beyond those of leases.
+    """
+
+    def __init__(self, service: LeaseService, conditions: Conditions, facts: Callable[[], dict[str, Any]],
+                 metrics: Callable[[], bytes], extra_warnings: Callable[[], list[str]]) -> None:
+        self._service = service
+        self._conditions = conditions
+        self._facts = facts
+        self._metrics = metrics
+        self._extra_warnings = extra_warnings
+
+    def routes(self) -> list[Route]:
+        """Return the routes of this room."""
+        return [
+            Route("GET", "/v1/status", self.status, "Show the daemon's condition", {200: Status}),
+            Route("GET", "/healthz", self.healthz, "Tell whether all is well", {200: Healthy, 503: Unhealthy},
+                  access="anybody"),
+            Route("GET", "/metrics", self.metrics, "Show metrics for Prometheus", {200: str}, access="anybody",
+                  media_type="text/plain"),
+        ]
+
+    async def status(self, call: Call) -> Answer:
+        """GET /v1/status."""
+        facts = self._facts()
+        table = self._service.table
+        states = Counter(lease.state for lease in table)
+        counts = {"leases": len(table), "services": sum(1 for _ in table.services()),
+                  **{state: states[state] for state in ("held", "bound", "conflict")}, **facts["counts"]}
+        found = {name: condition() for name, condition in self._conditions.items()}
+        return Answer(Status(
+            version=__version__, host=self._service.granter.policy.host, revision=table.revision,
+            pools=pool_status(self._service), counts=counts, warnings=self._warnings(found), pid=facts["pid"],
+            uptime=facts["uptime"], store=found["store"], mdns=found["mdns"], dns=found["dns"],
+            cluster=found["cluster"]))
+
+    async def healthz(self, call: Call) -> Answer:
+        """GET /healthz: 503 when grants can't be made."""
+        reasons = [f"{name}: {problem}" for name, condition in self._conditions.items()
+                   if name == "store" and (problem := condition().get("problem"))]
+        return Answer(Unhealthy(reasons), 503) if reasons else Answer(Healthy())
+
+    async def metrics(self, call: Call) -> Answer:
+        """GET /metrics."""
+        return Answer(self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    def _warnings(self, found: dict[str, dict[str, Any]]) -> list[str]:
+        warnings = [f"{name}: {condition['problem']}" for name, condition in found.items() if condition.get("problem")]
+        if count := self._service.without_hold_count:
+            warnings.append(f"{count} leases have no hold: their owners listened already when portd started; each is "
+                            "held again as soon as its owner stops listening")
+        return warnings + self._extra_warnings()
+
+
+def pool_status(service: LeaseService) -> dict[str, PoolStatus]:
+    """Count every pool's numbers."""
+    allocator = service.allocator
+    held = Counter(allocator.pool_of(port) for port in {lease.port for lease in service.table if lease.state == "held"})
+    pools = {}
+    for name in allocator.pools():
+        count = allocator.count(name)
+        pools[name] = PoolStatus(count.size, count.used - held[name], held[name], count.cooling, count.declined,
+                                 count.free)
+    return pools
