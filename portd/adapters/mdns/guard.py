@@ -1,0 +1,152 @@
+"""The daemon's end of the guardian: starts it, keeps its ready-made goodbyes up to date, and bids it farewell.
+
+What it is given costs the daemon little: services share packets, and a change makes only its own packet anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from portd.adapters.mdns import guardian, wire
+from portd.adapters.mdns.sockets import Sockets
+from portd.adapters.mdns.wire import DNSRecord
+
+PER_PACKET = 16
+FLUSH_S = 0.010
+RESTARTS, RESTART_S = 5, 1.0
+"""A guardian that is killed is started again, but not for ever: then status says that there is none."""
+FAREWELL_S = 2.0
+
+
+class Guard:
+    """The guardian's keeper. Without a guardian everything works, but a killed daemon says no goodbyes."""
+
+    def __init__(self, sockets: Sockets) -> None:
+        self._sockets = sockets
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._attending: asyncio.Task[None] | None = None
+        self._slots: list[dict[str, Sequence[DNSRecord]]] = []
+        self._slot_of: dict[str, int] = {}
+        self._dirty: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    @property
+    def pid(self) -> int | None:
+        """Return the guardian's pid, None while there is none."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Start the guardian; raises OSError."""
+        ours, theirs = socket.socketpair()
+        descriptors = self._sockets.filenos()
+        command = [sys.executable, "-I", "-S", str(Path(guardian.__file__)), str(theirs.fileno()),
+                   *(f"{int(family)}={number}" for family, number in descriptors.items())]
+        with theirs:
+            try:
+                self._process = await asyncio.to_thread(
+                    subprocess.Popen, command, pass_fds=[theirs.fileno(), *descriptors.values()], cwd="/",
+                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            except OSError:
+                ours.close()
+                raise
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._attending = asyncio.get_running_loop().create_task(self._attend(reader))
+
+    async def close(self) -> None:
+        """Bid farewell: the guardian goes and says nothing. May be called twice."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._writer is not None:
+            self._tell(b"D", 0, b"")
+        if self._attending is not None:
+            if self._process is None:
+                self._attending.cancel()
+            with suppress(asyncio.TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._attending, FAREWELL_S)
+            self._attending = None
+        await self._part()
+
+    def keep(self, key: str, records: Sequence[DNSRecord]) -> None:
+        """Say goodbye to these records, should the daemon be killed."""
+        slot = self._slot_of.get(key)
+        if slot is None:
+            slot = next((number for number, taken in enumerate(self._slots) if len(taken) < PER_PACKET), -1)
+            if slot < 0:
+                slot = len(self._slots)
+                self._slots.append({})
+            self._slot_of[key] = slot
+        if self._slots[slot].get(key) != records:
+            self._slots[slot][key] = records
+            self._touch(slot)
+
+    def drop(self, key: str) -> None:
+        """Say nothing of these any more; nothing happens when the key is unknown."""
+        slot = self._slot_of.pop(key, None)
+        if slot is not None:
+            del self._slots[slot][key]
+            self._touch(slot)
+
+    def aim(self) -> None:
+        """Tell the guardian where packets go now."""
+        self._tell(b"T", 0, json.dumps([[int(target.family), target.link]
+                                        for target in self._sockets.groups()]).encode())
+
+    def _touch(self, slot: int) -> None:
+        self._dirty.add(slot)
+        if self._timer is None and not self._closing:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+
+    def _flush(self) -> None:
+        self._timer = None
+        slot = self._dirty.pop()
+        records = [wire.with_ttl(record, 0) for records in self._slots[slot].values() for record in records]
+        packets = wire.encode_response(records) if records else []
+        for number in range(4):  # long TXTs may need more packets than one; four hold 16 of the longest that are sane
+            self._tell(b"P", slot * 4 + number, packets[number] if number < len(packets) else b"")
+        if self._dirty:
+            self._timer = asyncio.get_running_loop().call_later(0, self._flush)
+
+    def _tell(self, kind: bytes, number: int, body: bytes) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(guardian.HEADER.pack(kind, number, len(body)) + body)
+
+    async def _attend(self, reader: asyncio.StreamReader) -> None:
+        """Wait for the guardian's end, and start another unless it was told to go."""
+        with suppress(OSError):
+            await reader.read()
+        if self._closing:
+            return
+        await self._part()
+        for _ in range(RESTARTS):
+            await asyncio.sleep(RESTART_S)
+            with suppress(OSError):
+                await self.start()
+                self.aim()
+                for slot in range(len(self._slots)):
+                    self._touch(slot)
+                return
+
+    async def _part(self) -> None:
+        """Close our end and reap the process."""
+        if self._writer is not None:
+            self._writer.close()
+            with suppress(OSError):
+                await self._writer.wait_closed()
+            self._writer = None
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                await asyncio.to_thread(process.wait, FAREWELL_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)

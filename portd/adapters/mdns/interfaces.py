@@ -1,0 +1,199 @@
+"""The host's network interfaces, as the kernel tells them over rtnetlink(7): which to use, and when they change.
+
+Knows nothing of DNS. A burst of changes (an interface coming up is five messages) becomes one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from ipaddress import IPv4Interface, IPv6Interface
+
+from msgspec import Struct
+
+SETTLE_S = 0.25
+"""How long the kernel must be quiet before a change is acted upon: shorter announces half-configured interfaces."""
+
+_GETLINK, _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _GETADDR = 18, 16, 17, 20, 21, 22
+_DONE, _ERROR = 3, 2
+_DUMP = 0x301
+"""NLM_F_REQUEST | NLM_F_DUMP."""
+_GROUPS = 0x1 | 0x10 | 0x100
+"""RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR."""
+_UP, _LOOPBACK, _RUNNING, _MULTICAST = 0x1, 0x8, 0x40, 0x1000
+_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_SLAVE_KIND = 3, 18, 4
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_UNUSABLE_ADDRESS = 0x01 | 0x08 | 0x20 | 0x40
+"""IFA_F_TEMPORARY, DADFAILED, DEPRECATED, TENTATIVE: not ours for long, or not ours yet (IPv6)."""
+_CONTAINERS = re.compile(r"(docker\d+|br-[0-9a-f]{12}|podman\d+|cni\d*|cni-podman\d+)\Z")
+"""Bridges that container engines make: their networks are not the LAN."""
+
+_HEADER = struct.Struct("=IHHII")
+_LINK = struct.Struct("=BxHiII")
+_ADDRESS = struct.Struct("=BBBBI")
+_ATTRIBUTE = struct.Struct("=HH")
+
+
+class Interface(Struct, frozen=True):
+    """An interface that mDNS runs on. IPv6 addresses are global ones, or link-local where there is no other."""
+
+    index: int
+    name: str
+    ipv4: tuple[IPv4Interface, ...]
+    ipv6: tuple[IPv6Interface, ...]
+
+    @property
+    def addresses(self) -> tuple[IPv4Interface | IPv6Interface, ...]:
+        """Return all addresses, IPv4 first."""
+        return (*self.ipv4, *self.ipv6)
+
+    def has(self, address: str) -> bool:
+        """Tell whether what binds `address` is reached here: a wildcard where its family has an address."""
+        if address == "0.0.0.0":
+            return bool(self.ipv4)
+        return address == "::" or any(str(own.ip) == address for own in self.addresses)
+
+
+Interfaces = dict[int, Interface]
+
+
+def list_interfaces(wanted: Sequence[str] = ()) -> Interfaces:
+    """List the interfaces to use: those that match `wanted` (shell patterns), by default what leads to a LAN.
+
+    By default loopback, container engines' bridges and ports of bridges are left out. Raises OSError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+        kernel.settimeout(2.0)
+        names = dict(_usable_links(kernel, wanted))
+        addresses: dict[int, list[IPv4Interface | IPv6Interface]] = {index: [] for index in names}
+        for index, address in _addresses(kernel):
+            if index in addresses:
+                addresses[index].append(address)
+    return {index: _interface(index, names[index], found) for index, found in addresses.items() if found}
+
+
+class InterfaceWatch:
+    """Follows the interfaces. `on_change` gets all of them, and the indexes whose link was down in between."""
+
+    def __init__(self, wanted: Sequence[str], on_change: Callable[[Interfaces, frozenset[int]], None]) -> None:
+        self._wanted = wanted
+        self._on_change = on_change
+        self._socket: socket.socket | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._interrupted: set[int] = set()
+        self.current: Interfaces = {}
+
+    def start(self) -> None:
+        """Subscribe first, then list: nothing between the two is missed. Raises OSError."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._socket.bind((0, _GROUPS))
+        asyncio.get_running_loop().add_reader(self._socket, self._read)
+        self.current = list_interfaces(self._wanted)
+
+    def close(self) -> None:
+        """Stop following; may be called twice."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        with suppress(BlockingIOError, OSError):  # ENOBUFS: messages were lost, but the list is read anew anyway
+            for _ in range(64):
+                for kind, body in _messages(self._socket.recv(65536)):
+                    if kind in (_NEWLINK, _DELLINK):
+                        _, _, index, flags, _ = _LINK.unpack_from(body)
+                        if kind == _DELLINK or not flags & _RUNNING:
+                            self._interrupted.add(index)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
+
+    def _settle(self) -> None:
+        self._timer = None
+        try:
+            now = list_interfaces(self._wanted)
+        except OSError:
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_S * 4, self._settle)
+            return
+        interrupted, self._interrupted = frozenset(self._interrupted & now.keys()), set()
+        if now != self.current or interrupted:
+            self.current = now
+            self._on_change(now, interrupted)
+
+
+def _interface(index: int, name: str, found: list[IPv4Interface | IPv6Interface]) -> Interface:
+    ipv6 = [address for address in found if isinstance(address, IPv6Interface)]
+    wide = [address for address in ipv6 if not address.ip.is_link_local]
+    return Interface(index, name, tuple(address for address in found if isinstance(address, IPv4Interface)),
+                     tuple(wide or ipv6))
+
+
+def _usable_links(kernel: socket.socket, wanted: Sequence[str]) -> Iterator[tuple[int, str]]:
+    for body in _dump(kernel, _GETLINK, _LINK.pack(0, 0, 0, 0, 0)):
+        _, _, index, flags, _ = _LINK.unpack_from(body)
+        attributes = dict(_attributes(body, _LINK.size))
+        name = attributes[_IFLA_IFNAME].rstrip(b"\0").decode()
+        if not flags & _UP or not flags & _RUNNING:
+            continue
+        if wanted:
+            if any(fnmatchcase(name, pattern) for pattern in wanted):
+                yield index, name
+            continue
+        link = dict(_attributes(attributes.get(_IFLA_LINKINFO, b""), 0))
+        is_bridge_port = link.get(_IFLA_INFO_SLAVE_KIND, b"").rstrip(b"\0") == b"bridge"
+        if flags & _MULTICAST and not flags & _LOOPBACK and not is_bridge_port and not _CONTAINERS.match(name):
+            yield index, name
+
+
+def _addresses(kernel: socket.socket) -> Iterator[tuple[int, IPv4Interface | IPv6Interface]]:
+    for body in _dump(kernel, _GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
+        family, prefix, flags, _, index = _ADDRESS.unpack_from(body)
+        attributes = dict(_attributes(body, _ADDRESS.size))
+        if _IFA_FLAGS in attributes:
+            flags = int.from_bytes(attributes[_IFA_FLAGS], "little" if struct.pack("=H", 1)[0] else "big")
+        packed = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
+        if packed is None:
+            continue
+        if family == socket.AF_INET:
+            yield index, IPv4Interface((packed, prefix))
+        elif family == socket.AF_INET6 and not flags & _UNUSABLE_ADDRESS:
+            yield index, IPv6Interface((packed, prefix))
+
+
+def _dump(kernel: socket.socket, kind: int, request: bytes) -> Iterator[bytes]:
+    kernel.send(_HEADER.pack(_HEADER.size + len(request), kind, _DUMP, 1, 0) + request)
+    while True:
+        for answer, body in _messages(kernel.recv(1 << 18)):
+            if answer == _DONE:
+                return
+            if answer == _ERROR:
+                code = -struct.unpack_from("=i", body)[0]
+                raise OSError(code, "rtnetlink refused a dump")
+            yield body
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, at)
+        if length < _HEADER.size:
+            return
+        yield kind, data[at + _HEADER.size:at + length]
+        at += (length + 3) & ~3
+
+
+def _attributes(body: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    while at + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, at)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & 0x3FFF, body[at + _ATTRIBUTE.size:at + length]
+        at += (length + 3) & ~3
