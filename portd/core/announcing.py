@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from portd.core.errors import AnnounceUnreachable, InvalidRequest
 from portd.core.model import MAIN_ENDPOINT, OWN_ADDRESS, Announcement, Check, HttpCheck, Lease, Protocol
 from portd.core.requests import AnnounceRequest
@@ -23,9 +25,23 @@ TXT_BYTES = 1300
 
 _SERVICE_NAME = re.compile(r"(?!.*--)(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?\Z")
 """RFC 6335 section 5.1: 1 to 15 of letters, digits and single hyphens inside, one letter at least."""
+_LAN_TYPE = re.compile(r"([^.]{1,63}\._sub\.)?_[^.]{1,62}\._(tcp|udp)\Z")
+"""What others really announce: real LANs have types that RFC 6335 forbids."""
 _TXT_KEY = re.compile(r"[\x20-\x3c\x3e-\x7e]+\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Control characters, C1 and the two separators too: not Net-Unicode (RFC 5198 section 2)."""
+
+
+class LanService(Struct, frozen=True, kw_only=True):
+    """A DNS-SD service as it is seen on the LAN. `ours` tells whether it is a lease of this daemon."""
+
+    type: str
+    name: str
+    host: str
+    addresses: tuple[str, ...]
+    port: int
+    txt: dict[str, str] = {}
+    ours: bool = False
 
 
 class ServiceType(NamedTuple):
@@ -75,6 +91,14 @@ def check_type(value: str) -> str:
     """Return the type in its one spelling (lower case, without `.local.`); raises InvalidRequest."""
     base, subtype = parse_type(value)
     return f"{subtype}._sub.{base}" if subtype else base
+
+
+def check_lan_type(value: str) -> str:
+    """Return a type to browse for in its one spelling; raises InvalidRequest for what can't be one."""
+    type_ = value.lower().removesuffix(".").removesuffix(".local")
+    if not _LAN_TYPE.match(type_) or not _encodable(type_):
+        raise InvalidRequest(f"{value!r} is no DNS-SD type: it looks like _http._tcp")
+    return type_
 
 
 def check_name(value: str) -> str:

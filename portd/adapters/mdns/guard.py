@@ -54,7 +54,8 @@ class Guard:
             try:
                 self._process = await asyncio.to_thread(
                     subprocess.Popen, command, pass_fds=[theirs.fileno(), *descriptors.values()], cwd="/",
-                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL)
             except OSError:
                 ours.close()
                 raise

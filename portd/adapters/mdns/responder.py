@@ -39,6 +39,14 @@ NO_LINK = "no network interface to announce on is up"
 class Responder(Protocol):
     """Somebody who publishes services: we ourselves, or a daemon that we ask to. Tells by an `Outcome`."""
 
+    @property
+    def host_name(self) -> str:
+        """Return the name that services point to, without the final dot."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Return what that name stands for, empty where it is not known."""
+
     async def start(self) -> None:
         """Begin; raises OSError when it can't."""
 
@@ -74,6 +82,14 @@ class EmbeddedResponder:
         self._tasks: set[asyncio.Task[None]] = set()
         self._published: dict[str, str] = {}
         self._closed = False
+
+    @property
+    def host_name(self) -> str:
+        return self.zone.host.full_name.removesuffix(".")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(str(address.ip) for link in self._links.values() for address in link.addresses)
 
     @property
     def links(self) -> Interfaces:
@@ -148,7 +164,7 @@ class EmbeddedResponder:
 
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
-        return {"responder": "embedded", "host_name": self.zone.host.full_name.removesuffix("."),
+        return {"responder": "embedded", "host_name": self.host_name,
                 "interfaces": sorted(link.name for link in self._links.values()),
                 "guardian": self._guard.pid, "announced": len(self._published),
                 "sent_packets": self.sockets.sent_packets, "sent_bytes": self.sockets.sent_bytes,

@@ -61,7 +61,7 @@ class Sockets:
 
     def __init__(self, on_arrival: Callable[[Arrival], None], *, unicast: bool) -> None:
         self._on_arrival = on_arrival
-        self._unicast = unicast
+        self.takes_unicast = unicast
         self._sockets: dict[socket.AddressFamily, socket.socket] = {}
         self._members: set[tuple[socket.AddressFamily, int]] = set()
         self._links: Interfaces = {}
@@ -77,9 +77,9 @@ class Sockets:
         """Bind; IPv6 is left out where the host has none. Raises OSError, EADDRINUSE where another stack allows no
         other."""
         loop = asyncio.get_running_loop()
-        self._sockets[socket.AF_INET] = _open_ipv4(self._unicast)
+        self._sockets[socket.AF_INET] = _open_ipv4(self.takes_unicast)
         with suppress(OSError):
-            self._sockets[socket.AF_INET6] = _open_ipv6(self._unicast)
+            self._sockets[socket.AF_INET6] = _open_ipv6(self.takes_unicast)
         for family, opened in self._sockets.items():
             loop.add_reader(opened, self._read, family, opened)
 

@@ -97,6 +97,17 @@ def rdata(record: DNSRecord) -> bytes:
     return b"".join(out.data)
 
 
+def take_leave(cache: DNSCache, record: DNSRecord, now_ms: float) -> bool:
+    """Let a cached record go in a second, as a goodbye asks (section 10.1): somebody may contradict it till then.
+
+    Tells whether the record was there.
+    """
+    known = cache.get(record)
+    if known is not None:
+        cache._async_set_created_ttl(known, now_ms, 1)
+    return known is not None
+
+
 def encode_txt(pairs: Iterable[tuple[str, str]]) -> bytes:
     """Encode key=value strings; a TXT is never empty (RFC 6763 section 6.1)."""
     strings = [f"{key}={value}".encode() for key, value in pairs]
