@@ -108,6 +108,13 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
+    def attach(self, lan: Lan, address: str) -> None:
+        """Give the host a second interface, eth1, on another LAN."""
+        lan.ip("link", "add", f"{self.port}b", "type", "veth", "peer", "name", "eth1", "netns", self.name)
+        lan.ip("link", "set", f"{self.port}b", "master", "br0", "up")
+        self.ip("address", "add", address, "dev", "eth1")
+        self.ip("link", "set", "eth1", "up")
+
     def ip(self, *arguments: str) -> str:
         """Run ip(8) in the host."""
         return run("ip", "-n", self.name, *arguments)
@@ -207,6 +214,11 @@ class Host:
         """End avahi-daemon in order."""
         self.avahi.send_signal(signal.SIGTERM)
         self.avahi.wait(DEADLINE_S)
+
+    def resolve(self, name: str) -> str:
+        """Look a host name up as programs do, by getent(1) and libnss-mdns; returns the address or nothing."""
+        inside = ["nsenter", "-t", str(self.avahi.pid), "-m", "-n", "getent", "ahostsv4", name]
+        return run(*inside, check=False).partition(" ")[0].strip()
 
     def browse(self, type_: str) -> list[list[str]]:
         """Ask avahi-browse once: fields event, interface, protocol, name, type, domain, host, address, port, txt."""

@@ -1,0 +1,238 @@
+"""What is announced is seen by real peers, under the name that was won, and is gone when it is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portd.adapters.mdns import wire
+from tests.adapters.mdns.bed import Host, Lan, wait_for
+from tests.adapters.mdns.station import Ear, Station, ask_directly, lease, legacy_query
+
+pytestmark = pytest.mark.netns
+WEB = "_http._tcp"
+
+
+def test_a_peer_sees_names_with_dots_blanks_and_umlauts_type_and_subtype_and_resolves_the_host(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    station = Station(here, "box").start()
+    station.put(lease("a", "Dr. Who's Café №1", txt={"service": "orders", "path": "/"}, port=20001),
+                lease("b", "Laser", "_printer._sub._http._tcp", port=20002))
+    station.wait_published("a", "b")
+    seen = wait_for(lambda: len(found := peer.browsed(WEB)) == 2 and found, "both are seen under the base type")
+    assert seen["Dr. Who's Café №1"][:3] == ("box-portd.local", here.address, "20001")
+    assert sorted(seen["Dr. Who's Café №1"][3].split()) == ['"path=/"', '"service=orders"']
+    assert list(peer.browsed("_printer._sub._http._tcp")) == ["Laser"]
+    assert peer.exec("avahi-resolve", "-4", "-n", "box-portd.local").split() == ["box-portd.local", here.address]
+    assert peer.resolve("box-portd.local") == here.address
+    station.close()
+
+
+def test_what_turns_critical_drains_or_ends_disappears_and_what_recovers_returns(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    ear = Ear(peer)
+    station = Station(here).start()
+    station.put(*(lease(name) for name in ("critical", "draining", "ended", "unannounced", "staying")))
+    station.wait_published("critical", "draining", "ended", "unannounced", "staying")
+    wait_for(lambda: len(peer.browsed(WEB)) == 5, "all are seen")
+    station.change("critical", "health", health="critical")
+    station.change("draining", "draining", drain=True)
+    station.change("unannounced", announce=None)
+    station.change("ended", "ended", state="ended")
+    gone = {f"{name}._http._tcp.local." for name in ("critical", "draining", "ended", "unannounced")}
+    wait_for(lambda: ear.goodbyes() == gone, "each says goodbye, and no other")
+    wait_for(lambda: list(peer.browsed(WEB)) == ["staying"], "the peer has lost them")
+    assert station.published("critical") is None
+    station.change("critical", "health", health="passing")
+    station.wait_published("critical")
+    wait_for(lambda: set(peer.browsed(WEB)) == {"staying", "critical"}, "what recovered is back")
+    ear.close()
+    station.close()
+
+
+def test_port_and_txt_change_in_place_without_a_goodbye(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    ear = Ear(peer)
+    station = Station(here).start()
+    station.put(lease("a", "Orders", txt={"version": "1"}, port=20001))
+    station.wait_published("a")
+    wait_for(lambda: "Orders" in peer.browsed(WEB), "it is seen")
+    announce = station.leases["a"].announce
+    assert announce is not None
+    station.put(lease("a", "Orders", txt={"version": "2"}, port=20002, published_as=announce.published_as))
+    wait_for(lambda: peer.browsed(WEB).get("Orders", ("",) * 4)[2:] == ("20002", '"version=2"'), "the change is seen")
+    assert ear.goodbyes() == set()
+    ear.close()
+    station.close()
+
+
+def test_an_orderly_stop_says_goodbye_to_all_and_a_takeover_to_none(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    ear = Ear(peer)
+    station = Station(here).start()
+    station.put(*(lease(f"s{number}", port=20000 + number) for number in range(20)))
+    station.wait_published(*(f"s{number}" for number in range(20)))
+    wait_for(lambda: len(peer.browsed(WEB)) == 20, "all are seen")
+    guardian = station.condition()["guardian"]
+    station.close(takeover=True)
+    assert not Path(f"/proc/{guardian}").exists(), "the guardian went with the daemon"
+    successor = Station(here).start(*station.leases.values())
+    wait_for(lambda: len(successor.reports) == 20, "the successor announces them again")
+    assert ear.goodbyes() == set(), "nobody was told otherwise in between"
+    assert [name for _, name, _ in successor.reports] == [f"s{number}" for number in range(20)]
+    successor.close()
+    wait_for(lambda: len(ear.goodbyes()) == 20, "an orderly stop says goodbye")
+    wait_for(lambda: peer.browsed(WEB) == {}, "the peer has lost them")
+    ear.close()
+
+
+def test_what_ended_while_the_daemon_was_down_is_taken_back_from_the_lan(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    station = Station(here).start()
+    station.put(lease("a", "Orders"))
+    station.wait_published("a")
+    wait_for(lambda: "Orders" in peer.browsed(WEB), "it is seen")
+    station.close(takeover=True)
+    successor = Station(here).start()
+    successor.leases["a"] = station.leases["a"]
+    successor.change("a", "ended", state="ended")
+    wait_for(lambda: peer.browsed(WEB) == {}, "the stale service is gone")
+    successor.close()
+
+
+DAEMON = """
+import asyncio, json, sys
+sys.path.insert(0, sys.argv[1])
+from portd.adapters.mdns.announcer import Announcer
+from portd.core.model import Event
+from tests.adapters.mdns.station import lease
+async def main():
+    left = set(json.loads(sys.argv[2]))
+    def report(lease_id, name, problem):
+        left.discard(lease_id)
+        if not left:
+            print(announcer.condition()["guardian"], flush=True)
+    announcer = Announcer("box", report, responder="embedded")
+    await announcer.start()
+    for lease_id in list(left):
+        announcer.apply(Event(1, "bound", 0.0, lease(lease_id)))
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+def start_daemon(host: Host, names: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a process that announces, and return it with its guardian's pid once all are announced."""
+    root = str(Path(__file__).parents[3])
+    process = host.start(sys.executable, "-c", DAEMON, root, json.dumps(names), stdout=subprocess.PIPE, stderr=None)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_killed_daemon_is_gone_from_the_lan_at_once_by_its_guardian(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    ear = Ear(peer)
+    names = [f"s{number}" for number in range(40)]
+    process, guardian = start_daemon(here, names)
+    wait_for(lambda: len(peer.browsed(WEB)) == 40, "all are seen")
+    os.kill(guardian, signal.SIGTERM)  # as a service manager would: it is to outlive that
+    process.kill()
+    process.wait()
+    wait_for(lambda: len(ear.goodbyes()) == 40, "the guardian said goodbye to all")
+    wait_for(lambda: peer.browsed(WEB) == {}, "the peer has lost them")
+    wait_for(lambda: not Path(f"/proc/{guardian}").exists(), "the guardian has gone too")
+    ear.close()
+
+
+def test_a_guardian_that_is_killed_is_started_again_and_knows_all(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    ear = Ear(peer)
+    station = Station(here).start()
+    station.put(lease("a", "Orders"))
+    station.wait_published("a")
+    first = station.condition()["guardian"]
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: station.condition()["guardian"] not in (None, first), "another guardian is there")
+    assert ear.goodbyes() == set()
+    station.close()
+    ear.close()
+
+
+def test_a_thousand_are_all_seen_and_all_lost(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    peer.start_avahi()
+    station = Station(here).start()
+    names = [f"s{number}" for number in range(1000)]
+    station.put(*(lease(name) for name in names))
+    station.wait_published(*names)
+    wait_for(lambda: len(peer.browsed(WEB)) == 1000, "all are seen", pause_s=0.5)
+    station.close()
+    wait_for(lambda: len(peer.browsed(WEB)) == 0, "all are lost", pause_s=0.5)
+
+
+def test_a_resolver_that_knows_no_multicast_gets_one_packet_however_many_services_there_are(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    station = Station(here, "box").start()
+    names = [f"s{number}" for number in range(300)]
+    station.put(*(lease(name) for name in names))
+    station.wait_published(*names)
+    (answer,) = ask_directly(peer, here.address, legacy_query("_http._tcp.local.", wire.PTR))
+    assert len(answer) <= 1460
+    assert answer[2] & 0x02, "it says that it was cut"
+    (answer,) = ask_directly(peer, here.address, legacy_query("s7._http._tcp.local.", wire.SRV))
+    message = wire.decode(answer, 1.0)
+    assert message is not None
+    assert [(record.server, record.port) for record in message.answers() if isinstance(record, wire.DNSService)] == [
+        ("box-portd.local.", 20000)]
+    station.close()
+
+
+def test_what_is_known_is_not_said_again(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    station = Station(here).start()
+    station.put(lease("a", "Orders"), lease("b", "Billing"))
+    station.wait_published("a", "b")
+    ear = Ear(peer)
+    known = wire.pointer("_http._tcp.local.", "Orders._http._tcp.local.")
+    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+
+    def said() -> set[str]:
+        return {record.alias for _, _, message in ear.heard if message.is_response()
+                for record in message.answers()[:message.num_answers] if isinstance(record, wire.DNSPointer)
+                and record.name == "_http._tcp.local."}
+
+    wait_for(said, "there is an answer")
+    ear.forget()
+    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+    wait_for(said, "there is another answer, after a second at the earliest")
+    ear.forget()
+    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+    wait_for(said, "there is a third answer")
+    assert said() == {"Billing._http._tcp.local."}
+    ear.close()
+    station.close()
+
+
+def test_the_host_has_no_other_address_and_says_so(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    station = Station(here, "box").start()
+    station.put(lease("a"))
+    station.wait_published("a")
+    ear = Ear(peer)
+    ear.ask(("box-portd.local.", wire.AAAA))
+    wait_for(lambda: any(record.type == 47 and record.name == "box-portd.local." for record in ear.responses()),
+             "NSEC denies the AAAA")
+    ear.close()
+    station.close()
