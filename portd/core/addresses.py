@@ -1,15 +1,16 @@
-"""Which addresses exclude each other on one port, by the kernel's rules."""
+"""Which addresses exclude each other on one port, by the kernel's rules (tried against it in the tests)."""
 
 from __future__ import annotations
 
+from typing import Final
+
+ANY_V4: Final = "0.0.0.0"
+ANY: Final = "::"
+"""Dual-stack, as servers bind it: it excludes every address of both families."""
+
 
 def overlaps(a: str, b: str) -> bool:
-    """Tell whether two bound addresses exclude each other on the same port.
-
-    `::` is dual-stack, as servers bind it, and excludes everything; `0.0.0.0` excludes every IPv4 address.
-    """
-    if a == b or "::" in (a, b):
+    """Tell whether two bound addresses exclude each other on the same port."""
+    if a == b or ANY in (a, b):
         return True
-    if a == "0.0.0.0":
-        return ":" not in b
-    return b == "0.0.0.0" and ":" not in a
+    return ANY_V4 in (a, b) and ":" not in a + b

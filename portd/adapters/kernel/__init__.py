@@ -1,0 +1,1 @@
+"""Linux: holds, processes, peers, the socket table. Everything here asks the kernel, and believes nobody else."""
