@@ -44,6 +44,10 @@ class Pool(_Section, frozen=True):
     exclude: tuple[str | PortNumber, ...] = ()
 
 
+DEFAULT_POOL: Final = Pool(ranges=("20000-29999",))
+"""Outside Linux' ephemeral range (32768-60999), and of anything below 10000 that people type by hand."""
+
+
 class Static(_Section, frozen=True):
     """A port that one service has for good."""
 
@@ -134,7 +138,7 @@ class Settings(_Section, frozen=True):
     """The whole configuration."""
 
     listen: Listen = Listen()
-    pools: dict[Label, Pool] = {"default": Pool(ranges=("20000-29999",))}
+    pools: dict[Label, Pool] = msgspec.field(default_factory=lambda: {"default": DEFAULT_POOL})
     own_addresses: str = "127.77.0.0/16"
     static: dict[Label, Static] = {}
     leases: Leases = Leases()

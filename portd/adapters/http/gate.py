@@ -123,3 +123,11 @@ def _members(name: str) -> frozenset[int]:
         except KeyError:
             continue
     return frozenset(uids)
+
+
+def user_name(uid: int) -> str | None:
+    """Return a user's name, or None."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None

@@ -1,0 +1,371 @@
+"""The composition root: builds the parts, runs them in one TaskGroup, starts and stops them in order.
+
+Only this room knows everybody. Start: the store's lock, what it remembers, holds and owners, then the doors; stop: the
+doors first, then what is under way, the store last. Leases stay for the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from portd.adapters import systemd
+from portd.adapters.clock import LeaseClock
+from portd.adapters.http.events import EventCalls
+from portd.adapters.http.gate import Gate
+from portd.adapters.http.lan import LanCalls
+from portd.adapters.http.leases import LeaseCalls
+from portd.adapters.http.openapi import openapi_route
+from portd.adapters.http.ports import PortCalls
+from portd.adapters.http.server import HttpServer
+from portd.adapters.http.services import ServiceCalls
+from portd.adapters.http.status import StatusCalls, pool_status
+from portd.adapters.kernel import procfs
+from portd.adapters.kernel.holds import KernelHolds
+from portd.adapters.kernel.listeners import KernelSocketTable
+from portd.adapters.kernel.netlink import SocketDiag
+from portd.adapters.kernel.peers import KernelPeers
+from portd.adapters.kernel.processes import KernelProcesses
+from portd.adapters.kernel.states import StateWatch
+from portd.adapters.mdns.announcer import Announcer
+from portd.adapters.metrics import Metrics
+from portd.adapters.sqlite.store import SqliteStore
+from portd.config import Paths, Settings, http_addresses, load, pool_ports, system_paths, user_paths
+from portd.core.allocator import Allocator, StaticPort
+from portd.core.errors import Fault, StateInUse, StoreLost, StoreUnavailable
+from portd.core.model import Event
+from portd.core.table import LeaseTable
+from portd.feed import EVENTS_KEPT, Feed
+from portd.grants import Granter, Policy, hash_token
+from portd.journal import Journal
+from portd.logs import set_up
+from portd.service import LeaseService
+
+logger = logging.getLogger("portd")
+
+STOP_TIMEOUT_S: Final = 1.0
+"""Seconds that a stop gives to what is under way; two are promised for the whole of it."""
+PRUNE_EVERY_S: Final = 3600.0
+DAY_S: Final = 86_400.0
+EXIT_FAULT: Final = 70
+"""Exit status of a daemon that gave itself up (sysexits.h, EX_SOFTWARE): the unit starts it again."""
+
+
+class Daemon:
+    """One portd. `run` returns when it has been told to stop, and raises a Fault when it can't go on."""
+
+    def __init__(self, settings: Settings, paths: Paths, config_path: str | None) -> None:
+        self._settings = settings
+        self._paths = paths
+        self._config_path = config_path
+        self._started_at = time.monotonic()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Start, serve until SIGTERM or SIGINT, stop."""
+        raise_file_limit()
+        store_path = Path(self._settings.store.path or self._paths.store)
+        self._metrics = Metrics(self._gauges)
+        self._store = await SqliteStore.open(store_path, self._settings.store.durability, self._metrics.commit)
+        try:
+            await self._build()
+            await self._serve()
+        finally:
+            await self._store.close()
+
+    # --- building ---
+
+    async def _build(self) -> None:
+        settings = self._settings
+        loaded = await self._store.load()
+        self._clock = LeaseClock()
+        self._diag = SocketDiag(lambda: self._holds.inodes())
+        self._sockets = KernelSocketTable(self._diag)
+        self._holds = KernelHolds(self._diag.bound)
+        self._processes = KernelProcesses()
+        self._table = LeaseTable()
+        self._allocator = Allocator(
+            {name: pool_ports(pool) for name, pool in settings.pools.items()},
+            [StaticPort(name, static.port, static.protocol, static.address)
+             for name, static in settings.static.items()],
+            settings.own_block, settings.leases.cooldown)
+        self._journal = Journal(self._table, self._store, self._clock)
+        granter = Granter(self._table, self._allocator, self._holds, self._processes, policy(settings))
+        self._service = LeaseService(self._table, self._allocator, self._journal, granter, self._store, self._holds,
+                                     self._processes, self._clock)
+        self._feed = Feed()
+        self._watch = StateWatch(self._sockets, self._table.on_port, lambda: len(self._table),
+                                 self._service.observe_state)
+        self._announcer = Announcer(host_name(), self._service.observe_announcement,
+                                    responder=settings.mdns.responder, interfaces=settings.mdns.interfaces)
+        watchers = [self._metrics.apply, self._feed.apply, self._on_event]
+        if settings.mdns.enabled:
+            watchers.append(self._announcer.apply)
+        for watcher in watchers:
+            self._journal.subscribe(watcher)
+        self._service.restore(loaded, procfs.boot_id())
+        self._feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self._table.revision)
+        self._watch.restore(self._table)
+        if settings.mdns.enabled:
+            self._announcer.restore(self._table)
+        self._http = self._make_http()
+
+    def _make_http(self) -> HttpServer:
+        settings = self._settings
+        tokens = {bytes.fromhex(token.sha256): token.admin for token in settings.auth.tokens}
+        names = {host_name(), socket.getfqdn(), *(host for host, _ in http_addresses(settings, self._paths))}
+        gate = Gate(KernelPeers(self._diag.exact), settings.auth.admin_group, tokens, names)
+        http = HttpServer(gate, hash_token, lambda: self._table.revision)
+        self._events = EventCalls(self._feed)
+        status = StatusCalls(self._service, {
+            "store": self._store_condition, "mdns": self._mdns_condition, "dns": lambda: {"enabled": False},
+            "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
+        }, self._facts, self._metrics.render, self._warnings)
+        routes = [route for calls in (
+            LeaseCalls(self._service), ServiceCalls(self._service, self._feed), self._events,
+            PortCalls(self._service, self._sockets), LanCalls(self._announcer.lan), status)
+            for route in calls.routes()]
+        http.add([*routes, openapi_route(routes)])
+        return http
+
+    # --- running ---
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(part) for part in (
+                    self._journal.run(), self._clock.run(), self._watch.run(), self._prune(),
+                    systemd.feed_watchdog())]
+                if self._settings.mdns.enabled:
+                    await self._announcer.start()
+                places = await self._open_doors()
+                self._settle_memory()
+                systemd.notify("READY=1", f"STATUS={len(self._table)} leases")
+                logger.info("portd %s serves %s", _version(), ", ".join(places))
+                await self._stop.wait()
+                systemd.notify("STOPPING=1")
+                await self._close()
+                for task in background:
+                    task.cancel()
+        except* Fault as faults:
+            raise faults.exceptions[0] from None
+
+    async def _open_doors(self) -> list[str]:
+        await self._http.start()
+        places = []
+        passed = systemd.passed_sockets()
+        listen = self._settings.listen
+        unix = listen.socket if listen.socket is not None else self._paths.socket
+        for listener in passed.get("portd.socket", []):
+            await self._http.serve(listener)
+            places.append("a passed socket")
+        if not passed.get("portd.socket"):
+            if unix:
+                await self._http.serve(open_unix(unix, self._paths.socket_mode))
+                places.append(unix)
+            tls = _tls(self._settings)
+            for host, port in http_addresses(self._settings, self._paths):
+                await self._http.serve(open_tcp(host, port), tls)
+                places.append(f"{'https' if tls else 'http'}://{host}:{port}")
+        return places
+
+    async def _close(self) -> None:
+        """Close the doors, let what is under way come to its end, then stop."""
+        logger.info("stopping; %d leases stay for the next start", len(self._table))
+        if self._settings.mdns.enabled:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._announcer.close(), STOP_TIMEOUT_S)
+        await self._http.close()
+        await self._journal.drain(STOP_TIMEOUT_S)
+        self._service.close()
+        self._processes.close()
+        self._holds.close()
+        self._diag.close()
+
+    async def _prune(self) -> None:
+        while True:
+            with suppress(StoreUnavailable):
+                await self._store.prune(time.time() - self._settings.store.history_days * DAY_S, EVENTS_KEPT)
+            await asyncio.sleep(PRUNE_EVERY_S)
+
+    def _reload(self) -> None:
+        """Take up what can change while running, and say what can't."""
+        try:
+            fresh = load(self._config_path, self._paths)
+        except Fault as error:
+            logger.error("the configuration is not taken up: %s", error)
+            return
+        self._service.granter.policy = policy(fresh)
+        self._allocator.cooldown_s = fresh.leases.cooldown
+        set_up(fresh.log.level, fresh.log.format)
+        fixed = [name for name in ("listen", "pools", "own_addresses", "static", "store", "mdns", "dns", "compat",
+                                   "cluster", "auth") if getattr(fresh, name) != getattr(self._settings, name)]
+        if fixed:
+            logger.warning("these sections changed and need a restart: %s", ", ".join(fixed))
+        logger.info("configuration read again: [leases], [health] and [log] are taken up")
+
+    def _on_event(self, event: Event) -> None:
+        lease = event.lease
+        if event.type in ("granted", "declined"):
+            self._watch.nudge()
+        elif event.type == "conflict":
+            stranger = lease.stranger
+            logger.warning("port %d of %s is listened on by a stranger: pid %s %s", lease.port, lease.instance,
+                           stranger and stranger.pid, stranger and stranger.exe)
+
+    def _settle_memory(self) -> None:
+        """What is there now stays: the garbage collector need not look at it again."""
+        gc.collect()
+        gc.freeze()
+
+    # --- what the daemon says of itself ---
+
+    def _store_condition(self) -> dict[str, Any]:
+        condition = self._store.condition()
+        return {**condition, "problem": self._journal.problem or condition["problem"]}
+
+    def _mdns_condition(self) -> dict[str, Any]:
+        return {"enabled": True, **self._announcer.condition()} if self._settings.mdns.enabled else {"enabled": False}
+
+    def _facts(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "uptime": round(time.monotonic() - self._started_at, 3), "counts": {
+            "connections": self._http.connection_count, "followers": self._feed.follower_count,
+            "processes": self._processes.watched_count}}
+
+    def _warnings(self) -> list[str]:
+        lost = self._clock.lost_s
+        return [f"portd did not run for {lost:.1f} s in all; every ttl lease got that back"] if lost else []
+
+    def _gauges(self) -> Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]]:
+        states = Counter((lease.state,) for lease in self._table)
+        pools = pool_status(self._service)
+        parts: dict[tuple[str, ...], float] = {(name, part): float(getattr(pool, part)) for name, pool in pools.items()
+                 for part in ("used", "held", "cooling", "declined", "free")}
+        none: tuple[str, ...] = ()
+        return [
+            ("portd_leases", "Live leases by state.", ("state",), {key: float(n) for key, n in states.items()}),
+            ("portd_pool_ports", "Ports of a pool by what they are used for.", ("pool", "use"), parts),
+            ("portd_revision", "The newest revision.", none, {none: float(self._table.revision)}),
+            ("portd_watched_processes", "Owners whose exit is waited for.", none,
+             {none: float(self._processes.watched_count)}),
+            ("portd_http_connections", "Open connections.", none, {none: float(self._http.connection_count)}),
+            ("portd_event_followers", "Followers of the event stream.", none,
+             {none: float(self._feed.follower_count)}),
+            ("portd_uptime_seconds", "Since the start.", none, {none: time.monotonic() - self._started_at}),
+        ]
+
+
+def policy(settings: Settings) -> Policy:
+    """Make the part of the settings that grants are judged by."""
+    return Policy(settings.leases.max_ttl, settings.leases.quota_per_uid, settings.leases.hold,
+                  frozenset(settings.health.allow_commands), host_name())
+
+
+def host_name() -> str:
+    """Return this host's name, without its domain."""
+    return socket.gethostname().partition(".")[0] or "localhost"
+
+
+def open_unix(path: str, mode: int) -> socket.socket:
+    """Bind the unix socket, over one that a dead daemon left; raises StateInUse when a live one answers there."""
+    place = Path(path)
+    place.parent.mkdir(mode=0o755 if mode == 0o666 else 0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            probe.connect(path)
+            raise StateInUse(f"another daemon answers at {path}: stop it, or set [listen] socket")
+        place.unlink(missing_ok=True)
+        listener.bind(path)
+        place.chmod(mode)
+    except OSError as error:
+        listener.close()
+        raise StateInUse(f"{path} can't be served: {error}") from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def open_tcp(host: str, port: int) -> socket.socket:
+    """Bind a TCP address; raises StateInUse when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, True)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StateInUse(f"http://{host}:{port} can't be served: {error.strerror}; set [listen] http") from error
+    return listener
+
+
+def raise_file_limit() -> None:
+    """Take all the descriptors that the hard limit gives: each hold and each owner costs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.listen.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(settings.listen.tls_cert, settings.listen.tls_key)
+    return context
+
+
+def _version() -> str:
+    from portd import __version__
+
+    return __version__
+
+
+def main(config_path: str | None = None, user: bool | None = None, check_config: bool = False) -> int:
+    """Run the daemon (or only check its configuration); returns the exit status.
+
+    `user` None: a user's daemon unless root runs it.
+    """
+    is_user = os.geteuid() != 0 if user is None else user
+    paths = user_paths() if is_user else system_paths()
+    try:
+        settings = load(config_path, paths)
+    except Fault as error:
+        print(f"portd: {error}", file=sys.stderr)
+        return 2
+    if check_config:
+        print(f"{config_path or paths.config}: fine")
+        return 0
+    set_up(settings.log.level, settings.log.format)
+    try:
+        uvloop.run(Daemon(settings, paths, config_path).run())
+    except StoreLost as error:
+        logger.critical("%s; starting over recovers from the disk", error)
+        logging.shutdown()
+        os._exit(EXIT_FAULT)  # the store's thread may hang on the disk: don't wait for it
+    except Fault as error:
+        logger.critical("%s", error)
+        return 1
+    return 0
