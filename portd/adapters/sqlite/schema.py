@@ -1,104 +1,150 @@
 """The shape of the database, its numbered migrations, and the judgement whether a file may be touched at all.
 
-A file that is damaged, newer than this portd, or not portd's is left exactly as it is. The judgement reads the header
-by itself and opens the file read-only, before anything could write to it.
+A file that is damaged, newer than this portd or not portd's is left exactly as it is: the judgement reads the header by
+itself and opens the file for reading alone, before anything could write to it. This room knows no lease.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import struct
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 from portd.core.errors import StoreDamaged
 
 APPLICATION_ID: Final = 0x706F7274
-""""port", in the header at byte 68 (https://www.sqlite.org/fileformat.html, section 1.3)."""
-CHECK_MAX_BYTES: Final = 64 << 20
-"""A larger file is not checked page by page at the start: that would cost seconds."""
+""""port": tells portd's files from other programs' (https://www.sqlite.org/fileformat.html, section 1.3)."""
+CHECK_MAX_BYTES: Final = 256 << 20
+"""A larger file is not checked page by page at the start: about a second for so much, from a fast disk."""
 
-MIGRATIONS: Final[tuple[str, ...]] = (
-    # 1: leases (live and remembered) and the newest events
+MIGRATIONS: Final[Sequence[str]] = (
+    # 1. `body` is the lease whole; the other columns are there to be searched, and for whoever opens the file by hand.
+    # A live lease has no `ended_at`. Every index costs each grant: `leases_by_end` serves the live (NULL comes first),
+    # the remembered and the forgetting, and holds all that these compare, so that none of them reads a body in vain.
+    # With rowids: leases in the order of a random id would write three times as many pages.
     """
     CREATE TABLE leases (
-        id TEXT PRIMARY KEY,
+        id TEXT NOT NULL PRIMARY KEY,
         service TEXT NOT NULL,
-        port INTEGER NOT NULL,
+        instance TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
         protocol TEXT NOT NULL,
-        live INTEGER NOT NULL,
+        address TEXT NOT NULL,
+        port INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        uid INTEGER,
         created_at REAL NOT NULL,
         ended_at REAL,
+        revision INTEGER NOT NULL,
         body BLOB NOT NULL
     ) STRICT;
-    CREATE INDEX leases_live ON leases (id) WHERE live = 1;
     CREATE INDEX leases_by_port ON leases (port, created_at);
-    CREATE INDEX leases_ended ON leases (ended_at) WHERE live = 0;
+    CREATE INDEX leases_by_end ON leases (ended_at, created_at, service, instance, endpoint, port);
     CREATE TABLE events (
-        revision INTEGER PRIMARY KEY,
+        revision INTEGER NOT NULL PRIMARY KEY,
         at REAL NOT NULL,
         type TEXT NOT NULL,
+        lease_id TEXT NOT NULL,
         body BLOB NOT NULL
     ) STRICT;
     """,
 )
-VERSION: Final = len(MIGRATIONS)
+
 _MAGIC = b"SQLite format 3\0"
+_HEADER = struct.Struct(">60xI4xI28x")
+"""The header's 100 bytes: the user version at 60, the application id at 68."""
 
 
-def judge(path: Path) -> None:
-    """Raise StoreDamaged unless the file is new, or a sound database of portd's that this version understands."""
+def prepare(path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
+    """Have a sound database of the newest schema at `path`, made anew where there is none.
+
+    Raises StoreDamaged when what is there may not be touched, sqlite3.Error or OSError when the disk does not let it.
+    """
+    version = judge(path, newest=len(migrations))
+    if version is None:
+        _create(path, migrations)
+    elif version < len(migrations):
+        # Closing folds the WAL, so the main file's header tells the new number even if nothing is written after it.
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            migrate(database, migrations)
+
+
+def judge(path: Path, newest: int = len(MIGRATIONS)) -> int | None:
+    """Return the schema number of a sound database of portd's, None when there is no file yet; else StoreDamaged."""
+    wal = wal_of(path)
     try:
-        with path.open("rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        return
+        header = path.open("rb").read(100) if path.exists() else b""
+        wal_bytes = wal.stat().st_size if wal.exists() else 0
     except OSError as error:
         raise StoreDamaged(f"{path} can't be read: {error.strerror}; nothing was changed") from error
     if not header:
-        return  # created, and never written: a start that was cut short
+        if wal_bytes:  # SQLite would replay it into whatever database it finds beside it
+            raise _damaged(path, f"is missing, and its log {wal.name} is not")
+        return None
     if len(header) < 100 or not header.startswith(_MAGIC):
         raise _damaged(path, "is not a SQLite database")
-    version, = struct.unpack_from(">I", header, 60)
-    application, = struct.unpack_from(">I", header, 68)
-    if application not in (0, APPLICATION_ID) or (application == 0 and version):
+    version: int
+    version, application = _HEADER.unpack(header)
+    if application != APPLICATION_ID:
         raise _damaged(path, "belongs to another program")
-    if version > VERSION:
-        raise StoreDamaged(f"{path} was written by a newer portd (schema {version}, this one knows {VERSION}): upgrade "
+    if version <= newest:
+        version = _check(path, "mode=ro" if wal_bytes else "immutable=1")
+    if version > newest:
+        raise StoreDamaged(f"{path} was written by a newer portd (schema {version}, this one knows {newest}): upgrade "
                            "portd, or start with another [store] path; nothing was changed")
-    if path.stat().st_size <= CHECK_MAX_BYTES:
-        _check(path)
+    return version
 
 
-def _check(path: Path) -> None:
-    try:
-        database = sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)
-        try:
-            (verdict,), = database.execute("PRAGMA quick_check(1)").fetchall()
-        finally:
-            database.close()
-    except sqlite3.OperationalError as error:
-        if "malformed" in str(error) or "not a database" in str(error):
-            raise _damaged(path, f"is damaged ({error})") from error
-        return  # it can't be opened for reading alone (a read-only directory): the real opening says why
-    except sqlite3.DatabaseError as error:
-        raise _damaged(path, f"is damaged ({error})") from error
-    if verdict != "ok":
-        raise _damaged(path, f"is damaged ({verdict})")
-
-
-def migrate(database: sqlite3.Connection) -> None:
-    """Bring an open database to the newest schema, in one transaction a step. Raises sqlite3.Error."""
+def migrate(database: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
+    """Bring a database to the newest schema in one transaction. Raises sqlite3.Error, with nothing changed."""
     version, = database.execute("PRAGMA user_version").fetchone()
-    for number in range(version + 1, VERSION + 1):
-        database.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {MIGRATIONS[number - 1]} "
-                               f"PRAGMA user_version = {number}; COMMIT;")
+    steps = "".join(migrations[version:])
+    database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA application_id = {APPLICATION_ID}; "
+                           f"PRAGMA user_version = {len(migrations)}; COMMIT;")
+
+
+def wal_of(path: Path) -> Path:
+    """Return the path of the write-ahead log, where the newest commits are."""
+    return path.with_name(path.name + "-wal")
+
+
+def _create(path: Path, migrations: Sequence[str]) -> None:
+    """Make the database beside its place and rename it, so that a half-made one never stands there."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(0o600)  # it holds command lines and hashes of tokens; SQLite gives its other files the same mode
+    with closing(sqlite3.connect(fresh, isolation_level=None)) as database:
+        migrate(database, migrations)
+        database.execute("PRAGMA journal_mode = WAL")
+    fresh.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or a power cut takes the name away
+    finally:
+        os.close(directory)
+
+
+def _check(path: Path, how: str) -> int:
+    """Look at every page, the log's too; returns the schema number that the log may have changed."""
+    verdict = "ok"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as database:
+            version, = database.execute("PRAGMA user_version").fetchone()
+            if path.stat().st_size <= CHECK_MAX_BYTES:
+                verdict, = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        if error.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            raise _damaged(path, f"is damaged ({error})") from error
+        raise
+    if verdict != "ok":
+        raise _damaged(path, f"is damaged ({verdict.strip()})")
+    return int(version)
 
 
 def _damaged(path: Path, what: str) -> StoreDamaged:
-    return StoreDamaged(f"{path} {what}; nothing was changed. Move it aside to start with an empty store (running "
-                        f"services must lease again), or restore a copy: mv {path} {path}.damaged")
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return StoreDamaged(f"{path} {what}; nothing was changed. Restore a copy, or move {path.name}, {path.name}-wal and "
+                        f"{path.name}-shm aside together to start with an empty store (running services lease again)")

@@ -1,0 +1,205 @@
+"""The one connection that writes: batches, forgetting, and folding the log into the database. Runs in its own thread.
+
+Nothing else may write or fold: before 3.51.3 SQLite could lose pages when one connection folded the log while another
+wrote (https://www.sqlite.org/wal.html#walresetbug), and most systems carry such a version.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from portd.core.errors import PortdError, StoreLost, StoreUnavailable
+from portd.core.model import Event, Lease, encode_lease
+
+logger = logging.getLogger(__name__)
+
+Durability = Literal["full", "fast"]
+
+BUSY_TIMEOUT_S: Final = 2.0
+"""Seconds to wait for a lock that another program (a backup, a curious shell) has on the database."""
+CACHE_KIB: Final = 8 << 10
+"""Pages in memory: the inner pages of the indexes of a million leases. Half of it costs a fifth of the speed."""
+FOLD_FRAMES: Final = 1000
+"""Pages in the log (4 MB) that make it worth folding: 3 to 10 ms, after the answer. The log's file stays this large and
+is written over: syncing a file that grows takes twice as long."""
+CAP_FRAMES: Final = 16 * FOLD_FRAMES
+"""Pages in the log (64 MB) past which folding waits for readers (BUSY_TIMEOUT_S) rather than go on beside them."""
+PRUNE_STEP: Final = 200
+"""Rows that go at a time: a millisecond or two between two commits."""
+
+_UPSERT: Final = """
+    INSERT INTO leases (id, service, instance, endpoint, protocol, address, port, state, uid, created_at, ended_at,
+        revision, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET address = excluded.address, port = excluded.port, state = excluded.state,
+        uid = excluded.uid, ended_at = excluded.ended_at, revision = excluded.revision, body = excluded.body"""
+_INSERT_EVENT: Final = "INSERT INTO events (revision, at, type, lease_id, body) VALUES (?, ?, ?, ?, ?)"
+FORGET_LEASES: Final = f"""
+    DELETE FROM leases WHERE rowid IN
+        (SELECT rowid FROM leases WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
+FORGET_EVENTS: Final = f"""
+    DELETE FROM events WHERE revision IN (SELECT revision FROM events WHERE revision <= ? LIMIT {PRUNE_STEP})"""
+
+_NOTHING_WRITTEN: Final = {
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_IOERR_WRITE": "the disk refuses writes (read-only, over quota, or failing)",
+    "SQLITE_READONLY": "the database is read-only",
+    "SQLITE_BUSY": "another program has the database locked",
+    "SQLITE_LOCKED": "the database is locked",
+    "SQLITE_CANTOPEN": "a file of the database can't be opened",
+    "SQLITE_PERM": "no permission to write",
+}
+"""Errors after which surely nothing counts, by prefix: the page that makes a transaction count is the last one written,
+and nothing is written after it but the sync."""
+
+
+def connect(path: Path, durability: Durability) -> sqlite3.Connection:
+    """Open the database for writing. `full` syncs the log at every commit, `fast` only while folding it: a power cut
+    then takes the newest commits, and never more (https://www.sqlite.org/pragma.html#pragma_synchronous)."""
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None,
+                               timeout=BUSY_TIMEOUT_S)
+    try:
+        database.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
+        database.execute("PRAGMA wal_autocheckpoint = 0")  # the store folds, after the answer
+        database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        database.execute("BEGIN IMMEDIATE")  # tells now whether it can be written at all
+        database.execute("ROLLBACK")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+class Writer:
+    """The work of the writing thread, and what it learned about the disk.
+
+    `sealed` is None, or why nothing may be written any more; `log_frames` counts the pages in the log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # SQLite keeps POSIX locks on this file, and closing any descriptor of it would drop them: closed last of all.
+        self._shared_memory = os.open(path.with_name(path.name + "-shm"), os.O_RDONLY | os.O_CLOEXEC)
+        self._fold_at = FOLD_FRAMES
+        self._write_problem: str | None = None
+        self._fold_problem: str | None = None
+        self.sealed: str | None = None
+        self.log_frames = 0
+        self._count_frames()
+
+    @property
+    def problem(self) -> str | None:
+        """Say in one sentence what is wrong, or None."""
+        return self.sealed or self._write_problem or self._fold_problem
+
+    @property
+    def wants_fold(self) -> bool:
+        """Tell whether the log is worth folding."""
+        return self.log_frames >= self._fold_at and self.sealed is None
+
+    def write(self, database: sqlite3.Connection, events: Sequence[Event]) -> None:
+        """Write events and the leases that they leave, in one transaction.
+
+        Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows, and ever after.
+        """
+        self._refuse_if_sealed()
+        bodies = [(event, encode_lease(event.lease)) for event in events]
+        # Of several changes of one lease in a batch the last is what the lease is now.
+        leases = {event.lease.id: _row(event.lease, body) for event, body in bodies}
+        committing = False
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(_UPSERT, leases.values())
+            database.executemany(_INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
+            committing = True
+            database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failure(database, error, committing=committing) from error
+        self._write_problem = None
+        self._count_frames()
+
+    def forget(self, database: sqlite3.Connection, statement: str, bound: float) -> int:
+        """Delete one step's rows; returns how many. Raises as `write` does."""
+        self._refuse_if_sealed()
+        try:
+            gone = database.execute(statement, (bound,)).rowcount
+        except sqlite3.Error as error:
+            raise self._failure(database, error, committing=True) from error
+        self._count_frames()
+        return gone
+
+    def fold(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> None:
+        """Copy the log's pages into the database, so that the log starts over. A failure loses nothing: the log still
+        has all of it, and folding is tried again when as much has come on top."""
+        if self.sealed is not None:
+            return
+        if self.log_frames >= CAP_FRAMES:
+            mode = "TRUNCATE"
+        problem = None
+        try:
+            database.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+        except sqlite3.Error as error:
+            problem = f"the log can't be folded into the database: {_reason(error) or error}"
+        self._fold_at = self.log_frames + FOLD_FRAMES
+        self._count_frames()
+        if problem is None and self.log_frames >= CAP_FRAMES:
+            problem = "another program keeps reading the database, so its log grows"
+        if problem is not None and problem != self._fold_problem:
+            logger.warning("%s: %s", self._path, problem)
+        self._fold_problem = problem
+
+    def release(self) -> None:
+        """Close what the writer has open. To be called once, after every connection of this process is closed."""
+        os.close(self._shared_memory)
+
+    def seal(self, why: str) -> None:
+        """Write nothing from now on: what the disk has can't be trusted, or may not be touched."""
+        self.sealed = why
+
+    def _refuse_if_sealed(self) -> None:
+        if self.sealed is not None:
+            raise StoreLost(f"{self._path} is not trusted any more: {self.sealed}; start over from the disk")
+
+    def _failure(self, database: sqlite3.Connection, error: sqlite3.Error, *, committing: bool) -> PortdError:
+        """Roll back, and say what is known: the connection can be used again, or the store is sealed."""
+        reason = _reason(error)
+        if reason is None and not committing and _name(error).startswith("SQLITE_IOERR"):
+            reason = "the disk reports errors"
+        try:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+        except sqlite3.Error:
+            reason = None
+        if reason is None:
+            self.seal(f"{error} ({_name(error)})")
+            return StoreLost(f"{self._path}: {self.sealed}: whether the last commit reached the disk is not known")
+        self._write_problem = reason
+        return StoreUnavailable(f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when "
+                                "that is mended")
+
+    def _count_frames(self) -> None:
+        # mxFrame of the WAL-index header, native order (https://www.sqlite.org/walformat.html#the_wal_index_header):
+        # the file's size does not tell, since the log is written over.
+        frames = int.from_bytes(os.pread(self._shared_memory, 4, 16), sys.byteorder)
+        if frames < self.log_frames:  # folded whole, it has started over
+            self._fold_at = FOLD_FRAMES
+        self.log_frames = frames
+
+
+def _reason(error: sqlite3.Error) -> str | None:
+    return next((text for prefix, text in _NOTHING_WRITTEN.items() if _name(error).startswith(prefix)), None)
+
+
+def _name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", None) or type(error).__name__
+
+
+def _row(lease: Lease, body: bytes) -> tuple[Any, ...]:
+    assert (lease.ended_at is None) == (lease.state != "ended"), "the store tells live leases by their open end"
+    return (lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol, lease.address, lease.port,
+            lease.state, lease.owner.uid, lease.created_at, lease.ended_at, lease.revision, body)
