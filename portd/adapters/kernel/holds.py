@@ -1,11 +1,11 @@
 """Holds: bound, never listening sockets, so that nobody gets a leased port by accident.
 
-The kernel's rules (socket(7), tried in the tests): a bound socket without SO_REUSEADDR keeps everybody off. With it,
-whoever sets it too may bind and listen, of any user, and all others stay off, the kernel's own choice of ports as
-well. The option takes effect on a bound socket at once, so one descriptor is lock and open door in turn; it is kept,
-because a second bind fails once the owner listens.
+The kernel's rules (socket(7); each is tried in the tests): a bound socket without SO_REUSEADDR keeps everybody off.
+With it, whoever sets it too may bind and listen, of any user, and all others stay off, the kernel's own choice of ports
+as well. The option takes effect on a bound socket at once, so one descriptor is lock and open door in turn. It is kept,
+never made anew: a second bind fails once the owner listens.
 
-A port is first bound *without* the option: that alone proves that nobody has it.
+A port is first bound *without* the option: that alone proves that nobody has it. This room must not know owners.
 """
 
 from __future__ import annotations
@@ -14,97 +14,132 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Final, Literal
 
 from portd.core.addresses import overlaps
 from portd.core.model import HoldKind, Listener, Protocol
 from portd.seams import Taken
 
-BoundSockets = Callable[[Literal["tcp", "udp"], int], Collection[Listener]]
-"""Gives what is bound to a port without a connection (`SocketDiag.bound`)."""
+Part = Literal["tcp", "udp"]
+"""What the kernel binds: `both` is one of each."""
+Sockets = dict[Part, socket.socket]
+
+BoundSockets = Callable[[Part, int], Collection[Listener]]
+"""Gives what is bound to a port without a connection, listening or not, portd's own too (`SocketDiag.bound`)."""
 
 _TYPES: Final = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
-_REFUSALS: Final[dict[int, Taken]] = {
-    errno.EADDRINUSE: "busy", errno.EADDRNOTAVAIL: "no_address", errno.EAFNOSUPPORT: "no_address",
-    errno.EACCES: "forbidden", errno.EPERM: "forbidden", errno.EMFILE: "no_descriptors", errno.ENFILE: "no_descriptors",
-    errno.EINVAL: "no_address", errno.ENODEV: "no_address", errno.ENOBUFS: "no_descriptors",
+_REFUSALS: Final[dict[int | None, Taken]] = {
+    errno.EADDRINUSE: "busy",
+    errno.EADDRNOTAVAIL: "no_address",
+    errno.EAFNOSUPPORT: "no_address",  # no IPv6 on this host
+    errno.EINVAL: "no_address",        # a link-local address without its interface
+    errno.ENODEV: "no_address",
+    errno.EACCES: "forbidden",         # a port below 1024, or a security module
+    errno.EPERM: "forbidden",          # systemd's SocketBindDeny=
+    errno.EMFILE: "no_descriptors",
+    errno.ENFILE: "no_descriptors",
+    errno.ENOBUFS: "no_descriptors",   # out of kernel memory: as little to be done about
+    errno.ENOMEM: "no_descriptors",
 }
-
-Sockets = dict[Literal["tcp", "udp"], socket.socket]
 
 
 class KernelHolds:
-    """Implements `Holds` with real sockets. 10 µs and 4 KB of kernel memory each."""
+    """Implements `Holds` with real sockets: 10 µs and 4 KB of kernel memory each."""
 
     def __init__(self, bound_sockets: BoundSockets) -> None:
         self._bound_sockets = bound_sockets
         self._held: dict[str, Sockets] = {}
-        self._inodes: set[int] = set()
+        self._udp_inodes: set[int] = set()
 
     # --- the seam ---
 
     def take(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> Taken:
         """Bind the port for the lease, all of its protocols or none; with `none` it is only tested."""
         assert lease_id not in self._held, f"lease {lease_id} has a hold"
-        sockets: Sockets = {}
         try:
-            for part in _parts(protocol):
-                sockets[part] = self._bind_alone(part, address, port)
+            sockets = self._bind_all(_parts(protocol), address, port)
         except OSError as error:
-            _close(sockets.values())
             return _refusal(error)
+        for part in _parts(protocol):
+            if part not in _kept_parts(protocol, kind):
+                sockets.pop(part).close()
         self._keep(lease_id, sockets, kind)
         return "taken"
 
     def restore(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> bool:
-        """Take a hold back; False while the owner's own socket is in the way."""
-        if lease_id in self._held or kind == "none":
+        """Take a hold back; False while a socket of the owner's is in the way. What a hold does not keep is not
+        tested: a shared hold of `both` comes back though the owner's UDP socket is there."""
+        if lease_id in self._held:
             return True
-        return self.take(lease_id, protocol, address, port, kind) == "taken"
+        try:
+            sockets = self._bind_all(_kept_parts(protocol, kind), address, port)
+        except OSError as error:
+            _refusal(error)
+            return False
+        self._keep(lease_id, sockets, kind)
+        return True
 
     def drop(self, lease_id: str) -> None:
-        """Close the lease's hold."""
-        sockets = self._held.pop(lease_id, {})
-        for held in sockets.values():
-            self._inodes.discard(_inode(held))
-        _close(sockets.values())
+        """Close the lease's hold; nothing happens when it has none."""
+        for part, held in self._held.pop(lease_id, {}).items():
+            if part == "udp":
+                self._udp_inodes.discard(_inode(held))
+            held.close()
 
     def is_free(self, protocol: Protocol, address: str, port: int) -> bool:
-        """Tell whether nobody has the port bound. What can't be tried (no descriptors left) does not count as free."""
-        sockets: list[socket.socket] = []
+        """Tell whether nobody has the port bound, without keeping it.
+
+        What can't be tried, for want of descriptors or of rights, does not count as free. An address that has left
+        this host does: there is nothing to wait for.
+        """
         try:
-            sockets.extend(self._bind_alone(part, address, port) for part in _parts(protocol))
+            sockets = self._bind_all(_parts(protocol), address, port)
         except OSError as error:
-            return _refusal(error) == "no_address"  # an address that has left this host leaves nothing to wait for
-        finally:
-            _close(sockets)
+            return _refusal(error) == "no_address"
+        for bound in sockets.values():
+            bound.close()
         return True
 
     # --- for the handoff, and for what outlives the daemon ---
 
-    def sockets(self, lease_id: str) -> Mapping[Literal["tcp", "udp"], socket.socket]:
-        """Return the lease's held sockets; they stay the holds'."""
+    def sockets(self, lease_id: str) -> Mapping[Part, socket.socket]:
+        """Return the lease's held sockets, none where it has no hold. They stay the holds': pass on a duplicate."""
         return self._held.get(lease_id, {})
 
     def door(self, lease_id: str, *, is_open: bool) -> None:
-        """Let others that set SO_REUSEADDR bind over the lease's TCP hold, or nobody."""
+        """Let others that set SO_REUSEADDR bind over the lease's TCP hold, or nobody; it may be called at any time."""
         held = self._held.get(lease_id, {}).get("tcp")
         if held is not None:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_open)
 
     def adopt(self, lease_id: str, sockets: Iterable[socket.socket]) -> None:
-        """Take over descriptors that outlived another daemon; they are bound already."""
+        """Take over bound sockets that outlived another daemon, one of a protocol at most; doors stay as they are."""
         assert lease_id not in self._held, f"lease {lease_id} has a hold"
-        parts: Sockets = {"udp" if adopted.type == socket.SOCK_DGRAM else "tcp": adopted for adopted in sockets}
-        self._register(lease_id, parts)
+        adopted: Sockets = {}
+        for passed in sockets:
+            part: Part = "udp" if passed.type == socket.SOCK_DGRAM else "tcp"
+            assert part not in adopted, f"lease {lease_id} was passed two {part} sockets"
+            passed.set_inheritable(False)
+            passed.setblocking(False)
+            adopted[part] = passed
+        self._register(lease_id, adopted)
 
-    def held(self) -> Iterator[tuple[str, Mapping[Literal["tcp", "udp"], socket.socket]]]:
-        """Yield every lease id with its held sockets."""
+    def held(self) -> Iterator[tuple[str, Mapping[Part, socket.socket]]]:
+        """Yield every lease that has a hold, with its sockets."""
         yield from self._held.items()
 
-    def inodes(self) -> set[int]:
-        """Return the inodes of all held sockets: they are nobody's listeners."""
-        return self._inodes
+    @property
+    def count(self) -> int:
+        """Return how many leases have a hold."""
+        return len(self._held)
+
+    def inodes(self) -> Collection[int]:
+        """Return the held sockets that look like a server's but are none: the bound UDP ones.
+
+        A TCP hold never listens. A socket of one that does was handed over: it is its owner's listener.
+        """
+        return self._udp_inodes
 
     def close(self) -> None:
         """Close every hold."""
@@ -114,28 +149,32 @@ class KernelHolds:
     # --- parts ---
 
     def _keep(self, lease_id: str, sockets: Sockets, kind: HoldKind) -> None:
-        kept: Sockets = {}
-        for part, bound in sockets.items():
-            # A UDP hold that others may bind over would get their datagrams: there is only the lock, or nothing.
-            if kind == "none" or (kind == "shared" and part == "udp"):
-                bound.close()
-                continue
-            if part == "tcp":
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == "shared")
-            kept[part] = bound
-        if kept:
-            self._register(lease_id, kept)
+        if "tcp" in sockets:
+            sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == "shared")
+        self._register(lease_id, sockets)
 
     def _register(self, lease_id: str, sockets: Sockets) -> None:
-        self._held[lease_id] = sockets
-        self._inodes.update(map(_inode, sockets.values()))
+        if sockets:
+            self._held[lease_id] = sockets
+        if "udp" in sockets:
+            self._udp_inodes.add(_inode(sockets["udp"]))
 
-    def _bind_alone(self, part: Literal["tcp", "udp"], address: str, port: int) -> socket.socket:
-        """Bind a port that nobody else has bound; raises OSError(EADDRINUSE) when somebody has.
+    def _bind_all(self, parts: Iterable[Part], address: str, port: int) -> Sockets:
+        """Bind all of the protocols or none, each as a lock; raises OSError, EADDRINUSE when somebody has one."""
+        sockets: Sockets = {}
+        with ExitStack() as undo:
+            for part in parts:
+                sockets[part] = undo.enter_context(self._bind_alone(part, address, port))
+            undo.pop_all()
+        return sockets
 
-        Connections of a dead owner, in TIME_WAIT or orphaned, forbid a plain bind. Then the socket binds with
-        SO_REUSEADDR, which only a listener forbids, and the socket table says whether somebody is bound there without
-        listening.
+    def _bind_alone(self, part: Part, address: str, port: int) -> socket.socket:
+        """Bind a port that nobody has; raises OSError, EADDRINUSE when somebody does.
+
+        Connections that a server left behind, in TIME_WAIT or still open, forbid a plain bind, though nobody has the
+        port any more. A bind with SO_REUSEADDR passes them, and is stopped by a listener. It also passes a socket that
+        is bound with the option and does not listen (yet): only the socket table shows that one. The option is taken
+        back first, so that none can come in after the look.
         """
         try:
             return _bind(part, address, port, reuse=False)
@@ -143,15 +182,27 @@ class KernelHolds:
             if error.errno != errno.EADDRINUSE or part == "udp":
                 raise
         bound = _bind(part, address, port, reuse=True)
-        own = {_inode(bound), *self._inodes}  # whether two leases are in each other's way, the lease table has judged
-        if any(other.inode not in own and overlaps(_bound_address(other), address)
-               for other in self._bound_sockets("tcp", port)):
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
+        if not self._is_alone(bound, address, port):
             bound.close()
-            raise OSError(errno.EADDRINUSE, "another socket is bound there")
+            raise OSError(errno.EADDRINUSE, f"another socket is bound to port {port}")
         return bound
 
+    def _is_alone(self, bound: socket.socket, address: str, port: int) -> bool:
+        """Tell whether the socket table shows this TCP socket, and no other one in its way.
 
-def _bind(part: Literal["tcp", "udp"], address: str, port: int, *, reuse: bool) -> socket.socket:
+        A table that does not show it (Linux before 6.8), or can't be read, would not show a stranger's either.
+        """
+        try:
+            in_table = self._bound_sockets("tcp", port)
+        except OSError:
+            return False
+        own = _inode(bound)
+        others = [other for other in in_table if other.inode != own]
+        return len(others) < len(in_table) and not any(_is_in_way(other, address) for other in others)
+
+
+def _bind(part: Part, address: str, port: int, *, reuse: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     bound = socket.socket(family, _TYPES[part] | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -166,26 +217,34 @@ def _bind(part: Literal["tcp", "udp"], address: str, port: int, *, reuse: bool) 
     return bound
 
 
-def _bound_address(listener: Listener) -> str:
-    """Return the address that a socket excludes others from: `::` with v6only excludes no IPv4."""
-    return "::1" if listener.address == "::" and listener.v6only else listener.address
+def _is_in_way(other: Listener, address: str) -> bool:
+    """Tell whether a bound socket and a hold exclude each other: `::` with v6only excludes IPv6 alone."""
+    if other.address == "::" and other.v6only:
+        return ":" in address
+    return overlaps(other.address, address)
 
 
-def _parts(protocol: Protocol) -> tuple[Literal["tcp", "udp"], ...]:
+def _parts(protocol: Protocol) -> tuple[Part, ...]:
     return ("tcp", "udp") if protocol == "both" else (protocol,)
 
 
+def _kept_parts(protocol: Protocol, kind: HoldKind) -> tuple[Part, ...]:
+    """Return which protocols a hold keeps bound.
+
+    Never UDP with an open door: of two sockets that set SO_REUSEADDR the later one gets every datagram, so the hold
+    would steal from its owner, or anybody from both. There is only the lock, or nothing.
+    """
+    if kind == "none":
+        return ()
+    return tuple(part for part in _parts(protocol) if kind == "exclusive" or part == "tcp")
+
+
 def _refusal(error: OSError) -> Taken:
-    refusal = _REFUSALS.get(error.errno or 0)
-    if refusal is None:
+    """Say what an error of bind means; raises it again where it means a mistake of ours."""
+    if error.errno not in _REFUSALS:
         raise error
-    return refusal
+    return _REFUSALS[error.errno]
 
 
 def _inode(bound: socket.socket) -> int:
     return os.fstat(bound.fileno()).st_ino
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for one in sockets:
-        one.close()

@@ -1,25 +1,37 @@
 """The processes of this host: who they are, and the moment that they are gone, by pidfd (pidfd_open(2)).
 
 A process is told from a later one with its pid by its start time, and by the inode of its pidfd where the kernel
-numbers them (pidfs, Linux 6.9). Its pidfd is opened first and its start time read after: what is read then belongs to
-the process that the descriptor refers to, or the comparison fails. A zombie has exited: its sockets are closed.
+numbers them (pidfs, Linux 6.9). The pidfd is opened first, then /proc is read, then the pidfd is asked whether its
+process still runs: if so, all that was read is of that process, since nobody else can have had its pid meanwhile.
+
+A pidfd says "gone" at the exit of the last thread. So a zombie is gone, for its sockets are closed; a process whose
+first thread alone has ended is not, though /proc calls it a zombie. exec keeps the pid, the start time and the pidfd.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 from collections.abc import Callable
-from typing import Final
 
 from portd.adapters.kernel import procfs
-from portd.core.model import KnownBy, ProcessId
+from portd.core.model import KnownBy, Owner, ProcessId
 from portd.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
-FRESH_MAX: Final = 4096
-"""Described processes that are kept while they are watched."""
+
+
+class _Watched:
+    """A process that is waited for, and how it was described last (None until somebody asks for it again)."""
+
+    __slots__ = ("id", "owner", "pidfd")
+
+    def __init__(self, identity: ProcessId, pidfd: int) -> None:
+        self.id = identity
+        self.pidfd = pidfd
+        self.owner: Owner | None = None
 
 
 class KernelProcesses:
@@ -27,117 +39,152 @@ class KernelProcesses:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._network = procfs.network_namespace()
-        self._numbered = _pidfs_numbers_processes()
-        self._pidfds: dict[ProcessId, int] = {}
-        self._watched: dict[int, Process] = {}
-        self._polls: dict[int, select.poll] = {}
+        self._network = procfs.network_namespace("self")
+        self._numbered = _pidfds_are_numbered()
+        self._watched: dict[ProcessId, _Watched] = {}
+        self._newest: dict[int, _Watched] = {}  # by pid; an older one may have exited, its callback still to come
 
     def find(self, pid: int, known_by: KnownBy) -> Process:
-        """Read a live process; a watched one is remembered, since its pidfd tells whether it still is the same.
+        """Read a live process; one that is watched is read again only where it may have changed.
 
-        Raises ProcessGone or ForeignNetwork. Where the kernel hides a process' network namespace (another user's, no
-        CAP_SYS_PTRACE) it is taken for this host's.
+        Raises ProcessGone, for the id of a thread too; ForeignNetwork; OSError(EMFILE) at the file limit. A process
+        whose network namespace the kernel hides (another user's, without CAP_SYS_PTRACE) is taken for this host's.
         """
-        watched = self._watched.get(pid)
-        if watched is not None and not self._polls[pid].poll(0):
-            return watched
-        descriptor = self._open(pid)
+        watched = self._newest.get(pid)
+        if watched is not None and not _has_exited(watched.pidfd):
+            self._check_network(pid)
+            return Process(watched.id, _describe_again(watched, known_by))
+        pidfd = _open(pid)
         try:
-            identity = self._identify(pid, descriptor)
-            network = procfs.network_namespace(pid)
-            if network is not None and network != self._network:
-                raise ForeignNetwork(pid)
-            owner = procfs.describe(pid, known_by)
+            stat = _stat(pid)
+            owner = procfs.describe(pid, known_by, stat)
+            self._check_network(pid)
+            if owner is None or _has_exited(pidfd):
+                raise ProcessGone(pid)
+            return Process(self._identity(pid, pidfd, stat), owner)
         finally:
-            os.close(descriptor)
-        if identity is None or owner is None:
-            raise ProcessGone(pid)
-        return Process(identity, owner)
+            os.close(pidfd)
 
     def watch(self, process: ProcessId, on_exit: OnExit) -> None:
-        """Call `on_exit` once when the process is gone; raises ProcessGone when it is already."""
-        if process in self._pidfds:
-            return
-        descriptor = self._open(process.pid)
-        if self._identify(process.pid, descriptor) != process:
-            os.close(descriptor)
-            raise ProcessGone(process.pid)
-        self._pidfds[process] = descriptor
-        self._loop.add_reader(descriptor, self._exited, process, on_exit)
+        """Call `on_exit` once, on the event loop, when the process is gone; the first of several calls counts.
 
-    def remember(self, process: Process) -> None:
-        """Keep what was read of a watched process for the next `find`."""
-        descriptor = self._pidfds.get(process.id)
-        if descriptor is not None and len(self._watched) < FRESH_MAX:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            self._polls[process.id.pid] = poll
-            self._watched[process.id.pid] = process
+        Raises ProcessGone when it is gone already, or its pid is somebody else's by now; OSError(EMFILE) at the file
+        limit.
+        """
+        if process in self._watched:
+            return
+        pidfd = _open(process.pid)
+        try:
+            if not self._is(process, pidfd):
+                raise ProcessGone(process.pid)
+            self._loop.add_reader(pidfd, self._exited, process, on_exit)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._watched[process] = self._newest[process.pid] = _Watched(process, pidfd)
 
     def unwatch(self, process: ProcessId) -> None:
-        """Close the pidfd."""
-        descriptor = self._pidfds.pop(process, None)
-        if descriptor is not None:
-            self._loop.remove_reader(descriptor)
-            os.close(descriptor)
-        remembered = self._watched.get(process.pid)
-        if remembered is not None and remembered.id == process:
-            del self._watched[process.pid], self._polls[process.pid]
+        """Close the pidfd; nothing happens when there is none."""
+        watched = self._watched.pop(process, None)
+        if watched is None:
+            return
+        if self._newest[process.pid] is watched:
+            del self._newest[process.pid]
+        self._loop.remove_reader(watched.pidfd)
+        os.close(watched.pidfd)
 
     def is_alive(self, process: ProcessId) -> bool:
-        """Tell whether exactly this process still runs."""
+        """Tell whether exactly this process still runs.
+
+        Where that can't be known (the file limit) it does: rather a lease too many for a while than one too few.
+        """
+        watched = self._watched.get(process)
+        if watched is not None:
+            return not _has_exited(watched.pidfd)
         try:
-            descriptor = self._open(process.pid)
-        except (ProcessGone, OSError):
+            pidfd = _open(process.pid)
+            try:
+                return self._is(process, pidfd)
+            finally:
+                os.close(pidfd)
+        except ProcessGone:
             return False
-        try:
-            return self._identify(process.pid, descriptor) == process
-        finally:
-            os.close(descriptor)
+        except OSError:
+            return True
 
     def close(self) -> None:
-        """Close every pidfd."""
-        for process in list(self._pidfds):
+        """Close every pidfd; nobody is told of an exit any more."""
+        for process in list(self._watched):
             self.unwatch(process)
 
     @property
     def watched_count(self) -> int:
         """Return how many processes are watched."""
-        return len(self._pidfds)
+        return len(self._watched)
 
     def _exited(self, process: ProcessId, on_exit: OnExit) -> None:
         self.unwatch(process)
         on_exit(process)
 
-    @staticmethod
-    def _open(pid: int) -> int:
-        """Open a pidfd; raises ProcessGone, also for the id of a thread (ENOENT, EINVAL), or OSError(EMFILE)."""
-        try:
-            return os.pidfd_open(pid)
-        except (ProcessLookupError, FileNotFoundError) as error:
+    def _check_network(self, pid: int) -> None:
+        network = procfs.network_namespace(pid)
+        if network is not None and network != self._network:
+            raise ForeignNetwork(pid)
+
+    def _is(self, process: ProcessId, pidfd: int) -> bool:
+        """Tell whether a pidfd refers to exactly this process, and it runs; raises ProcessGone, OSError."""
+        return self._identity(process.pid, pidfd, _stat(process.pid)) == process and not _has_exited(pidfd)
+
+    def _identity(self, pid: int, pidfd: int, stat: procfs.Stat) -> ProcessId:
+        inode = os.fstat(pidfd).st_ino if self._numbered else 0
+        return ProcessId(pid, stat.start_ticks, procfs.boot_id(), inode)
+
+
+def _describe_again(watched: _Watched, known_by: KnownBy) -> Owner:
+    """Return a watched process' description, read again after an exec or a change of user (two cheap reads tell)."""
+    pid, owner = watched.id.pid, watched.owner
+    if owner is None or owner.known_by != known_by or owner.uid != procfs.uid(pid) \
+            or owner.cmdline != procfs.cmdline(pid):
+        owner = procfs.describe(pid, known_by)
+        if owner is None or _has_exited(watched.pidfd):
+            raise ProcessGone(pid)
+        watched.owner = owner
+    return owner
+
+
+def _open(pid: int) -> int:
+    """Open a pidfd; raises ProcessGone, OSError(EMFILE).
+
+    The id of a thread, and what is no pid at all, answer ENOENT or EINVAL, by the kernel's version.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             raise ProcessGone(pid) from error
-        except OSError as error:
-            if error.errno == 22:  # EINVAL: not a thread-group leader, or no pid at all
-                raise ProcessGone(pid) from error
-            raise
-
-    def _identify(self, pid: int, descriptor: int) -> ProcessId | None:
-        ticks = procfs.start_ticks(pid)
-        if ticks is None:
-            return None
-        inode = os.fstat(descriptor).st_ino if self._numbered else 0
-        return ProcessId(pid, ticks, procfs.boot_id(), inode)
+        raise
 
 
-def _pidfs_numbers_processes() -> bool:
-    """Tell whether pidfds have inodes of their own: before pidfs all shared one."""
-    inodes = set()
-    for pid in (os.getpid(), 1 if os.getpid() != 1 else os.getppid() or 2):
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:
-            return False
-        inodes.add(os.fstat(descriptor).st_ino)
-        os.close(descriptor)
-    return len(inodes) == 2
+def _stat(pid: int) -> procfs.Stat:
+    """Read a process' stat; raises ProcessGone, also for one that /proc hides (hidepid=), or OSError(EMFILE)."""
+    try:
+        return procfs.stat(pid)
+    except (FileNotFoundError, ProcessLookupError, PermissionError) as error:
+        raise ProcessGone(pid) from error
+
+
+def _has_exited(pidfd: int) -> bool:
+    """Tell whether a pidfd's process is gone: it becomes readable then. Half a microsecond."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _pidfds_are_numbered() -> bool:
+    """Tell whether pidfds have inodes of their own. Before pidfs they shared one, with all anonymous descriptors."""
+    pidfd, anonymous = os.pidfd_open(os.getpid()), os.eventfd(0)
+    try:
+        return os.fstat(pidfd).st_dev != os.fstat(anonymous).st_dev
+    finally:
+        os.close(pidfd)
+        os.close(anonymous)
