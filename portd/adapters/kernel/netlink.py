@@ -1,16 +1,17 @@
 """The kernel's socket table, by NETLINK_SOCK_DIAG (sock_diag(7)).
 
-A dump of listeners costs 1 µs a socket in the kernel and about as much here; one exact query costs 5 µs, whatever the
-number of sockets. No privilege is needed for either. This room must not know processes: an inode is all it has.
+A dump costs 2 µs a listener, one exact query 5 µs, whatever the number of sockets. No privilege is needed for either.
+This room must not know processes: an inode is all it has of one.
 """
 
 from __future__ import annotations
 
 import errno
-import ipaddress
+import functools
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Final, Literal
 
@@ -23,149 +24,176 @@ NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 INET_DIAG_REQ_BYTECODE: Final = 1
 INET_DIAG_SKV6ONLY: Final = 11
 INET_DIAG_BC_S_EQ: Final = 11
-"""Compare the source port; with Linux 5.0 and up (older kernels are covered by filtering again)."""
-TCP_LISTEN: Final = 1 << 10
-TCP_CLOSE: Final = 1 << 7
-"""The state of a UDP socket that is bound and not connected."""
-TCP_BOUND_INACTIVE: Final = 1 << 13
-"""Bound, neither listening nor connected: what a hold is (Linux 6.8 and up)."""
+"""Compare the source port (Linux 4.16)."""
+TCP_CLOSE, TCP_LISTEN = 7, 10
+"""States, as tcp(7) numbers them. A UDP socket that is bound and not connected is in TCP_CLOSE."""
+TCP_BOUND_INACTIVE: Final = 13
+"""Bound, neither listening nor connected: what a hold is (Linux 6.8; an older kernel ignores it in a mask)."""
 ALL_STATES: Final = 0xFFFFFFFF
+NO_COOKIE: Final = 0xFFFFFFFFFFFFFFFF
 DUMP_TRIES: Final = 4
 RECEIVE_BYTES: Final = 1 << 18
+TIMEOUT_S: Final = 2
+"""The kernel answers at once; this only keeps a mistake from hanging the loop. By SO_RCVTIMEO: no poll() before each
+read."""
 
-_HEADER = struct.Struct("=IHHII")
-_REQUEST = struct.Struct("=BBBxI")
-_SOCKET_ID = struct.Struct("!HH16s16sIQ")
-_MESSAGE = struct.Struct("=BBBB")
-_TAIL = struct.Struct("=IIIII")
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port id
+_REQUEST = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extensions, states; then the socket id
+_SOCKET_ID = struct.Struct("!HH16s16sIQ")  # inet_diag_sockid: ports, addresses, interface, cookie
+_ANSWER = struct.Struct("=BB2x2s2s16s16s12x12xII")  # inet_diag_msg: family, state, ports, addresses, uid, inode
+_ATTRIBUTE = struct.Struct("=HH")
+_V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 
-Protocols = Literal["tcp", "udp"]
-_NUMBERS: Final[dict[Protocols, int]] = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+KernelProtocol = Literal["tcp", "udp"]
+_NUMBERS: Final[dict[KernelProtocol, int]] = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 
 
 class SocketDiag:
-    """Asks the kernel. `own_inodes` gives the sockets that are portd's own holds, which are left out of listings."""
+    """Asks the kernel; for one thread. `own_inodes` gives the sockets that nobody but portd has: its holds."""
 
     def __init__(self, own_inodes: Callable[[], Collection[int]] = tuple) -> None:
         self._own_inodes = own_inodes
-        self._socket = self._connect()
+        self._socket: socket.socket | None = None
 
     def close(self) -> None:
-        """Close the netlink socket."""
-        self._socket.close()
+        """Close the netlink socket; may be called twice, and the next question opens it again."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def listeners(self, port: int | None = None) -> list[Listener]:
-        """List listening TCP and bound, unconnected UDP sockets, of one port or of all. Raises OSError."""
-        own = frozenset(self._own_inodes())
-        return [listener for protocol, states in (("tcp", TCP_LISTEN), ("udp", TCP_CLOSE))
-                for family in (socket.AF_INET, socket.AF_INET6)
-                for listener in self._dump(protocol, family, states, port)  # type: ignore[arg-type]
-                if listener.inode not in own]
+        """List listening TCP and bound, unconnected UDP sockets, of one port or of all. Raises OSError.
 
-    def bound(self, protocol: Protocols, port: int) -> list[Listener]:
+        A hold never listens, so every TCP listener counts, one that was handed over too though portd keeps a copy;
+        of UDP, where bound is all there is, portd's own are left out.
+        """
+        tcp = [listener for family in _FAMILIES for listener in self._dump("tcp", family, 1 << TCP_LISTEN, port)]
+        own = self._own_inodes()
+        return tcp + [listener for family in _FAMILIES for listener in self._dump("udp", family, 1 << TCP_CLOSE, port)
+                      if listener.inode not in own]
+
+    def bound(self, protocol: KernelProtocol, port: int) -> list[Listener]:
         """List what is bound to a port without a connection: listeners, and what may become one, portd's own too."""
-        states = TCP_CLOSE if protocol == "udp" else TCP_LISTEN | TCP_BOUND_INACTIVE
-        return [found for family in (socket.AF_INET, socket.AF_INET6)
-                for found in self._dump(protocol, family, states, port)]
+        states = 1 << TCP_CLOSE if protocol == "udp" else 1 << TCP_LISTEN | 1 << TCP_BOUND_INACTIVE
+        return [found for family in _FAMILIES for found in self._dump(protocol, family, states, port)]
 
     def exact(self, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int] | None:
-        """Return (uid, inode) of the socket at the other end of an established connection on this host.
+        """Return (uid, inode) of the socket at the other end of a TCP connection on this host.
 
         `local` and `remote` are the ends as this side sees them. None when there is no such socket, or when it is an
         orphan or in TIME_WAIT: those answer uid 0 and inode 0, and would read as root.
         """
         family = socket.AF_INET6 if ":" in remote[0] else socket.AF_INET
-        identity = _SOCKET_ID.pack(remote[1], local[1], _pack(remote[0]), _pack(local[0]), 0, 0xFFFFFFFFFFFFFFFF)
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, ALL_STATES) + identity
+        ends = _SOCKET_ID.pack(remote[1], local[1], _packed(family, remote[0]), _packed(family, local[0]), 0, NO_COOKIE)
+        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, ALL_STATES) + ends
         try:
-            for body in self._ask(request, NLM_F_REQUEST):
-                uid, inode = _TAIL.unpack_from(body, 52)[3:]
-                return (uid, inode) if inode else None
+            [answer] = self._ask(request, NLM_F_REQUEST)
         except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        return None
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        _, state, _, _, _, _, uid, inode = _ANSWER.unpack_from(answer)
+        # Where the connection is gone the kernel answers with whoever *listens* on that port: a caller that breaks
+        # its connection off from a port on which root listens would pass for root.
+        return (uid, inode) if inode and state != TCP_LISTEN else None
 
-    def _dump(self, protocol: Protocols, family: int, states: int, port: int | None) -> Iterator[Listener]:
-        request = _REQUEST.pack(family, _NUMBERS[protocol], 0, states) + bytes(48)
+    # --- netlink ---
+
+    def _dump(self, protocol: KernelProtocol, family: int, states: int, port: int | None) -> Iterator[Listener]:
+        request = _REQUEST.pack(family, _NUMBERS[protocol], 0, states) + bytes(_SOCKET_ID.size)
         if port is not None:
             request += _port_filter(port)
-        for attempt in range(DUMP_TRIES):
-            try:
-                bodies = list(self._ask(request, NLM_F_REQUEST | NLM_F_DUMP))
-                break
-            except OSError as error:
-                if attempt == DUMP_TRIES - 1 or error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.EINTR):
-                    raise
-        for body in bodies:
-            listener = _parse(protocol, body)
-            if listener is not None and port in (None, listener.port):
+        for answer in self._ask_again(request):
+            listener = _listener(protocol, answer)
+            if listener.inode and port in (None, listener.port):
                 yield listener
 
-    def _ask(self, request: bytes, flags: int) -> Iterator[bytes]:
-        """Send a request and yield the bodies of the answer; raises OSError, EINTR for an inconsistent dump."""
-        self._socket.send(_HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
-        broken = False
-        while True:
+    def _ask_again(self, request: bytes) -> list[bytes]:
+        """Dump until the answer is whole; a table that never stands still raises OSError(EINTR) at last."""
+        for _ in range(DUMP_TRIES - 1):
             try:
-                data = self._socket.recv(RECEIVE_BYTES)
-            except OSError:
-                self._socket.close()  # what is left of this answer must not be taken for the next one's
-                self._socket = self._connect()
-                raise
-            at = 0
-            while at + _HEADER.size <= len(data):
-                size, kind, answer_flags, _, _ = _HEADER.unpack_from(data, at)
-                body = data[at + _HEADER.size:at + size]
-                broken = broken or bool(answer_flags & NLM_F_DUMP_INTR)
-                if kind == NLMSG_DONE:
-                    if broken:
-                        raise OSError(errno.EINTR, "the socket table changed during the dump")
-                    return
-                if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0]
-                    raise OSError(code, f"sock_diag: {os.strerror(code)}")
-                yield body
-                if not flags & NLM_F_DUMP & ~NLM_F_REQUEST:
-                    return
-                at += (size + 3) & ~3
+                return list(self._ask(request, NLM_F_REQUEST | NLM_F_DUMP))
+            except OSError as error:
+                if error.errno not in (errno.EINTR, errno.ENOBUFS, errno.EAGAIN):
+                    raise
+        return list(self._ask(request, NLM_F_REQUEST | NLM_F_DUMP))
 
-    @staticmethod
-    def _connect() -> socket.socket:
-        connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * RECEIVE_BYTES)
-        connection.settimeout(2.0)  # the kernel answers at once; this only keeps a mistake from hanging the loop
-        connection.bind((0, 0))
-        return connection
+    def _ask(self, request: bytes, flags: int) -> Iterator[bytes]:
+        """Send a request and yield the bodies of its answer; raises OSError, EINTR for an inconsistent dump."""
+        connection = self._connect()
+        try:
+            connection.send(_HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request)
+            is_whole = True
+            while True:
+                for kind, answer_flags, body in _messages(connection.recv(RECEIVE_BYTES)):
+                    is_whole = is_whole and not answer_flags & NLM_F_DUMP_INTR
+                    if kind == NLMSG_DONE:
+                        if not is_whole:
+                            raise OSError(errno.EINTR, "the socket table changed during its dump")
+                        return
+                    if kind == NLMSG_ERROR:
+                        code = -int.from_bytes(body[:4], sys.byteorder, signed=True)
+                        raise OSError(code, f"sock_diag: {os.strerror(code)}")
+                    yield body
+                    if not flags & NLM_F_DUMP:
+                        return
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                self.close()  # what is left of this answer must not be taken for the next one's
+            raise
 
-
-def _parse(protocol: Protocols, body: bytes) -> Listener | None:
-    family, _, _, _ = _MESSAGE.unpack_from(body)
-    port, _, source, _, _, _ = _SOCKET_ID.unpack_from(body, 4)
-    uid, inode = _TAIL.unpack_from(body, 52)[3:]
-    if not inode:
-        return None
-    if family == socket.AF_INET:
-        return Listener(protocol, socket.inet_ntop(family, source[:4]), port, uid, inode)
-    return Listener(protocol, socket.inet_ntop(family, source), port, uid, inode, v6only=_v6only(body))
+    def _connect(self) -> socket.socket:
+        if self._socket is None:
+            connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", TIMEOUT_S, 0))
+            self._socket = connection
+        return self._socket
 
 
-def _v6only(body: bytes) -> bool:
-    at = 72
-    while at + 4 <= len(body):
-        size, kind = struct.unpack_from("=HH", body, at)
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (type, flags, body) of every message in a datagram (netlink(7))."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        size, kind, flags, _, _ = _HEADER.unpack_from(data, at)
+        yield kind, flags, data[at + _HEADER.size:at + size]
+        at += max(_HEADER.size, (size + 3) & ~3)
+
+
+@functools.lru_cache(maxsize=16_384)
+def _listener(protocol: KernelProtocol, answer: bytes) -> Listener:
+    """Parse an answer; cached, since the state watch sees almost nothing but what it saw a moment ago."""
+    family, _, port, _, source, _, uid, inode = _ANSWER.unpack_from(answer)
+    address = _address(family, source)
+    v6only = address != "::" or _v6only(answer)
+    return Listener(protocol, address, int.from_bytes(port, "big"), uid, inode, v6only)
+
+
+@functools.lru_cache(maxsize=1024)
+def _address(family: int, packed: bytes) -> str:
+    """Write an address as whoever binds it does; an IPv4-mapped one (RFC 4291 section 2.5.5.2) is the IPv4 one that it
+    stands for, with which alone it collides: Java binds that way."""
+    if family == socket.AF_INET6 and packed.startswith(_V4_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(family, packed[:4] if family == socket.AF_INET else packed)
+
+
+def _v6only(answer: bytes) -> bool:
+    at = _ANSWER.size
+    while at + _ATTRIBUTE.size < len(answer):
+        size, kind = _ATTRIBUTE.unpack_from(answer, at)
         if kind == INET_DIAG_SKV6ONLY:
-            return bool(body[at + 4])
-        at += max(4, (size + 3) & ~3)
+            return bool(answer[at + _ATTRIBUTE.size])
+        at += max(_ATTRIBUTE.size, (size + 3) & ~3)
     return False
 
 
 def _port_filter(port: int) -> bytes:
     """Make the attribute that lets the kernel pick sockets of one source port (inet_diag bytecode)."""
-    # One comparison: on success go on to the end (accept), on failure jump beyond it (reject).
+    # One comparison of 8 bytes: where it holds, go on at its end (take the socket), else jump beyond it (leave it).
     code = struct.pack("=BBHBBH", INET_DIAG_BC_S_EQ, 8, 12, 0, 0, port)
-    return struct.pack("=HH", 4 + len(code), INET_DIAG_REQ_BYTECODE) + code
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(code), INET_DIAG_REQ_BYTECODE) + code
 
 
-def _pack(address: str) -> bytes:
-    return ipaddress.ip_address(address.partition("%")[0]).packed.ljust(16, b"\0")
+def _packed(family: int, address: str) -> bytes:
+    return socket.inet_pton(family, address.partition("%")[0]).ljust(16, b"\0")
