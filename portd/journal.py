@@ -22,15 +22,13 @@ from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavail
 from portd.core.model import EndedBecause, Event, Lease
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change, advance, is_legal
-from portd.seams import ApplyEvent, Clock, LeaseStore
+from portd.seams import REVISION_GAP, ApplyEvent, Clock, LeaseStore
 
 logger = logging.getLogger(__name__)
 
-REVISION_GAP: Final = 1 << 20
-"""How far revisions jump at a start. An observation may have been told and then lost with a crash: its number must not
-come again. Larger than UNWRITTEN_MAX, and small against 2**53, the end of JSON's integers: eight billion restarts."""
-UNWRITTEN_MAX: Final = 100_000
-"""Events that may wait for the disk (about 100 MB). Past it the daemon stops, rather than forget one."""
+UNWRITTEN_MAX: Final = REVISION_GAP // 10
+"""Events that may wait for the disk (about 100 MB). Past it the daemon stops, rather than forget one, or come near the
+revisions of the next start."""
 PENDING_MAX: Final = 2_048
 """Requests that may wait for the disk; the next one is told to come back (`busy`)."""
 BATCH_MAX: Final = 512
@@ -78,10 +76,13 @@ class Journal:
         """Return how many requests wait for the disk."""
         return len(self._entries)
 
-    def start_after(self, revision: int) -> int:
-        """Take revisions up from the newest one in the store, with a gap for what it may have missed; returns where."""
-        self._revision = revision + REVISION_GAP if revision else 0
-        return self._revision
+    def unwritten(self, lease_id: str) -> Lease | None:
+        """Return a lease as an observation that the disk does not have yet left it, or None."""
+        return next((event.lease for event in reversed(self._unwritten) if event.lease.id == lease_id), None)
+
+    def start_after(self, revision: int) -> None:
+        """Take revisions up after this one."""
+        self._revision = revision
 
     def subscribe(self, watcher: ApplyEvent) -> None:
         """Have `watcher` called with every event, after it is true and in order. Watchers can't undo anything."""
@@ -128,6 +129,7 @@ class Journal:
             logger.warning("%d events did not reach the disk before the stop", len(self._unwritten))
 
     async def _wait_for_entry(self, timeout_s: float) -> None:
+        self._wake.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId
 from portd.core.model import Protocol as LeaseProtocol
@@ -79,9 +79,17 @@ class Processes(Protocol):
         """Tell whether exactly this process (start time and boot compared) still runs."""
 
 
+REVISION_GAP: Final = 1 << 20
+"""How far revisions jump at a start. An observation may have been told and then lost with a crash: its number must not
+come again. Small against 2**53, the end of JSON's integers: there is room for eight billion starts."""
+
+
 class Loaded(NamedTuple):
     """What the store remembers at start. `remembered` holds the newest ended lease of every (service, instance,
-    endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first."""
+    endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first.
+
+    No start before has given a revision beyond `revision`.
+    """
 
     live: list[Lease]
     remembered: list[Lease]
@@ -92,7 +100,11 @@ class Loaded(NamedTuple):
 class LeaseStore(Protocol):
     """The durable memory. One writer; reads never wait for it."""
 
-    async def load(self) -> Loaded: ...
+    async def load(self) -> Loaded:
+        """Read what a start needs, once, and reserve its revisions, durably: REVISION_GAP beyond all that were given.
+
+        The very first start takes them up from 0. Raises StoreDamaged.
+        """
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Write events and the leases they leave, all or none, durable when it returns.

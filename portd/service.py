@@ -366,14 +366,15 @@ class LeaseService:
         """Take everything up as the store remembers it: leases, clocks, holds, owners, cooldowns, the order of the
         pools. Ends what did not outlive the daemon's absence."""
         now = self.clock.now()
-        self.table.restore(loaded.live, self.journal.start_after(loaded.revision))
-        for lease in loaded.live:
-            self.allocator.use(lease)
+        self.table.restore(loaded.live, loaded.revision)
+        self.journal.start_after(loaded.revision)
         self.allocator.restore_line(loaded.remembered)
         for lease in loaded.remembered:
             age_s = max(0.0, now.at - (lease.ended_at or 0.0))
             if age_s < self.allocator.cooldown_s:
-                self.allocator.cool(lease, now.tick, age_s=age_s)
+                self.allocator.restore_cooling(lease, now.tick, age_s=age_s)
+        for lease in loaded.live:  # after the cooldowns: one that took its port back ends them
+            self.allocator.use(lease)
         for lease in loaded.live:
             self._restore_lease(lease, boot_id, now)
         self._arm()
@@ -415,10 +416,14 @@ class LeaseService:
 
     async def find(self, lease_id: str) -> Lease:
         """Return a lease, an ended one too while it is remembered; raises NotFound."""
-        lease = self.table.get(lease_id) or await self._store.lease(lease_id)
+        lease = self._in_memory(lease_id) or await self._store.lease(lease_id)
         if lease is None:
             raise NotFound(f"there is no lease {lease_id}, nor is one remembered")
-        return self.table.get(lease_id) or lease
+        return self._in_memory(lease_id) or lease
+
+    def _in_memory(self, lease_id: str) -> Lease | None:
+        """Return a lease that is live, or whose end the disk does not have yet."""
+        return self.table.get(lease_id) or self.journal.unwritten(lease_id)
 
     async def ended(self, service: str | None = None) -> list[Lease]:
         """Return ended leases that are remembered, newest first, a bounded number."""
@@ -427,7 +432,7 @@ class LeaseService:
     async def history(self, port: int, protocol: Protocol | None, at: float | None, limit: int) -> list[Lease]:
         """Return who had the port, newest first; live leases as they are now."""
         leases = await self._store.history(port, protocol=protocol, at=at, limit=limit)
-        return [self.table.get(lease.id) or lease for lease in leases]
+        return [self._in_memory(lease.id) or lease for lease in leases]
 
     async def _mine(self, lease_id: str, caller: Caller) -> Lease:
         """Return a live lease that the caller may change; raises what stands against it."""
@@ -465,7 +470,7 @@ class LeaseService:
             raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
 
     def _forget_process(self, process: ProcessId | None) -> None:
-        if process is not None and not self.table.of_process(process):
+        if process is not None and all(lease.lifetime == "ttl" for lease in self.table.of_process(process)):
             self._exited.discard(process)
             self._processes.unwatch(process)
 

@@ -196,9 +196,13 @@ class Allocator:
         if lease.own_address:
             self._own.remember(lease.address, lease.name[:2])
 
-    def cool(self, lease: Lease, tick: float, *, age_s: float = 0.0) -> None:
-        """Put an ended lease's port into its cooldown; `age_s` seconds of it have passed (a restart)."""
+    def cool(self, lease: Lease, tick: float) -> None:
+        """Count an ended lease off its port, which goes into its cooldown."""
         self._drop_use(lease)
+        self.restore_cooling(lease, tick)
+
+    def restore_cooling(self, lease: Lease, tick: float, *, age_s: float = 0.0) -> None:
+        """Put an ended lease's port into its cooldown, of which `age_s` seconds have passed (a restart)."""
         self.remember(lease)
         if any(static.service == lease.service for static in self._static_ports.get(lease.port, ())):
             return  # nobody else may have it anyway

@@ -120,6 +120,14 @@ class FakeProcesses:
         alive = self._alive.get(process.pid)
         return alive is not None and alive.id == process
 
+    def is_running(self, pid: int) -> bool:
+        """Tell whether a process with this pid runs."""
+        return pid in self._alive
+
+    def forget_watchers(self) -> None:
+        """Forget who watches: the daemon that did has died."""
+        self._watched.clear()
+
     @property
     def watched_count(self) -> int:
         """Return how many processes are watched."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from portd.core.errors import StoreDamaged
 from portd.core.model import Event, Lease, Protocol, decode_lease
-from portd.seams import Loaded
+from portd.seams import REVISION_GAP, Loaded
 
 EVENTS_LOADED: Final = 10_000
 """The newest events that a start reads: as many as followers may resume from."""
@@ -44,13 +44,15 @@ def load(database: sqlite3.Connection) -> Loaded:
         live = _leases(database, _LIVE)
         remembered = _leases(database, _REMEMBERED)
         rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
+        started = database.execute("SELECT first FROM revisions").fetchone()
         newest_of_leases, = database.execute("SELECT max(revision) FROM leases").fetchone()
     events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(rows)]
     revision = events[-1].revision if events else 0
     # The newest event is never pruned, so no lease can be ahead of the events.
     if (newest_of_leases or 0) > revision:
         raise StoreDamaged(f"events are missing: a lease has revision {newest_of_leases}, the newest event {revision}")
-    return Loaded(live, remembered, events, revision)
+    first = 0 if started is None else max(started[0], revision) + REVISION_GAP
+    return Loaded(live, remembered, events, first)
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:

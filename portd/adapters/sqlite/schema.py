@@ -25,8 +25,12 @@ MIGRATIONS: Final[Sequence[str]] = (
     # 1. `body` is the lease whole; the other columns are there to be searched, and for whoever opens the file by hand.
     # A live lease has no `ended_at`. Every index costs each grant: `leases_by_end` serves the live (NULL comes first),
     # the remembered and the forgetting, and holds all that these compare, so that none of them reads a body in vain.
-    # With rowids: leases in the order of a random id would write three times as many pages.
+    # With rowids: leases in the order of a random id would write three times as many pages. `revisions` has one row:
+    # the revision that the newest start took its own up after.
     """
+    CREATE TABLE revisions (
+        first INTEGER NOT NULL
+    ) STRICT;
     CREATE TABLE leases (
         id TEXT NOT NULL PRIMARY KEY,
         service TEXT NOT NULL,
@@ -50,6 +54,10 @@ MIGRATIONS: Final[Sequence[str]] = (
         type TEXT NOT NULL,
         lease_id TEXT NOT NULL,
         body BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE meta (
+        key TEXT NOT NULL PRIMARY KEY,
+        value INTEGER NOT NULL
     ) STRICT;
     """,
 )

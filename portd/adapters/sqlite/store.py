@@ -8,6 +8,7 @@ the threads' work; SQL is next door.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from portd.adapters.sqlite.writing import FORGET_EVENTS, FORGET_LEASES, PRUNE_ST
 from portd.core.errors import StoreDamaged, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, Protocol
 from portd.seams import Loaded
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -85,11 +88,17 @@ class SqliteStore:
         Raises StoreDamaged when that can't be read or does not fit together; the store is then sealed.
         """
         try:
-            return await self._read(reading.load)
+            loaded = await self._read(reading.load)
         except (StoreUnavailable, StoreDamaged) as error:
             self._writer.seal(str(error))
             raise StoreDamaged(f"{error}; nothing was changed. Restore a copy, or move {self._path} aside together "
                                "with its -wal and -shm") from error
+        try:
+            await self._writing.run(self._writer.reserve, loaded.revision)
+        except StoreUnavailable as error:
+            # Reads go on. Only what is told and not written before a crash could have its revision given again.
+            logger.warning("starting on a store that takes no writes: %s", error)
+        return loaded
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Write events and the leases that they leave, in one transaction."""

@@ -1,0 +1,87 @@
+"""A store that forgets with the process, and fails when it is told to; for tests that drive the service alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+
+from portd.core.errors import StoreLost, StoreUnavailable
+from portd.core.model import Event, Lease, Protocol, decode_lease, encode_lease
+from portd.seams import REVISION_GAP, Loaded
+
+
+class MemoryStore:
+    """Keeps every promise of `LeaseStore` but durability. `failing` says how the next commits fail; `gate` holds them
+    up while it is not set."""
+
+    def __init__(self) -> None:
+        self.failing: Literal["", "unavailable", "lost", "unknown"] = ""
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.commit_count = 0
+        self._first: int | None = None
+        self._bodies: dict[str, bytes] = {}
+        self._events: list[tuple[int, str, float, bytes]] = []
+
+    async def load(self) -> Loaded:
+        """Return what a start needs."""
+        leases = [decode_lease(body) for body in self._bodies.values()]
+        events = [Event(revision, kind, at, decode_lease(body))  # type: ignore[arg-type]
+                  for revision, kind, at, body in self._events]
+        newest = self._events[-1][0] if self._events else 0
+        first = self._first = 0 if self._first is None else max(self._first, newest) + REVISION_GAP
+        return Loaded([lease for lease in leases if lease.state != "ended"], _newest(leases)[::-1], events, first)
+
+    async def commit(self, events: Sequence[Event]) -> None:
+        """Keep the events, unless told to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
+        await self.gate.wait()
+        self.commit_count += 1
+        if self.failing == "unavailable":
+            raise StoreUnavailable("the disk is full (a test's word)")
+        if self.failing != "lost":
+            for event in events:
+                body = encode_lease(event.lease)
+                self._bodies[event.lease.id] = body
+                self._events.append((event.revision, event.type, event.at, body))
+        if self.failing in ("lost", "unknown"):
+            raise StoreLost("whether it was written is not known (a test's word)")
+
+    async def lease(self, lease_id: str) -> Lease | None:
+        """Return a lease, or None."""
+        body = self._bodies.get(lease_id)
+        return None if body is None else decode_lease(body)
+
+    async def history(self, port: int, *, protocol: Protocol | None = None, at: float | None = None,
+                      limit: int = 100) -> list[Lease]:
+        """Return who had the port, newest first."""
+        found = [lease for lease in map(decode_lease, reversed(self._bodies.values())) if lease.port == port]
+        if protocol is not None:
+            found = [lease for lease in found if lease.protocol in (protocol, "both")]
+        if at is not None:
+            found = [lease for lease in found
+                     if lease.created_at <= at and (lease.ended_at is None or lease.ended_at > at)]
+        return sorted(found, key=lambda lease: -lease.created_at)[:limit]
+
+    async def ended(self, service: str | None = None, limit: int = 1000) -> list[Lease]:
+        """Return ended leases, newest end first."""
+        leases = _newest(list(map(decode_lease, self._bodies.values())))
+        return [lease for lease in leases if service in (None, lease.service)][:limit]
+
+    async def prune(self, ended_before: float, events_kept: int) -> int:
+        """Forget old leases and events."""
+        old = [lease.id for lease in _newest(list(map(decode_lease, self._bodies.values())))
+               if lease.ended_at is not None and lease.ended_at < ended_before]
+        for lease_id in old:
+            del self._bodies[lease_id]
+        surplus = max(0, len(self._events) - events_kept)
+        del self._events[:surplus]
+        return len(old) + surplus
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+def _newest(leases: list[Lease]) -> list[Lease]:
+    ended = [lease for lease in leases if lease.ended_at is not None]
+    return sorted(ended, key=lambda lease: -(lease.ended_at or 0.0))

@@ -1,0 +1,99 @@
+"""A whole service in a world that a test drives: clock, kernel and processes are fakes, the store survives restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+from contextlib import suppress
+from ipaddress import IPv4Network
+from typing import Any
+
+from portd.core.allocator import Allocator, StaticPort
+from portd.core.model import Event, Lease
+from portd.core.requests import LeaseRequest
+from portd.core.rights import Caller
+from portd.core.table import LeaseTable
+from portd.feed import Feed
+from portd.grants import Granter, Policy
+from portd.journal import Journal
+from portd.seams import LeaseStore
+from portd.service import Granted, LeaseService
+from portd.testing.fakes import BOOT_ID, FakeClock, FakeHolds, FakeProcesses
+from portd.testing.memory_store import MemoryStore
+
+
+class World:
+    """Builds the service as the daemon does. `restart` is a daemon that was killed: only the store outlives it."""
+
+    def __init__(self, ports: Iterable[int] = range(20000, 20010), *, statics: Iterable[StaticPort] = (),
+                 cooldown_s: float = 5.0, quota_per_uid: int = 0, store: LeaseStore | None = None) -> None:
+        self.ports = list(ports)
+        self.statics = list(statics)
+        self.cooldown_s = cooldown_s
+        self.policy = Policy(86_400.0, quota_per_uid, "shared", frozenset({"/bin/true"}), "testhost")
+        self.clock = FakeClock()
+        self.processes = FakeProcesses()
+        self.store: Any = store or MemoryStore()
+        self.boot_id = BOOT_ID
+        self.strangers: set[Any] = set()
+        self.events: list[Event] = []
+        self._ids = itertools.count(1)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> World:
+        """Start the service on what the store remembers."""
+        self.holds = FakeHolds()
+        self.holds.strangers = self.strangers
+        self.table = LeaseTable()
+        self.allocator = Allocator({"default": self.ports}, self.statics, IPv4Network("127.77.0.0/16"),
+                                   self.cooldown_s)
+        self.journal = Journal(self.table, self.store, self.clock)
+        granter = Granter(self.table, self.allocator, self.holds, self.processes, self.policy,
+                          make_id=lambda: f"lease-{next(self._ids):04}")
+        self.service = LeaseService(self.table, self.allocator, self.journal, granter, self.store, self.holds,
+                                    self.processes, self.clock)
+        self.feed = Feed()
+        self.journal.subscribe(self.feed.apply)
+        self.journal.subscribe(self.events.append)
+        loaded = await self.store.load()
+        self.service.restore(loaded, self.boot_id)
+        self.feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self.table.revision)
+        self._task = asyncio.create_task(self.journal.run())
+        return self
+
+    async def kill(self) -> None:
+        """End the daemon with nothing said: what is on its way is lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._task
+        self.service.close()
+
+    async def restart(self) -> World:
+        """Kill the daemon, and start another on the same store."""
+        await self.kill()
+        self.processes.forget_watchers()
+        return await self.start()
+
+    async def grant(self, pid: int = 0, uid: int = 1000, admin: bool = False, **fields: Any) -> Lease:
+        """Grant one lease to a process (0: one that is not known)."""
+        return (await self.ask([LeaseRequest(**fields)], pid=pid, uid=uid, admin=admin)).leases[0]
+
+    async def ask(self, requests: list[LeaseRequest], *, pid: int = 0, uid: int = 1000, admin: bool = False) -> Granted:
+        """Make a call of the service's as a process."""
+        return await self.service.grant(requests, self.caller(pid, uid, admin=admin))
+
+    @staticmethod
+    def caller(pid: int = 0, uid: int = 1000, *, admin: bool = False) -> Caller:
+        """Make a caller that the kernel knows."""
+        return Caller(uid=uid, pid=pid or None, known_by="peercred", admin=admin)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, and do what is due."""
+        self.clock.advance(seconds)
+        self.service.tend()
+
+    async def settle(self) -> None:
+        """Wait until everything that came in is in the store."""
+        await self.journal.drain(5.0)

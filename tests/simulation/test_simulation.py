@@ -1,0 +1,165 @@
+"""Anything in any order: grants, releases, declines, deaths, failing disks, lost commits, kills and restarts.
+
+After every step: no two live leases are in each other's way, every answered grant is there until something ended it,
+holds and watched processes are exactly those of live leases, and the numbers of the pool add up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from portd.core.allocator import Place, meet, place_of
+from portd.core.errors import Refusal, StoreUnavailable
+from portd.core.requests import LeaseRequest
+from portd.testing.world import World
+
+PORTS = range(20000, 20006)
+PIDS = range(41, 45)
+ADDRESSES = st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "own"])
+
+
+class Simulation(RuleBasedStateMachine):
+    """A daemon, its processes, its disk, and strangers on its host."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.world = World(PORTS, cooldown_s=2.0)
+        self.run(self.world.start())
+        self.owed = {}  # leases that were answered and have not been ended by anybody since
+        self.revisions = []
+
+    def run(self, work):
+        return self.loop.run_until_complete(work)
+
+    def do(self, step, *args):
+        """Take a step on the loop, as everything in the daemon is."""
+        async def inside():
+            step(*args)
+
+        self.run(inside())
+
+    def teardown(self):
+        self.run(self.world.kill())
+        self.loop.close()
+
+    def forget_ended(self):
+        for event in self.world.events:
+            self.revisions.append(event.revision)
+            if event.type == "ended":
+                self.owed.pop(event.lease.id, None)
+        self.world.events.clear()
+
+    @rule(pid=st.sampled_from(PIDS), service=st.sampled_from("ab"), address=ADDRESSES,
+          protocol=st.sampled_from(["tcp", "udp", "both"]), port=st.one_of(st.none(), st.sampled_from(PORTS)),
+          ttl=st.one_of(st.none(), st.just(5.0)), count=st.integers(1, 2))
+    def grant(self, pid, service, address, protocol, port, ttl, count):
+        if not self.world.processes.is_running(pid):
+            self.world.processes.start(pid)
+        request = LeaseRequest(service=service, address=address, protocol=protocol, port=port, ttl=ttl)
+        try:
+            granted = self.run(self.world.ask([request] * count, pid=pid))
+        except Refusal:
+            return
+        self.owed.update({lease.id: lease for lease in granted.leases})
+        self.forget_ended()
+
+    @rule(data=st.data(), what=st.sampled_from(["release", "decline", "drain", "renew"]))
+    def change(self, data, what):
+        if not self.owed:
+            return
+        lease = self.owed[data.draw(st.sampled_from(sorted(self.owed)))]
+        caller = self.world.caller(uid=0, admin=True)
+        service = self.world.service
+        calls = {"release": (), "decline": (), "drain": (not lease.drain,), "renew": (None,)}
+        try:
+            changed = self.run(getattr(service, what)(lease.id, caller, *calls[what]))
+        except Refusal:
+            return
+        if changed is not None:
+            self.owed[lease.id] = changed
+        self.forget_ended()
+
+    @rule(pid=st.sampled_from(PIDS))
+    def exit(self, pid):
+        if self.world.processes.is_running(pid):
+            self.do(self.world.processes.end, pid)
+            self.forget_ended()
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))
+    def pass_time(self, seconds):
+        self.do(self.world.pass_time, seconds)
+        self.forget_ended()
+
+    @rule(port=st.sampled_from(PORTS))
+    def stranger_comes_or_goes(self, port):
+        place = Place("tcp", "127.0.0.1", port)
+        if place in self.world.strangers:
+            self.world.strangers.discard(place)
+        elif self.world.holds.is_free(*place):
+            self.world.strangers.add(place)
+
+    @rule(failing=st.sampled_from(["", "", "unavailable"]))
+    def disk(self, failing):
+        self.world.store.failing = failing
+
+    @rule(outcome=st.sampled_from(["lost", "unknown"]), service=st.sampled_from("ab"))
+    def commit_is_lost(self, outcome, service):
+        """The daemon stops, and recovers from what the disk says, whatever that is."""
+        self.world.store.failing = outcome
+        try:
+            self.run(self.world.grant(service=service, ttl=5.0))
+        except StoreUnavailable:
+            pass
+        except Refusal:
+            return
+        finally:
+            self.world.store.failing = ""
+        self.forget_ended()
+        self.run(self.world.restart())
+        self.forget_ended()
+
+    @rule()
+    def kill_and_restart(self):
+        self.forget_ended()
+        self.run(self.world.restart())
+        self.forget_ended()
+
+    @invariant()
+    def no_two_leases_are_in_each_others_way(self):
+        for one, other in itertools.combinations(self.world.table, 2):
+            assert not meet(place_of(one), place_of(other)), f"{one.id} and {other.id} on {one.port}"
+
+    @invariant()
+    def what_was_answered_is_there(self):
+        live = {lease.id for lease in self.world.table}
+        assert set(self.owed) <= live
+
+    @invariant()
+    def holds_and_watches_are_those_of_live_leases(self):
+        live = {lease.id: lease for lease in self.world.table}
+        assert set(self.world.holds.held) <= set(live)
+        for lease_id, (place, _) in self.world.holds.held.items():
+            assert place == place_of(live[lease_id])
+        watched = {lease.process for lease in live.values() if lease.lifetime != "ttl"}
+        assert self.world.processes.watched_count == len(watched)
+
+    @invariant()
+    def the_pool_adds_up(self):
+        count = self.world.allocator.count("default")
+        assert count.used + count.cooling + count.declined + count.free == count.size == len(PORTS)
+        assert count.used == len({lease.port for lease in self.world.table} & set(PORTS))
+
+    @invariant()
+    def revisions_only_grow(self):
+        assert self.revisions == sorted(set(self.revisions))
+
+
+TestSimulation = Simulation.TestCase
+TestSimulation.settings = settings(max_examples=150, stateful_step_count=50, deadline=None,
+                                   suppress_health_check=[HealthCheck.too_slow])
