@@ -1,0 +1,289 @@
+"""The asyncio shell: the same calls, steps and errors as the sync client, without a thread.
+
+    async with aio.lease("orders", check="http:/healthz") as lease:
+        server = await asyncio.start_server(handle, sock=await lease.listen())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
+from random import random
+from typing import Any, Literal, Unpack
+
+from portd_client import calls, endpoints, steps
+from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
+from portd_client.endpoints import Endpoint
+from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, TryAgain
+from portd_client.finding import WAIT_S, Instance, Memory, pick, shown, watch_filters
+from portd_client.holding import Held
+from portd_client.leasing import RELEASE_TIMEOUT_S
+from portd_client.listening import bound, ephemeral, handed, passed, ready
+from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
+from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Status
+
+logger = logging.getLogger("portd_client")
+
+
+class AsyncClient:
+    """Speaks to one daemon; see `Client` for its arguments. Every call raises Problem or DaemonUnavailable."""
+
+    def __init__(self, url: str | None = None, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        environ = os.environ
+        self._candidates = [endpoints.parse(url)] if url else endpoints.candidates(environ, os.getuid())
+        self._token = token if token is not None or "PORTD_LEASE" in environ else environ.get("PORTD_TOKEN")
+        self._timeout_s = timeout_s
+        self._memory = Memory()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return the place that answered last, or that is tried first."""
+        return self._candidates[0]
+
+    @property
+    def url(self) -> str:
+        """Return that place as PORTD_URL writes it."""
+        return self.endpoint.url
+
+    async def grant(self, wish: LeaseWish) -> LeaseDocument:
+        """Lease one port. The answer carries the lease's `token`, this once."""
+        return await self.call(calls.grant(wish))  # type: ignore[no-any-return]
+
+    async def grant_all(self, wishes: Sequence[LeaseWish]) -> list[LeaseDocument]:
+        """Lease several ports, all or none."""
+        return await self.call(calls.grant(wishes))  # type: ignore[no-any-return]
+
+    async def leases(self, **filters: Any) -> AsyncIterator[LeaseDocument]:
+        """Yield the leases that fit all filters, page after page."""
+        while True:
+            page = await self.call(calls.leases(**filters))
+            for document in page["leases"]:
+                yield document
+            if page["next"] is None:
+                return
+            filters["cursor"] = page["next"]
+
+    async def lease(self, lease_id: str) -> LeaseDocument:
+        """Return one lease."""
+        return await self.call(calls.lease(lease_id))  # type: ignore[no-any-return]
+
+    async def service(self, name: str, **filters: Any) -> Instances:
+        """Return a service's instances; with `after` and `wait` (seconds), once something changes."""
+        return await self.call(calls.service(name, **filters),  # type: ignore[no-any-return]
+                               timeout_s=self._timeout_s + float(filters.get("wait") or 0))
+
+    async def call(self, request: Request, *, timeout_s: float | None = None) -> Any:
+        """Make any call of `portd_client.calls`, and return its decoded answer (None where there is no body)."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        reader, parts = ResponseReader(), []
+        try:
+            async with asyncio.timeout(limit_s), aclosing(self._receive(request, reader)) as stream:
+                async for part in stream:
+                    parts.append(part)
+                    reader.check_size()
+        except TimeoutError:
+            raise DaemonUnavailable([(self.url, f"no answer within {limit_s:g} s")]) from None
+        return result(reader.status, reader.headers.get("content-type", ""), b"".join(parts))
+
+    async def events(self, after: int | None = None, service: str | None = None) -> AsyncIterator[ServerEvent]:
+        """Follow events until the daemon hangs up; see `Client.events`."""
+        reader, events, problem = ResponseReader(), EventReader(), b""
+        request = calls.events(after, service)
+        try:
+            async with aclosing(self._receive(request, reader, "text/event-stream", SILENCE_S)) as stream:
+                async for part in stream:
+                    if reader.status != 200:
+                        problem += part
+                        continue
+                    for event in events.feed(part):
+                        yield event
+        except TimeoutError:
+            raise DaemonUnavailable([(self.url, f"silent for {SILENCE_S:g} s")]) from None
+        if reader.status != 200:
+            result(reader.status, reader.headers.get("content-type", ""), problem)
+
+    async def resolve(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = ()) -> Instance:
+        """Return one working instance, by chance; raises NobodyThere when there is none."""
+        question = (service, endpoint, *tags)
+        try:
+            found = await self.service(service, **watch_filters(endpoint, tags))
+        except (DaemonUnavailable, ProtocolError, TryAgain) as error:
+            return pick(service, self._memory.recall(question, error))
+        return pick(service, self._memory.keep(question, found))
+
+    async def watch(self, service: str, *, endpoint: str = "main",
+                    tags: Sequence[str] = ()) -> AsyncIterator[list[Instance]]:
+        """Yield the working instances now and whenever they change, without end; see `finding.watch`."""
+        filters = watch_filters(endpoint, tags)
+        found = await self.service(service, **filters)
+        yield [Instance(document) for document in found["instances"]]
+        while True:
+            try:
+                newer = await self.service(service, **filters, after=found["revision"], wait=WAIT_S)
+            except (DaemonUnavailable, ProtocolError, TryAgain):
+                await asyncio.sleep(steps.RETRY_S)
+                found["revision"] = 0
+                continue
+            if shown(newer) != shown(found):
+                yield [Instance(document) for document in newer["instances"]]
+            found = newer
+
+    async def _receive(self, request: Request, reader: ResponseReader, accept: str = "application/json",
+                       silence_s: float | None = None) -> AsyncGenerator[bytes, None]:
+        stream, writer, endpoint = await self._connect()
+        try:
+            writer.write(request.render(endpoint.authority, self._token, accept))
+            while not reader.is_complete:
+                async with asyncio.timeout(silence_s):
+                    data = await stream.read(READ_BYTES)
+                reader.feed(data)
+                if part := reader.take():
+                    yield part
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise ProtocolError(f"{endpoint.url}: the connection broke: {error}") from error
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Endpoint]:
+        tried = []
+        for endpoint in self._candidates:
+            try:
+                if endpoint.path:
+                    stream, writer = await asyncio.open_unix_connection(endpoint.path)
+                else:
+                    tls = ssl.create_default_context() if endpoint.tls else None
+                    stream, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=tls)
+            except OSError as error:
+                tried.append((endpoint.url, reason(error)))
+                continue
+            self._candidates = [endpoint, *(other for other in self._candidates if other is not endpoint)]
+            return stream, writer, endpoint
+        raise DaemonUnavailable(tried)
+
+
+async def drive(client: AsyncClient, sequence: steps.Steps) -> Any:
+    """Make the calls of a sequence, and return its result."""
+    try:
+        request = next(sequence)
+        while True:
+            try:
+                answer = await client.call(request)
+            except PortdError as error:
+                request = sequence.throw(error)
+            else:
+                request = sequence.send(answer)
+    except StopIteration as stop:
+        return stop.value
+
+
+def lease(service: str, *, client: AsyncClient | None = None, fallback: Literal["ephemeral"] | None = None,
+          on_change: Callable[[AsyncLease], object] | None = None, **options: Unpack[LeaseOptions]) -> AsyncLease:
+    """Return a lease to enter: `async with lease("orders") as lease`. The arguments are those of `portd_client.lease`;
+    `on_change` is called on the event loop."""
+    return AsyncLease(client or AsyncClient(), steps.wish(service, options), fallback, on_change)
+
+
+class AsyncLease(Held):
+    """A lease of this process, from entering to leaving; one task keeps it meanwhile."""
+
+    def __init__(self, client: AsyncClient, wish: LeaseWish, fallback: str | None,
+                 on_change: Callable[[AsyncLease], object] | None) -> None:
+        super().__init__(wish)
+        self.client = client
+        self._fallback = fallback
+        self._on_change = on_change
+        self._reserved: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> AsyncLease:
+        given = steps.given(os.environ, self.wish.get("endpoint", "main"))
+        try:
+            found = None if given is None else await drive(self.client, steps.adopt(given, self.wish))
+            if found is None:
+                self.take(await self.client.grant(self.wish))
+            elif given is not None:
+                self.take(found, given.token, adopted=True)
+        except DaemonUnavailable as error:
+            if self._fallback != "ephemeral":
+                raise
+            logger.warning("portd: %s; taking a port of the kernel's choice for %s", error, self.wish["service"])
+            self._reserved = ephemeral(self, error)
+            return self
+        self._task = asyncio.create_task(self._keep_on(), name=f"portd {self.service}")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.release()
+
+    async def listen(self, backlog: int = 128) -> socket.socket:
+        """Return the lease's socket, listening; see `Lease.listen`."""
+        return (await self.sockets(backlog))[0]
+
+    async def sockets(self, backlog: int = 128) -> list[socket.socket]:
+        """Return the lease's sockets, TCP before UDP; they are the caller's to close."""
+        if self._reserved is not None:
+            opened, self._reserved = [self._reserved], None
+        else:
+            opened = passed(self.endpoint) or await asyncio.to_thread(handed, self.client.endpoint, self, backlog)
+        for _ in range(steps.DECLINES_MAX):
+            if opened:
+                break
+            try:
+                opened = bound(self.protocols, self.address, self.port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                self.document = await self.client.call(calls.decline(self.id, self.token))
+        return ready(opened or bound(self.protocols, self.address, self.port), backlog)
+
+    async def report(self, status: Status, note: str = "") -> None:
+        """Report health, for a lease whose check is `report`."""
+        if self.id:
+            await self.client.call(calls.report(self.id, status, note, self.token))
+
+    async def drain(self, on: bool = True) -> None:
+        """Leave look-ups and keep the port; `drain(False)` comes back."""
+        if self.id:
+            self.document = await self.client.call(calls.drain(self.id, on, self.token))
+
+    async def release(self) -> None:
+        """Give the lease back; may be called twice. No daemon is no error here."""
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        task.cancel()
+        await asyncio.wait([task])
+        if self.is_mine:
+            with suppress(PortdError):
+                await self.client.call(calls.release(self.id, self.token), timeout_s=RELEASE_TIMEOUT_S)
+
+    async def _keep_on(self) -> None:
+        pause_s = steps.pause_s(self.document, random())
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                found = await drive(self.client, steps.keep(self.document, self.token, self.wish,
+                                                            may_move=self._on_change is not None))
+            except (DaemonUnavailable, ProtocolError, TryAgain):
+                pause_s = steps.RETRY_S
+                continue
+            except PortdError as error:
+                logger.warning("portd: the lease of %s is lost, and can't be had again: %s", self, error)
+                pause_s = steps.CHECK_S
+                continue
+            if self.keep(found) and self._on_change is not None:
+                self._on_change(self)
+            pause_s = steps.pause_s(found, random())

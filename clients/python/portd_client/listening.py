@@ -1,0 +1,121 @@
+"""From a lease to its sockets: passed by the starter, handed over by the daemon, or bound here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from portd_client import handoff
+from portd_client.steps import DECLINES_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from portd_client.endpoints import Endpoint
+    from portd_client.errors import DaemonUnavailable
+    from portd_client.holding import Held
+    from portd_client.leasing import Lease
+
+FIRST_FD = 3
+"""sd_listen_fds(3), SD_LISTEN_FDS_START."""
+
+
+class LeasedSocket(socket.socket):
+    """A socket that gives its lease back when it is closed (a copy of it in a forked child does not)."""
+
+    __slots__ = ("lease",)
+
+    def __init__(self, lease: Lease, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self.lease = lease
+
+    def close(self) -> None:
+        """Close the socket and release the lease."""
+        super().close()
+        self.lease.release()
+
+
+def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = None) -> list[LeasedSocket]:
+    """Open the lease's sockets, TCP before UDP, TCP listening. `reserved` is bound already."""
+    opened = [reserved] if reserved is not None else \
+        passed(lease.endpoint) or handed(lease.client.endpoint, lease, backlog)
+    for _ in range(DECLINES_MAX):
+        if opened:
+            break
+        try:
+            opened = bound(lease.protocols, lease.address, lease.port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            lease.decline()
+    opened = ready(opened or bound(lease.protocols, lease.address, lease.port), backlog)
+    return [LeasedSocket(lease, one.detach()) for one in opened]
+
+
+def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
+    """Make TCP sockets listen (a second listen() only sets the backlog), and put them before UDP ones."""
+    for one in sockets:
+        if one.type == socket.SOCK_STREAM:
+            one.listen(backlog)
+    return sorted(sockets, key=lambda one: one.type != socket.SOCK_STREAM)
+
+
+def passed(endpoint: str) -> list[socket.socket]:
+    """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process."""
+    environ = os.environ
+    if environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
+        return []
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    return [socket.socket(fileno=os.dup(fd)) for fd, name in enumerate(names, FIRST_FD) if name == endpoint]
+
+
+def handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
+    """Have the sockets handed over; nothing where the daemon does not do that here."""
+    if not lease.id:
+        return []
+    try:
+        lease.document, descriptors = handoff.receive(place, {"lease": lease.id, "listen": True, "backlog": backlog})
+    except handoff.NoHandoff:
+        return []
+    return [socket.socket(fileno=descriptor) for descriptor in descriptors]
+
+
+def bound(protocols: Sequence[Literal["tcp", "udp"]], address: str, port: int) -> list[socket.socket]:
+    """Bind a port for all protocols, TCP listening: of two that bound over one hold, the second to listen fails."""
+    made: list[socket.socket] = []
+    try:
+        for protocol in protocols:
+            made.append(bind(address, port, protocol))  # noqa: PERF401 - what was made must be closed on an error
+        if "tcp" in protocols:
+            made[0].listen()
+    except BaseException:
+        for one in made:
+            one.close()
+        raise
+    return made
+
+
+def ephemeral(lease: Held, error: DaemonUnavailable) -> socket.socket:
+    """Bind a port of the kernel's choice for a lease that no daemon gives; raises `error` where that can't be."""
+    if lease.address == "own" or lease.protocol == "both":
+        raise error
+    made = bind(lease.address, 0, lease.protocols[0])
+    lease.document["port"] = made.getsockname()[1]
+    return made
+
+
+def bind(address: str, port: int, protocol: Literal["tcp", "udp"]) -> socket.socket:
+    """Bind as servers do: TCP with SO_REUSEADDR, which a shared hold lets in."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
+    try:
+        if protocol == "tcp":
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+    except BaseException:
+        made.close()
+        raise
+    return made
