@@ -185,8 +185,12 @@ class Announcer:
         self._publish(wanted)
 
     def _publish(self, wanted: _Wanted) -> None:
-        if self._responder is not None and wanted.is_due and wanted.timer is None:
+        if not wanted.is_due or wanted.timer is not None:
+            return
+        if self._responder is not None:
             self._responder.publish(wanted.service, wanted.name)
+        elif self._problem is not None:
+            self._settled(wanted.service.id, None, self._problem)
 
     def _settled(self, service_id: str, name: str | None, problem: str | None) -> None:
         """Take a responder's word: the name that was won is the first wish from now on."""

@@ -40,6 +40,7 @@ class Answerer:
         self._due: dict[Target, dict[DNSRecord, float]] = {}
         self._said: dict[Target, dict[DNSRecord, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0
         self._held: dict[str, _HeldQuery] = {}
         self._now = asyncio.get_running_loop().time
 
@@ -173,10 +174,11 @@ class Answerer:
         self._wake(due)
 
     def _wake(self, at: float) -> None:
-        if self._timer is not None and self._timer.when() <= at:
-            return
         if self._timer is not None:
+            if self._wakes_at <= at:
+                return
             self._timer.cancel()
+        self._wakes_at = at
         self._timer = asyncio.get_running_loop().call_at(at, self._flush)
 
     def _flush(self) -> None:

@@ -124,6 +124,7 @@ class AvahiResponder:
         self._interfaces = interfaces
         self._groups: dict[str, _Group] = {}
         self._by_path: dict[str, _Group] = {}
+        self._names: dict[str, _Group] = {}
         self._turn = asyncio.Semaphore(CALLS_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._problem: str | None = None
@@ -168,6 +169,8 @@ class AvahiResponder:
         group = self._groups.pop(service_id, None)
         if group is not None:
             group.is_wanted = False
+            if self._names.get(group.key) is group:
+                del self._names[group.key]
             self._spawn(self._free(group))
 
     def condition(self) -> dict[str, object]:
@@ -194,6 +197,7 @@ class AvahiResponder:
     async def _add(self, group: _Group, path: str) -> None:
         """Add the service to its group under the first name that this host does not use yet, and commit."""
         while True:
+            self._take_name(group)
             base, subtype = parse_type(group.service.type)
             txt = [f"{key}={value}".encode() for key, value in group.service.txt]
             try:
@@ -211,6 +215,15 @@ class AvahiResponder:
                 await self._bus.call(path, _GROUP, "Reset")
             else:
                 return
+
+    def _take_name(self, group: _Group) -> None:
+        """Rename until no other service of ours has the name: Avahi sees no conflict in two that look the same."""
+        if self._names.get(group.key) is group:
+            del self._names[group.key]
+        while group.entry.key in self._names:
+            group.entry.rename()
+        group.key = group.entry.key
+        self._names[group.key] = group
 
     def _links(self, address: str) -> list[int]:
         """Return the interfaces to publish on: all of Avahi's, unless the configuration or the address says which."""
@@ -276,6 +289,7 @@ class _Group:
     def __init__(self, service: Service, name: str) -> None:
         self.service = service
         self.entry = Entry(service, name, HostName(""))
+        self.key = ""
         self.path: str | None = None
         self.published_as: str | None = None
         self.is_wanted = True

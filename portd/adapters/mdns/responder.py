@@ -227,6 +227,12 @@ class EmbeddedResponder:
             claim.rename()
         self.zone.index(claim)
         self._start_claim(claim, after_s=STORM_S if claim.conflict_count > STORM_CONFLICTS else 0.0)
+        if claim is self.zone.host:
+            # Whoever wanted the host's name may have claimed our services' names with the very same data (one port, one
+            # host name), which is no conflict to either: what is not announced yet asks again, with the new data.
+            for entry in list(self.zone.entries.values()):
+                if entry.standing is not Standing.WAITING and entry.service.id not in self._published:
+                    self._start_claim(entry)
 
     # --- what is owned: announced, withdrawn ---
 

@@ -92,19 +92,18 @@ class HostName(Claim):
 
 
 class Entry(Claim):
-    """A service with its records, which follow from its name, its port, its TXT and the host's name."""
+    """A service with its records, which follow from its name, its port, its TXT and the host's name.
+
+    `base` is its type's name without a subtype; a service never changes its type, it becomes another one.
+    """
 
     def __init__(self, service: Service, name: str, host: HostName) -> None:
         super().__init__(service.name)
         self.name = name
         self.service = service
+        self.base = f"{parse_type(service.type).base}.{wire.DOMAIN}"
         self._host = host
         self._records: tuple[str, str, Service, list[DNSRecord], list[DNSRecord]] | None = None
-
-    @property
-    def base(self) -> str:
-        """Return the type's name, without a subtype."""
-        return f"{parse_type(self.service.type).base}.{wire.DOMAIN}"
 
     @property
     def full_name(self) -> str:

@@ -97,6 +97,7 @@ class Host:
         self._programs: list[subprocess.Popen[bytes]] = []
         self._temporary: list[str] = []
         self._bus: str | None = None
+        self.at_close: list[Callable[[], None]] = []
         run("ip", "netns", "add", self.name)
         self.exec("sysctl", "-qw", f"net.ipv6.conf.all.disable_ipv6={int(not ipv6)}",
                   f"net.ipv6.conf.default.disable_ipv6={int(not ipv6)}", "net.ipv6.conf.default.accept_dad=0")
@@ -231,6 +232,8 @@ class Host:
 
     def close(self) -> None:
         """End everything in the host, and the host."""
+        for close in self.at_close:
+            close()
         if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(DEADLINE_S)

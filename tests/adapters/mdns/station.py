@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import time
+from contextlib import suppress
 from typing import Any
 
 from msgspec.structs import replace
@@ -39,6 +41,7 @@ class Station:
         self.reports: list[tuple[str, str | None, str | None]] = []
         self._revision = 0
         self.announcer: Announcer = host.call(self._make(name or f"box{host.number}", options))
+        host.at_close.append(self.close)
 
     async def _make(self, name: str, options: dict[str, Any]) -> Announcer:
         return Announcer(name, self._report, **options)
@@ -81,7 +84,8 @@ class Station:
 
     def published(self, lease_id: str) -> str | None:
         """Return the name that the lease is published as."""
-        announce = self.leases[lease_id].announce
+        held = self.leases.get(lease_id)
+        announce = held.announce if held is not None else None
         return announce.published_as if announce is not None else None
 
     def wait_published(self, *lease_ids: str, deadline_s: float = 20.0) -> None:
@@ -107,6 +111,7 @@ class Ear:
         self.host = host
         self.heard: list[tuple[float, Arrival, DNSIncoming]] = []
         self.sockets = host.call(self._open())
+        host.at_close.append(self.close)
 
     async def _open(self) -> Sockets:
         sockets = Sockets(self._hear, unicast=True)
@@ -148,22 +153,25 @@ async def _answer(function: Any) -> Any:
     return function()
 
 
-def ask_directly(host: Host, server: str, query: bytes) -> list[bytes]:
-    """Send one query from a port of its own, as dig does, and return every answer that comes within a moment."""
-    return host.call(_ask_directly(server, query))
+def ask_directly(host: Host, *queries: tuple[str, bytes]) -> list[list[bytes]]:
+    """Send queries to servers, each from a port of its own, as dig does; returns each one's answers within a second."""
+    return host.call(_ask_all(queries))
 
 
-async def _ask_directly(server: str, query: bytes) -> list[bytes]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        asking.settimeout(1.0)
-        asking.sendto(query[:2] + query[2:], (server, 5353))
-        answers = []
-        try:
-            while True:
-                answers.append(asking.recv(65535))
-                asking.settimeout(0.3)
-        except TimeoutError:
-            return answers
+async def _ask_all(queries: tuple[tuple[str, bytes], ...]) -> list[list[bytes]]:
+    return await asyncio.gather(*(_ask(server, query) for server, query in queries))
+
+
+async def _ask(server: str, query: bytes) -> list[bytes]:
+    answers: list[bytes] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
+        asking.bind(("", 0))
+        asking.sendto(query, (server, 5353))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while True:
+                    answers.append(await asyncio.get_running_loop().sock_recv(asking, 65535))
+    return answers
 
 
 def legacy_query(name: str, type_: int, number: int = 4711) -> bytes:

@@ -1,0 +1,165 @@
+"""What the LAN offers is seen when it is asked for: ours and others', resolved, live, and lost when it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from portd.adapters.mdns import wire
+from portd.adapters.mdns.lan import LanChange
+from portd.core.announcing import LanService
+from portd.core.errors import InvalidRequest
+from tests.adapters.mdns.bed import Lan, until, wait_for
+from tests.adapters.mdns.station import Ear, Station, lease
+
+pytestmark = pytest.mark.netns
+WEB = "_http._tcp"
+
+
+def queries(ear: Ear) -> list[str]:
+    """The names that were asked for, probes aside."""
+    return [question.name for _, _, message in ear.heard if message.is_query() and not message.is_probe()
+            for question in message.questions]
+
+
+def test_all_types_and_instances_are_listed_resolved_ours_and_others(lan: Lan) -> None:
+    here, other, avahi = lan.host(), lan.host(), lan.host()
+    avahi.start_avahi()
+    avahi.start("avahi-publish", "-s", "Avahi's Printer", "_ipp._tcp", "631", "rp=queue", "note=a.b")
+    others = Station(other, "other").start()
+    others.put(lease("o", "Dr. Who's Café №1", port=20001, txt={"service": "orders"}))
+    others.wait_published("o")
+    station = Station(here, "box").start()
+    station.put(lease("m", "Mine", port=20002))
+    station.wait_published("m")
+    wait_for(lambda: avahi.browsed("_ipp._tcp"), "avahi has published")
+    assert station.lan() == {
+        "Avahi's Printer": LanService(type="_ipp._tcp", name="Avahi's Printer", host="h3.local",
+                                      addresses=(avahi.address,), port=631, txt={"rp": "queue", "note": "a.b"}),
+        "Dr. Who's Café №1": LanService(type=WEB, name="Dr. Who's Café №1", host="other-portd.local",
+                                        addresses=(other.address,), port=20001, txt={"service": "orders"}),
+        "Mine": LanService(type=WEB, name="Mine", host="box-portd.local", addresses=(here.address,), port=20002,
+                           ours=True)}
+    assert set(station.lan(WEB)) == {"Dr. Who's Café №1", "Mine"}
+    assert station.lan("_nothing._tcp") == {}
+
+
+def test_nobody_browses_when_nobody_asks_and_the_second_time_the_cache_answers(lan: Lan) -> None:
+    here, other = lan.host(), lan.host()
+    others = Station(other).start()
+    others.put(lease("o", "There"))
+    station = Station(here).start()
+    station.put(lease("m", "Mine"))
+    others.wait_published("o")
+    station.wait_published("m")
+    ear = Ear(other)
+    assert station.condition()["browsing"] is False
+    assert set(station.lan(WEB)) == {"There", "Mine"}
+    wait_for(lambda: queries(ear), "it was asked")
+    assert set(queries(ear)) <= {"_http._tcp.local."}, "for what somebody wanted to know, and no more"
+
+    async def twice() -> bool:
+        """The second answer needs no time: it is there before the loop does anything else."""
+        waiting = asyncio.ensure_future(station.announcer.lan(WEB))
+        await asyncio.sleep(0)
+        return waiting.done()
+
+    assert here.call(twice())
+
+
+def test_a_follower_sees_what_comes_changes_goes_and_falls_silent(lan: Lan) -> None:
+    here, other = lan.host(), lan.host()
+    others = Station(other, "other").start()
+    station = Station(here).start()
+    seen: list[LanChange] = []
+
+    async def follow() -> None:
+        async for change in station.announcer.follow(WEB):
+            seen.append(change)  # noqa: PERF401 -- an endless comprehension would show nothing
+
+    following = here.spawn(follow())
+    others.put(lease("o", "There", port=20001))
+    others.wait_published("o")
+    wait_for(lambda: [(change.change, change.service.port) for change in seen] == [("added", 20001)], "it came")
+    others.put(lease("o", "There", port=20002, published_as="There"))
+    wait_for(lambda: seen[-1].change == "updated" and seen[-1].service.port == 20002, "it changed")
+    others.change("o", "ended", state="ended")
+    wait_for(lambda: seen[-1].change == "removed", "it said goodbye")
+    station.put(lease("m", "Mine"))
+    wait_for(lambda: seen[-1].change == "added" and seen[-1].service.ours, "ours came")
+
+    ear = Ear(other)  # somebody who announces once, for two seconds, and is never heard again
+    name = "Silent._http._tcp.local."
+    ear.send(wire.encode_response([wire.with_ttl(record, 2) for record in (
+        wire.pointer("_http._tcp.local.", name), wire.service(name, 1, "silent.local."), wire.text(name, b"\0"),
+        wire.address("silent.local.", bytes([10, 9, 0, 99])))]))
+    wait_for(lambda: (seen[-1].change, seen[-1].service.name) == ("added", "Silent"), "it came")
+    wait_for(lambda: (seen[-1].change, seen[-1].service.name) == ("removed", "Silent"), "it fell silent")
+    following.cancel()
+
+    async def idle() -> None:
+        await until(lambda: not station.announcer._lan._followers, "the follower has left")
+
+    here.call(idle())
+
+
+def test_what_is_no_type_is_refused(lan: Lan) -> None:
+    station = Station(lan.host()).start()
+    for wrong in ("http", "_http", "_http._sctp", "\udc80._x._tcp"):
+        with pytest.raises(InvalidRequest):
+            station.lan(wrong)
+
+
+def test_a_thousand_services_of_another_host_are_seen_and_lost(lan: Lan) -> None:
+    here, other = lan.host(), lan.host()
+    others = Station(other).start()
+    names = [f"s{number}" for number in range(1000)]
+    others.put(*(lease(name) for name in names))
+    others.wait_published(*names)
+    station = Station(here).start()
+    wait_for(lambda: len(station.lan(WEB)) == 1000, "all are seen")
+    assert set(station.lan(WEB)) == set(names)
+    others.close()
+    wait_for(lambda: len(station.lan(WEB)) == 0, "all are lost")
+
+
+BONJOUR = """
+const { Bonjour } = require('bonjour-service');
+const bonjour = new Bonjour();
+bonjour.publish({ name: 'From Node', type: 'http', port: 3000, txt: { a: 'b' } });
+bonjour.find({ type: 'http' }, service => console.log(JSON.stringify(
+  { name: service.name, host: service.host, port: service.port, txt: service.txt, addresses: service.addresses })));
+"""
+
+
+@pytest.fixture(scope="session")
+def bonjour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with npm's bonjour-service in it."""
+    directory = tmp_path_factory.mktemp("bonjour")
+    (directory / "peer.js").write_text(BONJOUR)
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(directory),
+                    "bonjour-service@1"], check=True, timeout=60, cwd=directory)
+    return directory
+
+
+def test_nodes_bonjour_service_and_portd_see_each_other(lan: Lan, bonjour: Path) -> None:
+    here, node = lan.host(), lan.host()
+    node.ip("route", "add", "default", "via", here.address)  # what bonjour-service needs to send at all
+    station = Station(here, "box").start()
+    station.put(lease("m", "Café Orders", port=20001, txt={"service": "orders"}))
+    station.wait_published("m")
+    process = node.start("timeout", "20", "node", str(bonjour / "peer.js"), stdout=subprocess.PIPE, stderr=None)
+    assert process.stdout is not None
+    seen: dict[str, dict[str, object]] = {}
+    while "Café Orders" not in seen:
+        service = json.loads(process.stdout.readline())
+        seen[service["name"]] = service
+    found = seen["Café Orders"]  # it cuts names at their first dot, so there is none in this one
+    assert (found["host"], found["port"], found["txt"], found["addresses"]) == (
+        "box-portd.local", 20001, {"service": "orders"}, [here.address])
+    theirs = wait_for(lambda: station.lan(WEB).get("From Node"), "portd sees it")
+    assert (theirs.port, theirs.txt, theirs.ours) == (3000, {"a": "b"}, False)
