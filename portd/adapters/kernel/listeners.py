@@ -1,13 +1,26 @@
-"""Who listens on this host: the socket table joined with the processes that have the sockets open."""
+"""Who listens on this host: the socket table joined with the processes that have the sockets open.
+
+The kernel knows the socket of a descriptor and not the descriptors of a socket: who has it is found by looking through
+/proc/PID/fd, 0.1 ms a process. So guesses go first (the lease's owner, its children, who had it the last time), and a
+guess is believed only when the socket is found there.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Final
 
 from portd.adapters.kernel import procfs
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.model import Listener, Owner
+
+DESCENDANTS_MAX: Final = 1024
+"""Children of likely processes that are looked at before all others: more, and all of /proc is as near."""
+REMEMBERED_MAX: Final = 65_536
+"""Sockets whose process is remembered, 10 MB; then all are forgotten, which costs one walk of /proc."""
+INIT: Final = 1
 
 
 class KernelSocketTable:
@@ -15,33 +28,75 @@ class KernelSocketTable:
 
     def __init__(self, diag: SocketDiag) -> None:
         self._diag = diag
+        self._remembered: dict[int, int] = {}
+        self._searching = asyncio.Lock()
 
     def listeners(self, port: int | None = None) -> list[Listener]:
-        """List listeners of one port, or of all."""
+        """List listeners of one port, or of all; raises OSError."""
         return self._diag.listeners(port)
 
     async def owners(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Owner]:
-        """Find the process of each socket: likely ones first and here, then all of /proc in a thread.
+        """Find and describe the process of each socket, in a thread; hidden ones are left out. Raises OSError.
 
-        Of several processes that share a socket (a server that forked) the lowest pid is named: the eldest.
+        Of several processes that share a socket (a server that forked) a likely one is named, else the eldest; init
+        and portd, which open sockets for others, only where nobody else has it.
         """
-        found = _search(dict.fromkeys(likely_pids), frozenset(inodes))
-        missing = frozenset(inodes) - found.keys()
-        if missing:
-            found |= await asyncio.to_thread(_search_all, missing)
-        described = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
-        return {inode: owner for inode, pid in found.items() if (owner := described[pid]) is not None}
+        if not inodes:
+            return {}
+        async with self._searching:  # who waits here finds the answers of the walk that it waited for
+            return await asyncio.to_thread(self._find, frozenset(inodes), likely_pids)
+
+    def _find(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Owner]:
+        found: dict[int, int] = {}
+        for pids in (likely_pids, _descendants(likely_pids), self._who_had(inodes), _everybody()):
+            _search(pids, inodes, found)
+        owners = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
+        if len(self._remembered) > REMEMBERED_MAX:
+            self._remembered.clear()
+        self._remembered |= found
+        return {inode: owner for inode, pid in found.items() if (owner := owners[pid]) is not None}
+
+    def _who_had(self, inodes: frozenset[int]) -> Iterator[int]:
+        yield from sorted({self._remembered[inode] for inode in inodes if inode in self._remembered})
 
 
-def _search(pids: Collection[int], inodes: frozenset[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
+def _search(pids: Iterable[int], inodes: frozenset[int], found: dict[int, int]) -> None:
+    """Look for the sockets in each process, until there is none left to look for."""
+    missing = inodes - found.keys()
+    if not missing:
+        return
     for pid in pids:
-        for inode in inodes.intersection(procfs.socket_inodes(pid)):
-            found[inode] = min(pid, found.get(inode, pid))
-        if len(found) == len(inodes):
-            break
-    return found
+        here = missing.intersection(procfs.socket_inodes(pid))
+        if here:
+            found.update(dict.fromkeys(here, pid))
+            missing -= here
+            if not missing:
+                return
 
 
-def _search_all(inodes: frozenset[int]) -> dict[int, int]:
-    return _search(procfs.pids()[::-1], inodes)  # the eldest first, so that the search may end early
+def _everybody() -> Iterator[int]:
+    """Yield all processes, the eldest first, and last those that open sockets for others."""
+    keepers = {INIT, os.getpid()}
+    yield from sorted(procfs.pids(), key=lambda pid: (pid in keepers, pid))
+
+
+def _descendants(pids: Iterable[int]) -> Iterator[int]:
+    """Yield children and children's children; none where the kernel does not list them (CONFIG_PROC_CHILDREN)."""
+    line = list(dict.fromkeys(pids))
+    for count, pid in enumerate(line):
+        if count >= DESCENDANTS_MAX:
+            return
+        children = _children(pid)
+        line.extend(children)
+        yield from children
+
+
+def _children(pid: int) -> list[int]:
+    children: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as listed:
+                children += map(int, listed.read().split())
+    except OSError:  # it ended meanwhile
+        pass
+    return children
