@@ -1,0 +1,502 @@
+"""Holds: what the kernel promises of them, and what portd promises with them. Real sockets, real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import http.server
+import itertools
+import os
+import random
+import socket
+import socketserver
+import struct
+import sys
+from collections.abc import Iterator
+
+import pytest
+from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portd.adapters.kernel.holds import KernelHolds
+from portd.adapters.kernel.netlink import SocketDiag
+from portd.core.addresses import overlaps
+
+IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
+TEST_NET = "192.0.2.1"  # RFC 5737: nobody's address
+RESTRICTED = 88  # a port below 1024 that nothing here uses
+
+# --- the bed ---
+
+
+@pytest.fixture
+def diag() -> Iterator[SocketDiag]:
+    with contextlib.closing(SocketDiag()) as diag:
+        diag.listeners(1)  # its own descriptor is open from now on
+        yield diag
+
+
+@pytest.fixture
+def holds(diag) -> Iterator[KernelHolds]:
+    with contextlib.closing(KernelHolds(diag.bound)) as holds:
+        yield holds
+
+
+@pytest.fixture
+def port() -> int:
+    """A port outside the kernel's own choice that nobody has on any address."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), stranger("::", port), stranger("::", port, udp=True):
+            return port
+    pytest.fail("no free port")
+
+
+def stranger(address: str, port: int, *, reuse: bool = False, listen: bool = False, udp: bool = False,
+             v6only: bool | None = None) -> socket.socket:
+    """Bind as another program would."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    one = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::" if v6only is None else v6only)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        one.bind((address, port))
+        if listen:
+            one.listen()
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def can_bind(address: str, port: int, **options) -> bool:
+    """Tell whether a stranger gets the port; EADDRINUSE is the only refusal."""
+    try:
+        stranger(address, port, **options).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+SERVER = """
+import socket, sys
+address, port, reuse, leave = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "reuse", sys.argv[4]
+server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+server.bind((address, port)); server.listen(); print("listens", flush=True)
+connection, _ = server.accept()
+if leave == "TIME_WAIT":
+    connection.close()
+print("accepted", flush=True)
+sys.stdin.read()
+"""
+
+
+def leave_behind(spawn, address: str, port: int, leave: str, *, reuse: str) -> socket.socket:
+    """Let a server die with a connection that it has closed (TIME_WAIT), or with an open one. Returns the client."""
+    server = spawn(address, str(port), reuse, leave, python=SERVER)
+    assert server.stdout.readline() == "listens\n"
+    client = socket.create_connection((address, port))
+    assert server.stdout.readline() == "accepted\n"
+    if leave == "TIME_WAIT":
+        assert client.recv(1) == b""
+        client.close()
+    server.kill()
+    server.wait()
+    return client
+
+
+# --- what the kernel promises ---
+
+
+def test_over_a_shared_hold_a_server_listens_and_a_bare_bind_does_not(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    assert not can_bind("127.0.0.1", port)
+    with stranger("127.0.0.1", port, reuse=True, listen=True) as server:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            connection, _ = server.accept()
+            connection.close()
+            assert client.recv(1) == b""
+        assert not can_bind("127.0.0.1", port, reuse=True)
+
+
+def test_over_a_shared_hold_java_listens_with_its_ipv6_socket_for_an_ipv4_address(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    assert not can_bind("::ffff:127.0.0.1", port, v6only=False)
+    assert can_bind("::ffff:127.0.0.1", port, v6only=False, reuse=True, listen=True)
+
+
+def test_over_roots_shared_hold_any_user_listens(holds, port, as_nobody):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    with as_nobody():
+        assert can_bind("127.0.0.1", port, reuse=True, listen=True)
+        assert not can_bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("udp", [False, True])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_an_exclusive_hold_keeps_everybody_off(holds, port, udp, reuse):
+    assert holds.take("a", "udp" if udp else "tcp", "127.0.0.1", port, "exclusive") == "taken"
+    assert not can_bind("127.0.0.1", port, reuse=reuse, udp=udp)
+
+
+def test_the_door_opens_and_closes_at_once_while_an_owner_listens_too(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "exclusive") == "taken"
+    holds.door("a", is_open=True)
+    owner = stranger("127.0.0.1", port, reuse=True, listen=True)
+    holds.door("a", is_open=False)
+    with socket.create_connection(("127.0.0.1", port)):
+        owner.accept()[0].close()
+    owner.close()
+    assert not can_bind("127.0.0.1", port, reuse=True)
+    holds.door("a", is_open=True)
+    assert can_bind("127.0.0.1", port, reuse=True)
+    holds.door("nobody's lease", is_open=True)
+
+
+def test_who_got_in_by_the_door_and_did_not_listen_cannot_listen_once_it_is_closed(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    with stranger("127.0.0.1", port, reuse=True) as late:
+        holds.door("a", is_open=False)
+        with pytest.raises(OSError, match="Address already in use"):
+            late.listen()
+
+
+@pytest.mark.parametrize(("held", "asked"), list(itertools.product(
+    ["0.0.0.0", "127.0.0.1", "127.0.0.2", "::", "::1"], repeat=2)))
+def test_a_hold_excludes_the_addresses_that_its_own_includes(holds, port, held, asked):
+    """`::` is dual-stack, as servers bind it."""
+    assert holds.take("a", "tcp", held, port, "exclusive") == "taken"
+    assert can_bind(asked, port, reuse=True) is not overlaps(held, asked)
+    assert holds.is_free("tcp", asked, port) is not overlaps(held, asked)
+    assert (holds.take("b", "tcp", asked, port, "none") == "busy") is overlaps(held, asked)
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive"])
+@pytest.mark.parametrize("connect", [False, True], ids=["bind to 0", "connect"])
+def test_the_kernels_own_choice_is_never_a_held_port(holds, kind, connect):
+    low = 50_000
+
+    def choose() -> int:
+        """Let the kernel choose out of two ports."""
+        with socket.socket() as one:
+            try:
+                one.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("=I", (low + 1) << 16 | low))
+            except OSError:
+                pytest.skip("the kernel does not let a socket say its range of ports (before Linux 6.3)")
+            if connect:
+                # A TIME_WAIT of ours would have the number, and not for the hold's sake.
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.connect(server.getsockname())
+            else:
+                one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        while not all(holds.is_free("tcp", "127.0.0.1", one) for one in (low, low + 1)):
+            low += 2
+        assert holds.take("a", "tcp", "127.0.0.1", low, kind) == "taken"
+        assert {choose() for _ in range(20)} == {low + 1}
+        assert holds.take("b", "tcp", "127.0.0.1", low + 1, kind) == "taken"
+        with pytest.raises(OSError) as raised:  # noqa: PT011 - the number is looked at
+            choose()
+        assert raised.value.errno == (errno.EADDRNOTAVAIL if connect else errno.EADDRINUSE)
+
+
+def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    with stranger("127.0.0.1", port, reuse=True) as first, stranger("127.0.0.1", port, reuse=True) as second:
+        first.listen()
+        with pytest.raises(OSError, match="Address already in use"):
+            second.listen()
+    with stranger("127.0.0.1", port, reuse=True, listen=True):
+        assert not can_bind("127.0.0.1", port, reuse=True)
+
+
+def test_of_two_udp_sockets_with_reuseaddr_the_later_one_gets_every_datagram(port):
+    """Why no UDP hold is ever an open door."""
+    with stranger("127.0.0.1", port, reuse=True, udp=True) as first, \
+            stranger("127.0.0.1", port, reuse=True, udp=True) as second, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(5):
+            sender.sendto(b"x", ("127.0.0.1", port))
+        first.setblocking(False)
+        second.setblocking(False)
+        assert [second.recv(9) for _ in range(5)] == [b"x"] * 5
+        with pytest.raises(BlockingIOError):
+            first.recv(9)
+
+
+# --- who has the port already ---
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::", "0.0.0.0"])
+@pytest.mark.parametrize("options", [{"listen": True}, {"listen": True, "reuse": True}, {}, {"reuse": True}],
+                         ids=["listens", "listens, reuse", "bound", "bound, reuse"])
+def test_a_strangers_tcp_port_is_not_taken(holds, port, descriptors, kind, address, options):
+    with stranger(address, port, **options):
+        before = descriptors()
+        assert holds.take("a", "tcp", address, port, kind) == "busy"
+        assert holds.take("a", "both", address, port, kind) == "busy"
+        assert not holds.is_free("tcp", address, port)
+        assert (holds.count, descriptors()) == (0, before)
+    assert holds.take("a", "both", address, port, kind) == "taken"
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_strangers_udp_port_is_not_taken_nor_half_of_it(holds, port, descriptors, kind, reuse):
+    with stranger("127.0.0.1", port, udp=True, reuse=reuse):
+        before = descriptors()
+        assert holds.take("a", "both", "127.0.0.1", port, kind) == "busy"
+        assert (holds.count, descriptors()) == (0, before)
+        assert holds.take("a", "tcp", "127.0.0.1", port, kind) == "taken"
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
+def test_connections_that_a_dead_server_left_do_not_keep_its_port(holds, spawn, port, kind, address, leave):
+    with leave_behind(spawn, address, port, leave, reuse="reuse"):
+        assert not can_bind(address, port)
+        assert holds.is_free("tcp", address, port)
+        assert holds.take("a", "tcp", address, port, kind) == "taken"
+        assert can_bind(address, port, reuse=True, listen=True) is (kind != "exclusive")
+
+
+@pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
+def test_connections_of_a_server_that_did_not_reuse_keep_its_port_until_they_end(holds, spawn, port, leave):
+    with leave_behind(spawn, "127.0.0.1", port, leave, reuse="no"):
+        assert not can_bind("127.0.0.1", port, reuse=True)  # nor would the owner get it
+        assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "busy"
+        assert not holds.is_free("tcp", "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
+@pytest.mark.parametrize(("address", "v6only", "taken"), [
+    ("127.0.0.1", None, "busy"), ("0.0.0.0", None, "busy"), ("::", False, "busy"), ("::ffff:127.0.0.1", False, "busy"),
+    ("::", True, "taken"), ("127.0.0.2", None, "taken"), ("::1", None, "taken"),
+])
+def test_behind_old_connections_a_stranger_that_does_not_listen_yet_is_seen(holds, spawn, port, kind, address, v6only,
+                                                                           taken):
+    with leave_behind(spawn, "127.0.0.1", port, "an open connection", reuse="reuse"), \
+            stranger(address, port, reuse=True, v6only=v6only):
+        assert holds.take("a", "tcp", "127.0.0.1", port, kind) == taken
+        assert holds.is_free("tcp", "127.0.0.1", port) is (taken == "taken" and kind == "none")
+
+
+def test_behind_old_connections_a_hold_is_never_taken_twice(holds, spawn, port):
+    with leave_behind(spawn, "127.0.0.1", port, "an open connection", reuse="reuse"):
+        assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+        assert holds.take("b", "tcp", "127.0.0.1", port, "shared") == "busy"
+
+
+@pytest.mark.parametrize("blindness", ["sees nothing bound", "can't be read"])
+def test_a_socket_table_that_does_not_show_the_hold_itself_proves_nothing(spawn, port, descriptors, blindness):
+    """As before Linux 6.8, or where a sandbox forbids netlink."""
+    def blind(protocol, port):
+        if blindness == "can't be read":
+            raise PermissionError(errno.EPERM, "no netlink here")
+        return []
+
+    holds = KernelHolds(blind)
+    with leave_behind(spawn, "127.0.0.1", port, "an open connection", reuse="reuse"):
+        before = descriptors()
+        assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "busy"
+        assert descriptors() == before
+
+
+# --- UDP, and both ---
+
+
+def test_both_is_one_lock_each_and_shared_keeps_only_tcp(holds, port):
+    assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
+    assert set(holds.sockets("a")) == {"tcp", "udp"}
+    assert {one.getsockname() for one in holds.sockets("a").values()} == {("127.0.0.1", port)}
+    holds.drop("a")
+    assert holds.take("a", "both", "127.0.0.1", port, "shared") == "taken"
+    assert set(holds.sockets("a")) == {"tcp"}
+    assert can_bind("127.0.0.1", port, udp=True)
+    assert holds.take("b", "udp", "127.0.0.1", port, "none") == "taken"
+    assert set(holds.sockets("b")) == set()
+
+
+def test_only_a_bound_udp_hold_looks_like_a_server_and_is_left_out_of_the_listeners(diag, port):
+    holds = KernelHolds(diag.bound)
+    table = SocketDiag(holds.inodes)
+    with contextlib.closing(table), contextlib.closing(holds):
+        assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
+        assert table.listeners(port) == []
+        with contextlib.closing(socket.socket(fileno=os.dup(holds.sockets("a")["tcp"].fileno()))) as handed_over:
+            handed_over.listen()
+            assert [one.protocol for one in table.listeners(port)] == ["tcp"]
+        holds.drop("a")
+        assert list(holds.inodes()) == []
+
+
+# --- what can't be taken ---
+
+
+@pytest.mark.parametrize("address", [TEST_NET, "2001:db8::1", "fe80::1"])
+def test_an_address_of_another_host_is_no_address_and_nothing_to_wait_for(holds, port, address):
+    assert holds.take("a", "both", address, port, "shared") == "no_address"
+    assert holds.is_free("both", address, port)
+
+
+def test_a_port_that_only_root_may_bind_is_forbidden(holds, as_nobody):
+    with as_nobody():
+        assert holds.take("a", "tcp", "127.0.0.9", RESTRICTED, "shared") == "forbidden"
+        assert not holds.is_free("tcp", "127.0.0.9", RESTRICTED)
+    assert holds.take("a", "tcp", "127.0.0.9", RESTRICTED, "shared") == "taken"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_at_the_file_limit_nothing_is_taken_not_even_half(holds, port, no_descriptor_left, descriptors, left):
+    before = descriptors()
+    with no_descriptor_left(left):
+        assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "no_descriptors"
+        assert not holds.is_free("both", "127.0.0.1", port)
+        assert not holds.restore("a", "both", "127.0.0.1", port, "exclusive")
+    assert (holds.count, descriptors()) == (0, before)
+    assert can_bind("127.0.0.1", port)
+
+
+# --- the life of a hold ---
+
+
+def test_a_hold_is_not_passed_on_by_exec_and_never_waits(holds, port):
+    assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
+    for held in holds.sockets("a").values():
+        assert not held.get_inheritable()
+        assert not held.getblocking()
+
+
+def test_what_is_dropped_is_free_and_may_be_dropped_again(holds, port, descriptors):
+    before = descriptors()
+    assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
+    assert (holds.count, [lease for lease, _ in holds.held()]) == (1, ["a"])
+    holds.drop("a")
+    holds.drop("a")
+    assert (holds.count, descriptors(), holds.is_free("both", "127.0.0.1", port)) == (0, before, True)
+
+
+def test_a_hold_is_restored_once_its_owner_stops_listening(holds, port):
+    with stranger("127.0.0.1", port, reuse=True, listen=True):
+        assert not holds.restore("a", "tcp", "127.0.0.1", port, "shared")
+    with stranger("127.0.0.1", port, reuse=True):
+        assert not holds.restore("a", "tcp", "127.0.0.1", port, "shared")
+    assert holds.restore("a", "tcp", "127.0.0.1", port, "shared")
+    assert holds.restore("a", "tcp", "127.0.0.1", port, "shared")
+    assert holds.count == 1
+    assert can_bind("127.0.0.1", port, reuse=True)
+
+
+def test_a_shared_hold_of_both_is_restored_though_the_owners_udp_socket_is_there(holds, port):
+    with stranger("127.0.0.1", port, udp=True):
+        assert holds.restore("a", "both", "127.0.0.1", port, "shared")
+        assert not can_bind("127.0.0.1", port)
+        assert holds.restore("b", "udp", "127.0.0.1", port, "none")
+        assert not holds.restore("c", "udp", "127.0.0.1", port, "exclusive")
+
+
+def test_sockets_that_outlived_another_daemon_are_holds_again(holds, port):
+    assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
+    passed = [socket.socket(fileno=os.dup(held.fileno())) for held in holds.sockets("a").values()]
+    for one in passed:
+        one.set_inheritable(True)  # as systemd passes them
+    holds.drop("a")
+    assert not can_bind("127.0.0.1", port)
+    holds.adopt("b", passed)
+    assert holds.restore("b", "both", "127.0.0.1", port, "exclusive")
+    assert set(holds.sockets("b")) == {"tcp", "udp"}
+    assert not any(one.get_inheritable() or one.getblocking() for one in holds.sockets("b").values())
+    holds.drop("b")
+    assert holds.is_free("both", "127.0.0.1", port)
+
+
+STEPS = st.lists(st.one_of(
+    st.tuples(st.just("take"), st.sampled_from("abcd"), st.sampled_from(["tcp", "udp", "both"]),
+              st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::", TEST_NET]), st.integers(0, 1),
+              st.sampled_from(["shared", "exclusive", "none"])),
+    st.tuples(st.just("drop"), st.sampled_from("abcd")),
+), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=STEPS)
+def test_no_sequence_of_takes_and_drops_holds_a_place_twice_or_loses_a_descriptor(steps):
+    low = 29_100  # two ports; a stranger on one of them would only make more takes busy
+    held: dict[str, list[tuple[str, str, int]]] = {}
+    with contextlib.closing(SocketDiag()) as diag, contextlib.closing(KernelHolds(diag.bound)) as holds:
+        diag.listeners(1)
+        before = len(os.listdir("/proc/self/fd"))
+        for step, lease, *rest in steps:
+            if step == "drop":
+                holds.drop(lease)
+                held.pop(lease, None)
+            elif lease not in held:
+                protocol, address, offset, kind = rest
+                places = [(part, address, low + offset) for part in ("tcp", "udp") if protocol in (part, "both")]
+                in_way = any(part == its_part and port == its_port and overlaps(address, its_address)
+                             for (part, _, port) in places
+                             for (its_part, its_address, its_port) in itertools.chain(*held.values()))
+                taken = holds.take(lease, protocol, address, low + offset, kind)
+                assert not (taken == "taken" and in_way)
+                kept = [place for place in places if kind == "exclusive" or (kind == "shared" and place[0] == "tcp")]
+                if taken == "taken" and kept:
+                    held[lease] = kept
+            assert holds.count == len(held)
+            assert len(os.listdir("/proc/self/fd")) - before == sum(map(len, held.values()))
+
+
+# --- servers that bind over a shared hold ---
+
+
+async def serve_asyncio(port: int) -> None:
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", port)
+    server.close()
+    await server.wait_closed()
+
+
+async def serve_aiohttp(port: int) -> None:
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("serve", [serve_asyncio, serve_aiohttp])
+def test_asyncio_uvloop_and_aiohttp_listen_over_a_shared_hold(holds, port, run, serve):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    run(serve(port))
+
+
+NODE = "require('http').createServer().listen({port}, '127.0.0.1', () => console.log('listens'))"
+
+
+@pytest.mark.parametrize("program", ["node", "http.server"])
+def test_node_and_http_server_listen_over_a_shared_hold(holds, port, spawn, wait_until, diag, program):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    if program == "node":
+        child = spawn("node", "-e", NODE.replace("{port}", str(port)))
+    else:
+        child = spawn(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port))
+    wait_until(lambda: diag.listeners(port) or child.poll() is not None)
+    assert child.poll() is None
+    with socket.create_connection(("127.0.0.1", port)):
+        pass
+
+
+def test_socketserver_without_reuse_and_a_bare_bind_do_not(holds, port):
+    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
+    with pytest.raises(OSError, match="Address already in use"):
+        socketserver.TCPServer(("127.0.0.1", port), socketserver.BaseRequestHandler)
+    assert not can_bind("127.0.0.1", port)
+    http.server.HTTPServer(("127.0.0.1", port), http.server.BaseHTTPRequestHandler).server_close()
