@@ -31,10 +31,17 @@ class MemoryStore:
                   for revision, kind, at, body in self._events]
         newest = self._events[-1][0] if self._events else 0
         first = self._first = 0 if self._first is None else max(self._first, newest) + REVISION_GAP
-        return Loaded([lease for lease in leases if lease.state != "ended"], _newest(leases)[::-1], events, first)
+        ends = _newest(leases)[::-1]
+        newest_ends = {*{lease.name: lease.id for lease in ends}.values(),
+                       *{lease.port: lease.id for lease in ends}.values()}
+        return Loaded([lease for lease in leases if lease.state != "ended"],
+                      [lease for lease in ends if lease.id in newest_ends], events, first)
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Keep the events, unless told to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
+        await asyncio.shield(asyncio.ensure_future(self._write(events)))  # as the disk goes on without the caller
+
+    async def _write(self, events: Sequence[Event]) -> None:
         await self.gate.wait()
         self.commit_count += 1
         if self.failing == "unavailable":
@@ -56,7 +63,7 @@ class MemoryStore:
                       limit: int = 100) -> list[Lease]:
         """Return who had the port, newest first."""
         found = [lease for lease in map(decode_lease, reversed(self._bodies.values())) if lease.port == port]
-        if protocol is not None:
+        if protocol in ("tcp", "udp"):
             found = [lease for lease in found if lease.protocol in (protocol, "both")]
         if at is not None:
             found = [lease for lease in found
@@ -74,7 +81,7 @@ class MemoryStore:
                if lease.ended_at is not None and lease.ended_at < ended_before]
         for lease_id in old:
             del self._bodies[lease_id]
-        surplus = max(0, len(self._events) - events_kept)
+        surplus = max(0, len(self._events) - max(1, events_kept))  # the newest carries the revision on
         del self._events[:surplus]
         return len(old) + surplus
 

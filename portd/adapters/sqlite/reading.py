@@ -44,15 +44,13 @@ def load(database: sqlite3.Connection) -> Loaded:
         live = _leases(database, _LIVE)
         remembered = _leases(database, _REMEMBERED)
         rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
-        started = database.execute("SELECT first FROM revisions").fetchone()
-        newest_of_leases, = database.execute("SELECT max(revision) FROM leases").fetchone()
+        started = database.execute("SELECT value FROM meta WHERE key = 'started_after'").fetchone()
     events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(rows)]
     revision = events[-1].revision if events else 0
-    # The newest event is never pruned, so no lease can be ahead of the events.
-    if (newest_of_leases or 0) > revision:
-        raise StoreDamaged(f"events are missing: a lease has revision {newest_of_leases}, the newest event {revision}")
-    first = 0 if started is None else max(started[0], revision) + REVISION_GAP
-    return Loaded(live, remembered, events, first)
+    ahead = max((lease.revision for lease in (*live, *remembered)), default=0)
+    if ahead > revision:  # the newest event is never pruned
+        raise StoreDamaged(f"events are missing: a lease has revision {ahead}, the newest event {revision}")
+    return Loaded(live, remembered, events, max(started[0], revision) + REVISION_GAP if started else 0)
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:

@@ -25,12 +25,9 @@ MIGRATIONS: Final[Sequence[str]] = (
     # 1. `body` is the lease whole; the other columns are there to be searched, and for whoever opens the file by hand.
     # A live lease has no `ended_at`. Every index costs each grant: `leases_by_end` serves the live (NULL comes first),
     # the remembered and the forgetting, and holds all that these compare, so that none of them reads a body in vain.
-    # With rowids: leases in the order of a random id would write three times as many pages. `revisions` has one row:
-    # the revision that the newest start took its own up after.
+    # With rowids: leases in the order of a random id would write three times as many pages. `meta` has
+    # `started_after`: the revision after which the newest start took its own up.
     """
-    CREATE TABLE revisions (
-        first INTEGER NOT NULL
-    ) STRICT;
     CREATE TABLE leases (
         id TEXT NOT NULL PRIMARY KEY,
         service TEXT NOT NULL,
@@ -85,10 +82,13 @@ def judge(path: Path, newest: int = len(MIGRATIONS)) -> int | None:
     """Return the schema number of a sound database of portd's, None when there is no file yet; else StoreDamaged."""
     wal = wal_of(path)
     try:
-        header = path.open("rb").read(100) if path.exists() else b""
-        wal_bytes = wal.stat().st_size if wal.exists() else 0
+        with path.open("rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        header = b""
     except OSError as error:
         raise StoreDamaged(f"{path} can't be read: {error.strerror}; nothing was changed") from error
+    wal_bytes = wal.stat().st_size if wal.exists() else 0
     if not header:
         if wal_bytes:  # SQLite would replay it into whatever database it finds beside it
             raise _damaged(path, f"is missing, and its log {wal.name} is not")

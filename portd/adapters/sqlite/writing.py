@@ -16,7 +16,6 @@ from typing import Any, Final, Literal
 
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, encode_lease
-from portd.seams import REVISION_GAP
 
 logger = logging.getLogger(__name__)
 
@@ -125,32 +124,14 @@ class Writer:
         self._count_frames()
 
     def reserve(self, database: sqlite3.Connection, revision: int) -> None:
-        """Record the revision that this start takes its own up after. Raises as `write` does."""
+        """Record the revision after which this start takes its own up. Raises as `write` does."""
         self._refuse_if_sealed()
         try:
-            with database:
-                database.execute("BEGIN IMMEDIATE")
-                database.execute("DELETE FROM revisions")
-                database.execute("INSERT INTO revisions VALUES (?)", (revision,))
+            database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", (revision,))
         except sqlite3.Error as error:
             raise self._failure(database, error, committing=True) from error
         self._count_frames()
-
-    def reserve_revisions(self, database: sqlite3.Connection, newest: int) -> int:
-        """Return the revision to go on from: beyond `newest`, the newest event's, and beyond all that the starts before
-        may have given to events that never came here. Durable whatever the durability. Raises as `write` does."""
-        self._refuse_if_sealed()
-        try:
-            database.execute("BEGIN IMMEDIATE")
-            row = database.execute("SELECT value FROM meta WHERE key = 'started_from'").fetchone()
-            revision = 0 if row is None and newest == 0 else max(newest, row[0] if row else 0) + REVISION_GAP
-            database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('started_from', ?)", (revision,))
-            database.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failure(database, error, committing=True) from error
-        self._count_frames()
-        self.fold(database)  # syncs, and what a crash has left in the log is then done with
-        return revision
+        self.fold(database)  # syncs whatever the durability, and is done with what a crash has left in the log
 
     def forget(self, database: sqlite3.Connection, statement: str, bound: float) -> int:
         """Delete one step's rows; returns how many. Raises as `write` does."""

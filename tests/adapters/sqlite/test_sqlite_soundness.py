@@ -1,0 +1,246 @@
+"""A file that is damaged, newer or another program's is told apart, and left byte for byte as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from portd.adapters.sqlite import schema
+from portd.adapters.sqlite.store import SqliteStore
+from portd.core.errors import StoreDamaged
+from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Read the database and its log; the shared memory and the lock say nothing of leases, nor does an empty log."""
+    files = {file.name: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
+    return {name: content for name, content in files.items() if content and not name.endswith((".lock", "-shm"))}
+
+
+def refusal(path: Path) -> str:
+    """Open and load the store, which must refuse, and must not have changed a byte; returns what it says."""
+
+    async def start():
+        store = await SqliteStore.open(path, "full")
+        try:
+            await store.load()
+        finally:
+            await store.close()
+
+    before = contents(path)
+    with pytest.raises(StoreDamaged) as refused:
+        asyncio.run(start())
+    assert contents(path) == before
+    assert str(path.name) in str(refused.value)
+    return str(refused.value)
+
+
+def filled(path: Path) -> Path:
+    """Make a database with a thousand leases, closed."""
+
+    async def fill():
+        store = await SqliteStore.open(path, "full")
+        await store.load()
+        await store.commit(granted(range(1, 1001)))
+        await store.close()
+
+    asyncio.run(fill())
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return filled(tmp_path / "portd.db")
+
+
+def crashed(path: Path) -> Path:
+    """Leave commits in the log, as a killed daemon does: a copy of the files while they are in use."""
+    after = path.parent / "after"
+
+    async def fill():
+        store = await SqliteStore.open(path, "full")
+        await store.load()
+        await store.commit(granted(range(2001, 2101)))
+        after.mkdir()
+        for file in (path, schema.wal_of(path)):
+            (after / file.name).write_bytes(file.read_bytes())
+        await store.close()
+
+    asyncio.run(fill())
+    return after / path.name
+
+
+def test_a_text_file_is_not_a_database(path):
+    path.write_text("leases, I hope\n" * 100)
+    assert "not a SQLite database" in refusal(path)
+
+
+def test_a_file_cut_within_its_header_is_not_a_database(path):
+    path.write_bytes(path.read_bytes()[:60])
+    assert "not a SQLite database" in refusal(path)
+
+
+def test_a_database_cut_short_is_damaged(path):
+    path.write_bytes(path.read_bytes()[:-40960])
+    assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pages_of_noise_are_damage(path, seed):
+    chance = random.Random(seed)
+    content = bytearray(path.read_bytes())
+    page = chance.randrange(1, len(content) // 4096)
+    content[page * 4096:page * 4096 + 4096] = chance.randbytes(4096)
+    path.write_bytes(content)
+    assert "damaged" in refusal(path)
+
+
+def test_damage_is_found_behind_a_log_that_a_crash_left(path):
+    after = crashed(path)
+    content, log = bytearray(after.read_bytes()), schema.wal_of(after).read_bytes()
+    logged = {int.from_bytes(log[at:at + 4], "big") for at in range(32, len(log), 24 + 4096)}
+    page = next(number for number in range(2, len(content) // 4096) if number not in logged)  # the log would mend it
+    content[(page - 1) * 4096:page * 4096] = random.Random(1).randbytes(4096)
+    after.write_bytes(content)
+    assert "damaged" in refusal(after)
+
+
+def test_a_lease_that_can_not_be_decoded_is_damage_and_nothing_is_folded(path):
+    after = crashed(path)
+    with closing(sqlite3.connect(after, isolation_level=None)) as database:
+        database.execute("PRAGMA wal_autocheckpoint = 0")
+        database.execute("UPDATE leases SET body = x'00' WHERE id = 'lease-000007'")
+        database.execute("BEGIN")
+        for_the_copy = {file: file.read_bytes() for file in (after, schema.wal_of(after))}
+    for file, content in for_the_copy.items():
+        file.write_bytes(content)
+    assert schema.wal_of(after).stat().st_size > 0
+    assert "can't be read" in refusal(after)
+
+
+def test_events_that_are_missing_are_damage(path):
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DELETE FROM events WHERE revision > 990")
+    assert "events are missing" in refusal(path)
+
+
+@pytest.mark.parametrize("application_id", [0, 1])
+def test_another_programs_database_is_left_alone(tmp_path, application_id):
+    path = tmp_path / "portd.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(f"PRAGMA application_id = {application_id}; CREATE TABLE songs (title TEXT);")
+    assert "another program" in refusal(path)
+
+
+def test_a_newer_database_is_left_alone_and_the_way_out_is_to_upgrade(path):
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA user_version = 99")
+    assert "upgrade portd" in refusal(path)
+
+
+def test_a_newer_number_that_only_the_log_has_is_seen(path):
+    after = path.parent / "after" / path.name
+    after.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA user_version = 99")
+        for file in (path, schema.wal_of(path)):
+            (after.parent / file.name).write_bytes(file.read_bytes())
+    assert b"\0\0\0\x63" not in after.read_bytes()[60:64]
+    assert "upgrade portd" in refusal(after)
+
+
+def test_a_log_without_its_database_is_not_mixed_with_a_new_one(path):
+    after = crashed(path)
+    after.unlink()
+    assert "missing" in refusal(after)
+
+
+def test_an_empty_file_is_a_new_store(tmp_path):
+    path = tmp_path / "portd.db"
+    path.touch()
+    filled(path)
+
+
+def test_a_half_made_database_is_made_anew(tmp_path):
+    (tmp_path / "portd.db.new").write_bytes(b"SQLite format 3\0half of it")
+    assert filled(tmp_path / "portd.db").exists()
+    assert not (tmp_path / "portd.db.new").exists()
+
+
+# --- migrations ---
+
+LATER = (*schema.MIGRATIONS, "ALTER TABLE leases ADD COLUMN zone TEXT;", "CREATE TABLE notes (note TEXT) STRICT;")
+"""The schema as later versions of portd might have it."""
+
+
+def dump(path: Path) -> tuple[int, list[str]]:
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute("PRAGMA user_version").fetchone()[0], list(database.iterdump())
+
+
+@pytest.mark.parametrize("older", range(1, len(LATER)))
+def test_a_database_of_every_older_number_is_brought_to_the_newest_with_all_it_has(tmp_path, older):
+    path = tmp_path / "portd.db"
+    schema.prepare(path, LATER[:older])
+    lease = a_lease(1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("INSERT INTO events VALUES (1, 2.0, 'granted', ?, x'00')", (lease.id,))
+    schema.prepare(path, LATER)
+    version, statements = dump(path)
+    assert version == len(LATER)
+    assert any("zone TEXT" in statement for statement in statements)
+    assert any("notes" in statement for statement in statements)
+    assert any(lease.id in statement for statement in statements)
+    # The header tells it by itself, with no log beside it: an older portd can judge it unopened.
+    assert path.read_bytes()[60:64] == len(LATER).to_bytes(4, "big")
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path):
+    path = tmp_path / "portd.db"
+    schema.prepare(path)
+    before = dump(path)
+    with pytest.raises(sqlite3.Error):
+        schema.prepare(path, (*LATER, "CREATE TABLE leases (again TEXT);"))
+    assert dump(path) == before
+
+
+def test_the_newest_schema_is_not_migrated_again(path):
+    before = contents(path)
+    schema.prepare(path)
+    assert contents(path) == before
+
+
+def test_statements_are_served_by_indexes(path):
+    """Whatever is asked while the daemon runs reads no more than it returns, however much history there is."""
+    statements = ["SELECT body FROM leases WHERE ended_at IS NULL ORDER BY created_at",
+                  "SELECT body FROM leases WHERE id = 'x'",
+                  "SELECT body FROM leases WHERE port = 1 ORDER BY created_at DESC",
+                  "SELECT rowid FROM leases WHERE ended_at < 1 ORDER BY ended_at LIMIT 5",
+                  "SELECT revision FROM events WHERE revision <= 1 LIMIT 5"]
+    with closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            plan = " ".join(row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}"))
+            assert "SEARCH" in plan, plan
+            assert "SCAN" not in plan, plan
+            assert "TEMP B-TREE" not in plan, plan
+
+
+def test_history_and_ends_survive_a_restart(path):
+    async def restart():
+        store = await SqliteStore.open(path, "full")
+        revision = (await store.load()).revision
+        await store.commit([an_event(revision + 1, ended(a_lease(5), 1_700_009_000.0), "ended")])
+        await store.close()
+        store = await SqliteStore.open(path, "full")
+        loaded = await store.load()
+        await store.close()
+        return loaded
+
+    loaded = asyncio.run(restart())
+    assert len(loaded.live) == 999
+    assert [lease.id for lease in loaded.remembered] == ["lease-000005"]
