@@ -62,15 +62,15 @@ def _run(words: list[str]) -> int:
 def _refused(error: Exception, *, as_json: bool) -> int:
     """Tell an error on stderr, in one line or as a problem document."""
     from portd_client import documents
-    from portd_client.errors import DaemonUnavailable, Problem, ProtocolError
+    from portd_client.errors import DaemonUnavailable, InvalidUrl, Problem, ProtocolError
 
     if isinstance(error, Problem):
         status = USAGE if error.code == "invalid_request" else NO
         document, text = error.document, error.detail + (f" (at {error.pointer})" if error.pointer else "")
     else:
-        away = isinstance(error, (DaemonUnavailable, ProtocolError))
-        status, text = NO_DAEMON if away else NO, str(error)
-        document = {"code": "no_daemon" if away else "unavailable", "detail": text}
+        is_away = isinstance(error, (DaemonUnavailable, ProtocolError))
+        status, text = NO_DAEMON if is_away else USAGE if isinstance(error, InvalidUrl) else NO, str(error)
+        document = {"code": "no_daemon" if is_away else "failed", "detail": text}
     print(documents.encode(document).decode() if as_json else "portd: " + " ".join(text.split()), file=sys.stderr)
     return status
 

@@ -33,6 +33,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
+def aligned(headers: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Print rows with headers in aligned columns, wherever they go."""
+    lines = [list(headers), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    for line in lines:
+        print(indent + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    sys.stdout.flush()
+
+
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values, one a line; an empty name goes on with the value above."""
     width = max((len(name) for name, _ in pairs), default=0)

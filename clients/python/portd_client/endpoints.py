@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from portd_client.errors import InvalidUrl
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +42,7 @@ class Endpoint:
 
 
 def parse(url: str) -> Endpoint:
-    """Read a PORTD_URL: unix:///path/portd.sock, http://host:port or https://host:port; raises ValueError."""
+    """Read a PORTD_URL: unix:///path/portd.sock, http://host:port or https://host:port; raises InvalidUrl."""
     scheme, separator, rest = url.partition("://")
     if scheme == "unix" and rest.startswith("/"):
         return Endpoint(rest)
@@ -49,11 +51,11 @@ def parse(url: str) -> Endpoint:
     if scheme in {"http", "https"} and separator and host and port.isdecimal() and 0 < int(port) < 65536 and \
             "/" not in authority and "@" not in authority:
         return Endpoint(host=host.removeprefix("[").removesuffix("]"), port=int(port), tls=scheme == "https")
-    raise ValueError(f"{url!r} is no URL of a portd: write unix:///path/portd.sock or http://host:port")
+    raise InvalidUrl(f"{url!r} is no URL of a portd: write unix:///path/portd.sock or http://host:port")
 
 
 def candidates(environ: Mapping[str, str], uid: int) -> list[Endpoint]:
-    """List where to look, best first; raises ValueError for a PORTD_URL that can't be read."""
+    """List where to look, best first; raises InvalidUrl for a PORTD_URL that can't be read."""
     if url := environ.get("PORTD_URL"):
         return [parse(url)]
     return [Endpoint(user_socket(environ, uid)), Endpoint(SYSTEM_SOCKET),

@@ -12,6 +12,10 @@ class PortdError(Exception):
     """The root of all errors that this package raises."""
 
 
+class InvalidUrl(PortdError, ValueError):
+    """PORTD_URL, or the `url` of a client, is no URL of a daemon."""
+
+
 class DaemonUnavailable(PortdError):
     """No daemon answers. `tried` lists (url, reason) pairs, in the order in which they were tried."""
 

@@ -1,0 +1,28 @@
+"""A small real service for the demo: says who it is on /, and that it is well on /healthz."""
+
+from __future__ import annotations
+
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Service(BaseHTTPRequestHandler):
+    """Answers every GET at once."""
+
+    def do_GET(self) -> None:
+        """Answer /healthz and /."""
+        text = "ok\n" if self.path == "/healthz" else f"hello from {sys.argv[1]}, process {os.getpid()}\n"
+        body = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Keep quiet: the demo's own words are to be read."""
+
+
+if __name__ == "__main__":
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Service).serve_forever()
