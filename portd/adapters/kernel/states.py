@@ -35,9 +35,10 @@ COST_FACTOR: Final = 10
 """The pause after a look is at least this much longer than reading the table took: a tenth of the loop at the most."""
 FRESH_MAX: Final = 1024
 """Sockets that are attributed in one go; the rest in the next."""
-AGAIN_S: Final = (0.25, 30.0)
-"""When a socket that is not the owner's is attributed again, doubling from the first to the last: it may have been
-passed on since (SCM_RIGHTS), or its process may have been hidden by an exec."""
+AGAIN_S: Final = 0.25
+AGAIN_MAX_S: Final = 30.0
+"""When a socket that is not the owner's is attributed again, after pauses that double: it may have been passed on since
+(SCM_RIGHTS). What only portd has is about to be: there the pause stays short."""
 ANCESTORS_MAX: Final = 32
 """How far up a listener's parents are followed to its owner: shells, supervisors and a few forks."""
 
@@ -53,6 +54,11 @@ class Holder(NamedTuple):
     line: frozenset[tuple[int, int]]
     again_at: float
     wait_s: float
+
+    @property
+    def is_portd(self) -> bool:
+        """Tell whether only portd has it: it is on its way to its owner (handoff), and nobody listens yet."""
+        return self.owner is not None and self.owner.pid == os.getpid()
 
 
 class StateWatch:
@@ -126,19 +132,21 @@ class StateWatch:
 
     # --- judging ---
 
-    def _judge(self, listeners: list[Listener]) -> dict[int, int | None]:
-        """Report what has changed; returns the sockets that must be attributed first, with a likely pid each."""
+    def _judge(self, listeners: list[Listener]) -> dict[int, set[int]]:
+        """Report what has changed; returns the sockets that must be attributed first, with their likely pids."""
         now = asyncio.get_running_loop().time()
         listened = self._listened(listeners)
         before, self._holders = self._holders, {}
-        fresh: dict[int, int | None] = {}
+        fresh: dict[int, set[int]] = {}
         for lease, theirs in listened.values():
             for listener in theirs:
                 holder = before.get(listener.inode)
                 if holder is not None:
                     self._holders[listener.inode] = holder
                 if holder is None or (holder.again_at <= now and not belongs(listener, holder, lease)):
-                    fresh[listener.inode] = lease.owner.pid
+                    likely = fresh.setdefault(listener.inode, set())
+                    if lease.process is not None:
+                        likely.add(lease.process.pid)
             self._tell(lease, self._verdict(lease, theirs))
         self._leave(listened.keys())
         self._occupied |= {lease.id: lease.port for lease, _ in listened.values()}
@@ -163,8 +171,7 @@ class StateWatch:
                 continue
             if belongs(listener, holder, lease):
                 return "bound", holder.owner
-            # What only portd has is on its way to its owner (handoff): nobody listens yet.
-            if holder.owner is None or holder.owner.pid != os.getpid():
+            if not holder.is_portd:
                 strangers.append(holder.owner or hidden(listener))
         if any(listener.inode not in self._holders for listener in listeners):
             return None
@@ -187,18 +194,17 @@ class StateWatch:
 
     # --- attributing ---
 
-    async def _attribute(self, fresh: dict[int, int | None]) -> None:
+    async def _attribute(self, fresh: dict[int, set[int]]) -> None:
         """Find the processes of sockets, and where those come from."""
         inodes = list(fresh)[:FRESH_MAX]
-        likely = [pid for inode in inodes if (pid := fresh[inode]) is not None]
-        owners = await self._sockets.owners(inodes, list(dict.fromkeys(likely)))
+        owners = await self._sockets.owners(inodes, sorted(set().union(*(fresh[inode] for inode in inodes))))
         pids = {owner.pid for owner in owners.values() if owner.pid is not None}
         lines = await asyncio.to_thread(lambda: {pid: lineage(pid) for pid in pids})
         now = asyncio.get_running_loop().time()
         for inode in inodes:
             owner, before = owners.get(inode), self._holders.get(inode)
-            line = lines.get(owner.pid, frozenset()) if owner is not None and owner.pid is not None else frozenset()
-            wait_s = AGAIN_S[0] if before is None else min(2 * before.wait_s, AGAIN_S[1])
+            line = lines[owner.pid] if owner is not None and owner.pid is not None else frozenset()
+            wait_s = AGAIN_S if before is None or before.is_portd else min(2 * before.wait_s, AGAIN_MAX_S)
             self._holders[inode] = Holder(owner, line, now + wait_s, wait_s)
 
 
@@ -209,6 +215,8 @@ def belongs(listener: Listener, holder: Holder, lease: Lease) -> bool:
     that has exited), the socket's uid must do; where the lease has no uid either, anybody is taken for its owner.
     """
     process, owner = lease.process, lease.owner
+    if holder.is_portd:
+        return False
     if process is not None and holder.owner is not None:
         if (process.pid, process.start_ticks) in holder.line:
             return True
