@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 from portd.adapters.kernel import procfs
@@ -20,7 +21,8 @@ DESCENDANTS_MAX: Final = 1024
 """Children of likely processes that are looked at before all others: more, and all of /proc is as near."""
 REMEMBERED_MAX: Final = 65_536
 """Sockets whose process is remembered, 10 MB; then all are forgotten, which costs one walk of /proc."""
-INIT: Final = 1
+KEEPERS: Final = frozenset({1, os.getpid()})
+"""Init and portd open sockets for others (socket activation, handoff): they have one only where nobody else does."""
 
 
 class KernelSocketTable:
@@ -47,37 +49,38 @@ class KernelSocketTable:
             return await asyncio.to_thread(self._find, frozenset(inodes), likely_pids)
 
     def _find(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Owner]:
-        found: dict[int, int] = {}
-        for pids in (likely_pids, _descendants(likely_pids), self._who_had(inodes), _everybody()):
-            _search(pids, inodes, found)
+        # Each guess is made only when those before it left something to look for.
+        guesses = chain(likely_pids, _descendants(likely_pids), self._who_had(inodes), _everybody())
+        found = _search(guesses, inodes)
         owners = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
         if len(self._remembered) > REMEMBERED_MAX:
             self._remembered.clear()
-        self._remembered |= found
+        self._remembered |= {inode: pid for inode, pid in found.items() if pid not in KEEPERS}
         return {inode: owner for inode, pid in found.items() if (owner := owners[pid]) is not None}
 
     def _who_had(self, inodes: frozenset[int]) -> Iterator[int]:
         yield from sorted({self._remembered[inode] for inode in inodes if inode in self._remembered})
 
 
-def _search(pids: Iterable[int], inodes: frozenset[int], found: dict[int, int]) -> None:
-    """Look for the sockets in each process, until there is none left to look for."""
-    missing = inodes - found.keys()
-    if not missing:
-        return
+def _search(pids: Iterable[int], inodes: frozenset[int]) -> dict[int, int]:
+    """Look for sockets in one process after the other, in each once, until there is none left to look for."""
+    found: dict[int, int] = {}
+    missing, searched = set(inodes), set[int]()
     for pid in pids:
+        if pid in searched:
+            continue
+        searched.add(pid)
         here = missing.intersection(procfs.socket_inodes(pid))
-        if here:
-            found.update(dict.fromkeys(here, pid))
-            missing -= here
-            if not missing:
-                return
+        found |= dict.fromkeys(here, pid)
+        missing -= here
+        if not missing:
+            break
+    return found
 
 
 def _everybody() -> Iterator[int]:
     """Yield all processes, the eldest first, and last those that open sockets for others."""
-    keepers = {INIT, os.getpid()}
-    yield from sorted(procfs.pids(), key=lambda pid: (pid in keepers, pid))
+    yield from sorted(procfs.pids(), key=lambda pid: (pid in KEEPERS, pid))
 
 
 def _descendants(pids: Iterable[int]) -> Iterator[int]:

@@ -38,7 +38,7 @@ FRESH_MAX: Final = 1024
 AGAIN_S: Final = 0.25
 AGAIN_MAX_S: Final = 30.0
 """When a socket that is not the owner's is attributed again, after pauses that double: it may have been passed on since
-(SCM_RIGHTS). What only portd has is about to be: there the pause stays short."""
+(SCM_RIGHTS), or be on its way from portd."""
 ANCESTORS_MAX: Final = 32
 """How far up a listener's parents are followed to its owner: shells, supervisors and a few forks."""
 
@@ -134,20 +134,21 @@ class StateWatch:
 
     def _judge(self, listeners: list[Listener]) -> dict[int, set[int]]:
         """Report what has changed; returns the sockets that must be attributed first, with their likely pids."""
-        now = asyncio.get_running_loop().time()
         listened = self._listened(listeners)
-        before, self._holders = self._holders, {}
+        seen = {listener.inode for _, theirs in listened.values() for listener in theirs}
+        self._holders = {inode: holder for inode, holder in self._holders.items() if inode in seen}
+        now = asyncio.get_running_loop().time()
         fresh: dict[int, set[int]] = {}
         for lease, theirs in listened.values():
-            for listener in theirs:
-                holder = before.get(listener.inode)
-                if holder is not None:
-                    self._holders[listener.inode] = holder
-                if holder is None or (holder.again_at <= now and not belongs(listener, holder, lease)):
-                    likely = fresh.setdefault(listener.inode, set())
-                    if lease.process is not None:
-                        likely.add(lease.process.pid)
-            self._tell(lease, self._verdict(lease, theirs))
+            verdict = self._verdict(lease, theirs)
+            if verdict is None or verdict[0] != "bound":
+                likely = () if lease.process is None else (lease.process.pid,)
+                for listener in theirs:
+                    holder = self._holders.get(listener.inode)
+                    if holder is None or holder.again_at <= now:
+                        fresh.setdefault(listener.inode, set()).update(likely)
+            if verdict is not None and verdict[0] != lease.state:
+                self._report(lease.id, *verdict)
         self._leave(listened.keys())
         self._occupied |= {lease.id: lease.port for lease, _ in listened.values()}
         return fresh
@@ -185,12 +186,8 @@ class StateWatch:
                 lease = next((lease for lease in self._leases_on(port) if lease.id == lease_id), None)
                 if lease is not None and lease.state != "held":
                     kept[lease_id] = port
-                    self._tell(lease, ("held", None))
+                    self._report(lease_id, "held", None)
         self._occupied = kept
-
-    def _tell(self, lease: Lease, verdict: Verdict | None) -> None:
-        if verdict is not None and verdict[0] != lease.state:
-            self._report(lease.id, *verdict)
 
     # --- attributing ---
 
@@ -204,7 +201,7 @@ class StateWatch:
         for inode in inodes:
             owner, before = owners.get(inode), self._holders.get(inode)
             line = lines[owner.pid] if owner is not None and owner.pid is not None else frozenset()
-            wait_s = AGAIN_S if before is None or before.is_portd else min(2 * before.wait_s, AGAIN_MAX_S)
+            wait_s = AGAIN_S if before is None else min(2 * before.wait_s, AGAIN_MAX_S)
             self._holders[inode] = Holder(owner, line, now + wait_s, wait_s)
 
 
