@@ -15,23 +15,29 @@ import errno
 import os
 import select
 from collections.abc import Callable
+from typing import Final
 
 from portd.adapters.kernel import procfs
 from portd.core.model import KnownBy, Owner, ProcessId
 from portd.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
+FRESH_S: Final = 0.1
+"""How long a watched process' command line and network are taken for what they were: one that leases by the hundred
+is not read for each. An exec within it is seen when the port is bound, at the latest. Its user is asked every time,
+for rights hang on it."""
 
 
 class _Watched:
     """A process that is waited for, and how it was described last (None until somebody asks for it again)."""
 
-    __slots__ = ("id", "owner", "pidfd")
+    __slots__ = ("id", "looked_at", "owner", "pidfd")
 
     def __init__(self, identity: ProcessId, pidfd: int) -> None:
         self.id = identity
         self.pidfd = pidfd
         self.owner: Owner | None = None
+        self.looked_at = float("-inf")
 
 
 class KernelProcesses:
@@ -52,8 +58,7 @@ class KernelProcesses:
         """
         watched = self._newest.get(pid)
         if watched is not None and not _has_exited(watched.pidfd):
-            self._check_network(pid)
-            return Process(watched.id, _describe_again(watched, known_by))
+            return Process(watched.id, self._describe_again(watched, known_by))
         pidfd = _open(pid)
         try:
             stat = _stat(pid)
@@ -126,6 +131,21 @@ class KernelProcesses:
         self.unwatch(process)
         on_exit(process)
 
+    def _describe_again(self, watched: _Watched, known_by: KnownBy) -> Owner:
+        """Return a watched process' description, read again after an exec or a change of user."""
+        pid, owner, now = watched.id.pid, watched.owner, self._loop.time()
+        is_fresh = now - watched.looked_at < FRESH_S
+        if not is_fresh:
+            self._check_network(pid)
+            watched.looked_at = now
+        if owner is None or owner.known_by != known_by or owner.uid != procfs.uid(pid) \
+                or not (is_fresh or owner.cmdline == procfs.cmdline(pid)):
+            owner = procfs.describe(pid, known_by)
+            if owner is None or _has_exited(watched.pidfd):
+                raise ProcessGone(pid)
+            watched.owner = owner
+        return owner
+
     def _check_network(self, pid: int) -> None:
         network = procfs.network_namespace(pid)
         if network is not None and network != self._network:
@@ -138,18 +158,6 @@ class KernelProcesses:
     def _identity(self, pid: int, pidfd: int, stat: procfs.Stat) -> ProcessId:
         inode = os.fstat(pidfd).st_ino if self._numbered else 0
         return ProcessId(pid, stat.start_ticks, procfs.boot_id(), inode)
-
-
-def _describe_again(watched: _Watched, known_by: KnownBy) -> Owner:
-    """Return a watched process' description, read again after an exec or a change of user (two cheap reads tell)."""
-    pid, owner = watched.id.pid, watched.owner
-    if owner is None or owner.known_by != known_by or owner.uid != procfs.uid(pid) \
-            or owner.cmdline != procfs.cmdline(pid):
-        owner = procfs.describe(pid, known_by)
-        if owner is None or _has_exited(watched.pidfd):
-            raise ProcessGone(pid)
-        watched.owner = owner
-    return owner
 
 
 def _open(pid: int) -> int:
