@@ -16,9 +16,12 @@ from pathlib import Path
 
 from portd.adapters.mdns import guardian, wire
 from portd.adapters.mdns.sockets import Sockets
-from portd.adapters.mdns.wire import DNSRecord
+from portd.adapters.mdns.wire import DNSPointer, DNSRecord
 
 PER_PACKET = 16
+"""Services that share a goodbye."""
+PACKETS_PER_SLOT = 24
+"""Packets that 16 services' records may need: their TXTs may hold 1.3 KB each."""
 FLUSH_S = 0.010
 RESTARTS, RESTART_S = 5, 1.0
 """A guardian that is killed is started again, but not for ever: then status says that there is none."""
@@ -36,6 +39,7 @@ class Guard:
         self._slots: list[dict[str, Sequence[DNSRecord]]] = []
         self._slot_of: dict[str, int] = {}
         self._dirty: set[int] = set()
+        self._told: dict[tuple[bytes, int], int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -111,9 +115,12 @@ class Guard:
         self._timer = None
         slot = self._dirty.pop()
         records = [wire.with_ttl(record, 0) for records in self._slots[slot].values() for record in records]
-        packets = wire.encode_response(records) if records else []
-        for number in range(4):  # long TXTs may need more packets than one; four hold 16 of the longest that are sane
-            self._tell(b"P", slot * 4 + number, packets[number] if number < len(packets) else b"")
+        for kind, some in ((b"P", [record for record in records if isinstance(record, DNSPointer)]),
+                           (b"R", [record for record in records if not isinstance(record, DNSPointer)])):
+            packets = wire.encode_response(some)[:PACKETS_PER_SLOT] if some else []
+            for number in range(max(len(packets), self._told.get((kind, slot), 0))):
+                self._tell(kind, slot * PACKETS_PER_SLOT + number, packets[number] if number < len(packets) else b"")
+            self._told[kind, slot] = len(packets)
         if self._dirty:
             self._timer = asyncio.get_running_loop().call_later(0, self._flush)
 

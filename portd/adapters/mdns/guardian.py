@@ -5,8 +5,9 @@ killed. Run as a program of its own (`guardian.py CONTROL_FD FAMILY=FD…`), so 
 the multicast sockets; it imports little, because it stays in memory for as long as the daemon does.
 
 A message is a kind (one byte), a number (two) and a body's length (four), then the body:
-`P` packet NUMBER is the body, or none when it is empty · `T` packets go to these: JSON [[family, interface], …] ·
-`D` the daemon stops in order, or its successor takes over: nothing is to be said.
+`P` packet NUMBER is the body, or none when it is empty · `R` the same, for what is said in the second round alone ·
+`T` packets go to these: JSON [[family, interface], …] · `D` farewell: the daemon stops in order, or its successor takes
+over, and nothing is to be said.
 """
 
 import json
@@ -20,28 +21,30 @@ import time
 HEADER = struct.Struct(">cHI")
 GROUP = {int(socket.AF_INET): "224.0.0.251", int(socket.AF_INET6): "ff02::fb"}
 PORT = 5353
-BURST, PAUSE_S = 8, 0.010
+BURST, PAUSE_S = 8, 0.020
 """As in `sockets`: what receivers' buffers take."""
-TIMES, AGAIN_S = 2, 0.1
-"""Said twice, because nobody is left to repair a goodbye that was lost."""
+AGAIN_S = 0.25
+"""Until the second round, for what was lost in the first: nobody is left to repair it."""
 
 
 def main(arguments: list[str]) -> int:
     """Listen until the daemon is gone; returns 0."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a service manager ends the daemon and us at once: outlive it
+    for deadly in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(deadly, signal.SIG_IGN)  # a service manager ends the daemon and us at once: outlive it
     control = socket.socket(fileno=int(arguments[0]))
     sockets = {int(family): socket.socket(fileno=int(number))
                for family, number in (argument.split("=") for argument in arguments[1:])}
-    packets, targets, is_farewell = listen(control)
-    if not is_farewell:
+    rounds, targets = listen(control)
+    for number, packets in enumerate(rounds):
+        if number:
+            time.sleep(AGAIN_S)
         say(packets, targets, sockets)
     return 0
 
 
-def listen(control: socket.socket) -> tuple[list[bytes], list[tuple[int, int]], bool]:
-    """Take messages in until the end; returns packets, targets, and whether it was a farewell."""
-    packets: dict[int, bytes] = {}
+def listen(control: socket.socket) -> tuple[list[list[bytes]], list[tuple[int, int]]]:
+    """Take messages in until the end; returns what to say, round by round (nothing after a farewell), and to whom."""
+    packets: dict[bytes, dict[int, bytes]] = {b"P": {}, b"R": {}}
     targets: list[tuple[int, int]] = []
     waiting = bytearray()
     while True:
@@ -50,7 +53,8 @@ def listen(control: socket.socket) -> tuple[list[bytes], list[tuple[int, int]], 
         except OSError:
             data = b""
         if not data:
-            return list(packets.values()), targets, False
+            first = list(packets[b"P"].values())
+            return [first, [*reversed(first), *packets[b"R"].values()]], targets  # what was lost is the end of a burst
         waiting += data
         while len(waiting) >= HEADER.size:
             kind, number, length = HEADER.unpack_from(waiting)
@@ -59,25 +63,22 @@ def listen(control: socket.socket) -> tuple[list[bytes], list[tuple[int, int]], 
             body = bytes(waiting[HEADER.size:HEADER.size + length])
             del waiting[:HEADER.size + length]
             if kind == b"D":
-                return [], [], True
+                return [], []
             if kind == b"T":
                 targets = [(int(family), int(link)) for family, link in json.loads(body)]
             elif body:
-                packets[number] = body
+                packets[kind][number] = body
             else:
-                packets.pop(number, None)
+                packets[kind].pop(number, None)
 
 
 def say(packets: list[bytes], targets: list[tuple[int, int]], sockets: dict[int, socket.socket]) -> None:
-    """Send every packet to every target, paced, twice."""
-    for count in range(TIMES):
-        if count:
-            time.sleep(AGAIN_S)
-        for sent, packet in enumerate(packets, 1):
-            for family, link in targets:
-                _send(sockets[family], packet, family, link)
-            if sent % BURST == 0:
-                time.sleep(PAUSE_S)
+    """Send every packet to every target, paced."""
+    for sent, packet in enumerate(packets, 1):
+        for family, link in targets:
+            _send(sockets[family], packet, family, link)
+        if sent % BURST == 0:
+            time.sleep(PAUSE_S)
 
 
 def _send(opened: socket.socket, packet: bytes, family: int, link: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from portd.adapters.mdns import wire
@@ -14,7 +14,7 @@ from portd.adapters.mdns.answering import PER_PACKET, Answerer
 from portd.adapters.mdns.guard import Guard
 from portd.adapters.mdns.interfaces import Interface, Interfaces, InterfaceWatch
 from portd.adapters.mdns.sockets import Arrival, Sockets
-from portd.adapters.mdns.wire import DNSAddress, DNSIncoming, DNSRecord
+from portd.adapters.mdns.wire import DNSAddress, DNSIncoming, DNSPointer, DNSRecord
 from portd.adapters.mdns.zone import Claim, Entry, HostName, Service, Standing, Zone
 
 Outcome = Callable[[str, str | None, str | None], None]
@@ -29,6 +29,8 @@ PROBES, PROBE_S = 3, 0.25
 """Three probes, 250 ms apart, after a random wait of at most that (section 8.1)."""
 ANNOUNCEMENTS, ANNOUNCE_S = 2, 1.0
 """At least two announcements, a second apart (section 8.3)."""
+GOODBYE_S = 0.25
+"""Until it is said again, though section 10.1 asks for one: a goodbye that is lost leaves a ghost for 75 minutes."""
 DEFER_S = 1.0
 """Who loses a tie-break waits this long before it probes again (section 8.2)."""
 STORM_CONFLICTS, STORM_S = 15, 5.0
@@ -120,7 +122,7 @@ class EmbeddedResponder:
             self._gathering.cancel()
         self._answerer.close()
         if not takeover:
-            await self._say_last_goodbyes()
+            await self._take_all_back()
         await self._guard.close()
         self.sockets.close()
 
@@ -266,18 +268,35 @@ class EmbeddedResponder:
             self._answerer.said(targets, answers)
             await asyncio.sleep(0)
 
-    def _say_goodbyes(self) -> None:
-        for link in self._links.values():
-            records = [wire.with_ttl(record, 0) for record, address in self._to_withdraw.items() if link.has(address)]
-            for some in _slices(records, 3 * PER_PACKET):
-                self.sockets.send(wire.encode_response(some), self.sockets.groups(link.index))
-        self._to_withdraw.clear()
+    async def _take_back(self, withdrawn: dict[DNSRecord, str]) -> None:
+        """Say goodbye to records, each with the address its service binds, twice; PTRs first, which browsers live by.
 
-    async def _say_last_goodbyes(self) -> None:
+        What is claimed again in between is let be. Avahi's work grows with the square of the records that come within
+        half a second: all records at once, a thousand services' goodbyes overflow its socket.
+        """
+        pointers = [record for record in withdrawn if isinstance(record, DNSPointer)]
+        others = [record for record in withdrawn if not isinstance(record, DNSPointer)]
+        await self._say_goodbye(pointers, withdrawn)
+        await self.sockets.drained()
+        await asyncio.sleep(GOODBYE_S)
+        pointers.reverse()  # what was lost is the end of a burst: now it comes first
+        await self._say_goodbye([record for record in pointers + others if not self._is_claimed(record)], withdrawn)
+
+    async def _say_goodbye(self, records: Sequence[DNSRecord], addresses: Mapping[DNSRecord, str]) -> None:
+        for link in list(self._links.values()):
+            here = [wire.with_ttl(record, 0) for record in records if link.has(addresses[record])]
+            for some in _slices(here, 3 * PER_PACKET):
+                self.sockets.send(wire.encode_response(some), self.sockets.groups(link.index))
+                await asyncio.sleep(0)
+
+    def _is_claimed(self, record: DNSRecord) -> bool:
+        return self.zone.claim(record.alias_key if isinstance(record, DNSPointer) else record.key) is not None
+
+    async def _take_all_back(self) -> None:
         host = self.zone.host
         for service_id in list(self.zone.entries):
             self.withdraw(service_id)
-        self._say_goodbyes()
+        await self._take_back(self._to_withdraw)
         if host.standing is Standing.OWNED:
             for link in self._links.values():
                 self.sockets.send(wire.encode_response([wire.with_ttl(record, 0) for record in host.unique(link)]),
@@ -383,7 +402,8 @@ class EmbeddedResponder:
     def _act(self) -> None:
         self._gathering = None
         if self._to_withdraw:
-            self._say_goodbyes()
+            self._spawn(self._take_back(self._to_withdraw))
+            self._to_withdraw = {}
         if self._to_claim:
             if self.zone.host.standing is Standing.WAITING:
                 self.zone.host.standing = Standing.CLAIMED
