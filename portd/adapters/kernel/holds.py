@@ -14,7 +14,6 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Final, Literal
 
 from portd.core.addresses import overlaps
@@ -61,8 +60,9 @@ class KernelHolds:
             sockets = self._bind_all(_parts(protocol), address, port)
         except OSError as error:
             return _refusal(error)
+        kept = _kept_parts(protocol, kind)
         for part in _parts(protocol):
-            if part not in _kept_parts(protocol, kind):
+            if part not in kept:
                 sockets.pop(part).close()
         self._keep(lease_id, sockets, kind)
         return "taken"
@@ -162,10 +162,13 @@ class KernelHolds:
     def _bind_all(self, parts: Iterable[Part], address: str, port: int) -> Sockets:
         """Bind all of the protocols or none, each as a lock; raises OSError, EADDRINUSE when somebody has one."""
         sockets: Sockets = {}
-        with ExitStack() as undo:
+        try:
             for part in parts:
-                sockets[part] = undo.enter_context(self._bind_alone(part, address, port))
-            undo.pop_all()
+                sockets[part] = self._bind_alone(part, address, port)
+        except BaseException:
+            for bound in sockets.values():
+                bound.close()
+            raise
         return sockets
 
     def _bind_alone(self, part: Part, address: str, port: int) -> socket.socket:
@@ -191,7 +194,8 @@ class KernelHolds:
     def _is_alone(self, bound: socket.socket, address: str, port: int) -> bool:
         """Tell whether the socket table shows this TCP socket, and no other one in its way.
 
-        A table that does not show it (Linux before 6.8), or can't be read, would not show a stranger's either.
+        A table that does not show it (Linux before 6.8), or can't be read, would not show a stranger's either: then
+        nothing is proved, and the port counts as taken until the old connections have ended (a minute in TIME_WAIT).
         """
         try:
             in_table = self._bound_sockets("tcp", port)
@@ -234,9 +238,9 @@ def _kept_parts(protocol: Protocol, kind: HoldKind) -> tuple[Part, ...]:
     Never UDP with an open door: of two sockets that set SO_REUSEADDR the later one gets every datagram, so the hold
     would steal from its owner, or anybody from both. There is only the lock, or nothing.
     """
-    if kind == "none":
+    if kind == "none" or (kind == "shared" and protocol == "udp"):
         return ()
-    return tuple(part for part in _parts(protocol) if kind == "exclusive" or part == "tcp")
+    return ("tcp",) if kind == "shared" else _parts(protocol)
 
 
 def _refusal(error: OSError) -> Taken:
