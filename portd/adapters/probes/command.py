@@ -41,7 +41,7 @@ async def probe(lease: Lease, check: CommandCheck, allowed: Collection[str]) -> 
         said = note(run.output)
     if status in RESULTS:
         return Finding(RESULTS[status], said)
-    how = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
+    how = f"exit status {status}" if status >= 0 else f"killed by signal {-status} ({signal.strsignal(-status)})"
     return Finding("critical", note(f"{how}: {said}" if said else how))
 
 
@@ -73,7 +73,10 @@ class Run:
     async def __aexit__(self, *_: object) -> None:
         """Kill what still runs. One that can't die now (it waits for a disk) is reaped whenever it does."""
         self._kill()
-        await asyncio.wait([self._exited], timeout=DYING_S)
+        deadline = self._loop.time() + DYING_S
+        while not self._exited.done() and (left_s := deadline - self._loop.time()) > 0:
+            with suppress(asyncio.CancelledError):  # a second one: the first, or the time-out, has brought us here
+                await asyncio.wait([self._exited], timeout=left_s)
 
     async def exit_status(self) -> int:
         """Wait for the exit; returns the status, or minus the number of the signal that killed it."""

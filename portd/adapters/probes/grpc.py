@@ -33,6 +33,10 @@ STATUS_NAMES: Final = {0: "UNKNOWN", SERVING: "SERVING", 2: "NOT_SERVING", 3: "S
 ANSWER_MAX_BYTES: Final = 64 * 1024
 """A whole answer is 100 bytes, with settings and headers 500. Past this the server talks of something else."""
 READ_BYTES: Final = 16 * 1024
+SETTINGS: Final = 4
+FRAME_TYPE_AT: Final = 3
+"""A server's first frame is SETTINGS (RFC 9113 sections 3.4 and 4.1)."""
+NO_HTTP2: Final = "no HTTP/2 answer: is this a gRPC port, without TLS?"
 _CONFIG: Final = H2Configuration(client_side=True, header_encoding="utf-8")
 _STREAM: Final = 1
 
@@ -72,6 +76,7 @@ class HealthCall:
         self._http2.send_data(_STREAM, encode_request(check.service), end_stream=True)
         self._headers: dict[str, str] = {}
         self._message = bytearray()
+        self._is_open = False
         self.is_over = False
 
     def data_to_send(self) -> bytes:
@@ -80,11 +85,15 @@ class HealthCall:
 
     def receive(self, data: bytes) -> None:
         """Take what the server sent; raises ProbeFailed when it is not HTTP/2."""
+        if not self._is_open and len(data) > FRAME_TYPE_AT:
+            if data[FRAME_TYPE_AT] != SETTINGS:  # h2 would wait for the rest of a frame that is none
+                raise ProbeFailed(NO_HTTP2)
+            self._is_open = True
         try:
             for event in self._http2.receive_data(data):
                 self._on_event(event)
         except (ProtocolError, UnicodeDecodeError) as error:
-            raise ProbeFailed("no HTTP/2 answer: is this a gRPC port, without TLS?") from error
+            raise ProbeFailed(NO_HTTP2) from error
 
     def _on_event(self, event: Event) -> None:
         match event:

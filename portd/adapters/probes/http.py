@@ -18,7 +18,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, authority, describe, note, target
+from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, authority, describe, note
 from portd.core.model import HttpCheck, Lease
 
 BODY_MAX_BYTES: Final = 64 * 1024
@@ -85,10 +85,9 @@ def judge(check: HttpCheck, status: int, reason: str, body: bytes) -> Finding:
 
 def _url(lease: Lease, check: HttpCheck) -> URL:
     """Build the URL with the path exactly as it was given: what it means is the service's to say."""
-    host, port = target(lease)
     path, _, query = check.path.partition("?")
-    return URL.build(scheme="https" if check.tls else "http", host=host, port=port, path=path, query_string=query,
-                     encoded=True)
+    return URL.build(scheme="https" if check.tls else "http", authority=authority(lease), path=path,
+                     query_string=query, encoded=True)
 
 
 async def _beginning(content: aiohttp.StreamReader) -> bytes:

@@ -97,6 +97,16 @@ class Prober:
         """Return how many checks run."""
         return len(self._watched)
 
+    @property
+    def running_count(self) -> int:
+        """Return how many slots are taken."""
+        return self._running_count
+
+    @property
+    def waiting_count(self) -> int:
+        """Return how many checks wait in line for a slot."""
+        return len(self._line)
+
     # --- what happens to leases ---
 
     def restore(self, leases: Iterable[Lease]) -> None:
