@@ -6,7 +6,7 @@ import sys
 import time
 
 from portd.cli import printing
-from portd.cli.options import JSON, Command, Option
+from portd.cli.options import JSON, Command, Option, number
 from portd_client import calls, documents
 from portd_client.client import Client
 from portd_client.errors import DaemonUnavailable, Problem, ProtocolError
@@ -98,7 +98,7 @@ def _note(text: str) -> None:
 
 COMMANDS = (
     Command("watch", ["[SERVICE]"], "Print events as they happen", watch, (
-        Option("--after", "REVISION", "begin with what happened after this revision; now unless given", int), JSON), """
+        Option("--after", "REVISION", "begin with what happened after this revision; now unless given", number), JSON), """
 Goes on until it is interrupted, over restarts of the daemon too."""),
     Command("browse", ["[TYPE]"], "Print the LAN's DNS-SD services, live", browse,
             (Option("--once", "", "print what is known now, and end"), JSON), """

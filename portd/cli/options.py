@@ -24,8 +24,8 @@ class Option:
     """One `--option`. Without a `metavar` it is a switch.
 
     `read` turns the word into a value, and raises ValueError with a reason. `many` gathers a list. `bare` is the value
-    of an option whose word may be missing; then the next word is taken only if `read` would be told so by `=` or by its
-    first letter `_` (a DNS-SD type).
+    of an option whose word may be missing: the word is there when `=` says so, or when the next one begins with `_`, as
+    only DNS-SD types do.
     """
 
     __slots__ = ("bare", "help", "key", "many", "metavar", "name", "read")

@@ -25,12 +25,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
-        drawn.add_column(header, overflow="fold")
+        drawn.add_column(header, no_wrap=True)
     for row in rows:
         drawn.add_row(*(Text(clean(cell), style=COLORS.get(cell, "")) for cell in row))
-    Console().print(drawn)
+    console = Console()
+    whole = console.measure(drawn, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, whole)  # a narrow terminal wraps lines: better than cells cut, ids above all
+    console.print(drawn)
 
 
 def aligned(headers: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Steps = Generator[Request, Any, Any]
 
 CHECK_S = 30.0
-"""Seconds between looks at a lease without a clock: how long a daemon that lost its memory goes unnoticed."""
+"""Seconds between looks at a lease without a clock: how long it goes unnoticed that a daemon lost its memory."""
 RETRY_S = 1.0
 """Seconds between tries while no daemon answers; a restart takes about one."""
 DECLINES_MAX = 8
