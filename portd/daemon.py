@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvloop
+from msgspec import json
 
 from portd.adapters import systemd
 from portd.adapters.clock import LeaseClock
 from portd.adapters.http.events import EventCalls
+from portd.adapters.http.fastlane import FastLane
 from portd.adapters.http.gate import Gate
 from portd.adapters.http.lan import LanCalls
-from portd.adapters.http.leases import LeaseCalls
+from portd.adapters.http.leases import Grants, LeaseCalls
 from portd.adapters.http.openapi import openapi_route
 from portd.adapters.http.ports import PortCalls
 from portd.adapters.http.server import HttpServer
@@ -136,8 +138,11 @@ class Daemon:
             "store": self._store_condition, "mdns": self._mdns_condition, "dns": lambda: {"enabled": False},
             "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
         }, self._facts, self._metrics.render, self._warnings)
+        leases = LeaseCalls(self._service)
+        self._fast_lane = FastLane(gate, json.Decoder(Grants).decode, leases.grant_to, lambda: self._table.revision,
+                                   hash_token)
         routes = [route for calls in (
-            LeaseCalls(self._service), ServiceCalls(self._service, self._feed), self._events,
+            leases, ServiceCalls(self._service, self._feed), self._events,
             PortCalls(self._service, self._sockets), LanCalls(self._announcer.lan), status)
             for route in calls.routes()]
         http.add([*routes, openapi_route(routes)])
@@ -170,7 +175,7 @@ class Daemon:
             raise faults.exceptions[0] from None
 
     async def _open_doors(self) -> list[str]:
-        await self._http.start()
+        await self._http.start(self._fast_lane)
         places = []
         passed = systemd.passed_sockets()
         listen = self._settings.listen

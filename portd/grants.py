@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from hashlib import sha256
 from typing import Final, NamedTuple
 
@@ -197,6 +198,11 @@ class Granter:
             if not required and request_pid is None:
                 return None
             raise InvalidRequest(f"there is no process {pid} (any more)", pointer="/pid") from error
+        except OSError as error:
+            raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
+        if request_pid is None and process.owner.uid != caller.uid:
+            # Credentials are those of connect(): the pid may have passed on to another user's process since.
+            raise InvalidRequest(f"process {pid} is not the one that connected: connect again", pointer="/pid")
         if request_pid is not None and not caller.admin and process.owner.uid != caller.uid:
             raise NotOwner(f"process {pid} belongs to uid {process.owner.uid}: only root or the admin group may lease "
                            "for it", pointer="/pid")
@@ -241,13 +247,7 @@ class Granter:
     def _address(self, request: LeaseRequest, instance: str) -> tuple[str, bool]:
         if request.address == OWN_ADDRESS:
             return self._allocator.own_address(request.service, instance), True
-        try:
-            address = ipaddress.ip_address(request.address)
-        except ValueError as error:
-            raise InvalidRequest(f"{request.address!r} is not an IP address, nor 'own'", pointer="/address") from error
-        if address.is_multicast or (address.version == 6 and (address.ipv4_mapped or address.scope_id)):
-            raise InvalidRequest(f"{request.address} is not an address that a service listens on", pointer="/address")
-        return str(address), False
+        return _normal_address(request.address), False
 
     def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Place:
         tries = 0
@@ -278,3 +278,15 @@ class Granter:
 
     def _mine(self, place: Place) -> bool:
         return bool(self._table.on_port(place.port))
+
+
+@lru_cache(maxsize=1024)
+def _normal_address(text: str) -> str:
+    """Return an address in its one spelling; raises InvalidRequest for what no service binds."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{text!r} is not an IP address, nor 'own'", pointer="/address") from error
+    if address.is_multicast or (address.version == 6 and (address.ipv4_mapped or address.scope_id)):
+        raise InvalidRequest(f"{text} is not an address that a service listens on", pointer="/address")
+    return str(address)

@@ -33,6 +33,9 @@ PENDING_MAX: Final = 2_048
 """Requests that may wait for the disk; the next one is told to come back (`busy`)."""
 BATCH_MAX: Final = 512
 """Requests in one transaction: larger ones win no throughput and cost latency."""
+PATIENCE_S: Final = 5.0
+"""Seconds that requests wait for one commit. A disk that hangs is answered as one that fails, and what it writes late
+is taken back."""
 RETRY_S: Final = 0.5
 """Seconds between two tries to write observations while the store is unavailable."""
 
@@ -70,6 +73,7 @@ class Journal:
         self._idle = asyncio.Event()
         self._idle.set()
         self.problem: str | None = None
+        self.patience_s = PATIENCE_S
 
     @property
     def waiting_count(self) -> int:
@@ -91,9 +95,12 @@ class Journal:
     def commit(self, changes: Sequence[Change], undo: Undo = lambda: None) -> Entry:
         """Queue a request; its `done` resolves to the changed leases once they are durable and applied.
 
-        `done` fails with StoreUnavailable or a Refusal of the change itself, after `undo` ran. Cancelling it cancels
-        the waiting, never the work. Raises Busy when too many wait already.
+        `done` fails with StoreUnavailable or a Refusal of the change itself, after `undo` ran (where the disk hangs, it
+        is taken back when the disk has answered). Cancelling a wait for it cancels the waiting, never the work. Raises
+        Busy when too many wait already, StoreUnavailable while a commit hangs.
         """
+        if self._committing and self.problem is not None:
+            raise StoreUnavailable(self.problem)  # a commit hangs: don't let others wait behind it
         if len(self._entries) >= PENDING_MAX:
             raise Busy("too many requests wait for the disk: try again in a second")
         entry = Entry(changes, undo, asyncio.get_running_loop().create_future())
@@ -143,6 +150,8 @@ class Journal:
             return
         # From here until the batch is applied or given up nothing else is applied: `observe` queues.
         self._committing = bool(sequenced)
+        loop = asyncio.get_running_loop()
+        impatience = loop.call_later(self.patience_s, self._abandon, [entry for entry, _ in sequenced])
         try:
             await self._store.commit(events)
         except StoreUnavailable as error:
@@ -160,8 +169,22 @@ class Journal:
             for entry, made in sequenced:
                 self._finish(entry, made)
         finally:
+            impatience.cancel()
             self._committing = False
             self._apply_observations()
+
+    def _abandon(self, under_way: list[Entry]) -> None:
+        """Answer those who wait for a disk that hangs, and those behind them, which may still be taken out."""
+        problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted until then")
+        self.problem = problem.detail
+        logger.error("%s", problem.detail)
+        for entry in under_way:
+            entry.abandoned = True
+            if not entry.done.done():
+                entry.done.set_exception(problem)
+        waiting, self._entries = self._entries, []
+        for entry in waiting:
+            self._refuse(entry, problem)
 
     def _sequence(self, batch: Iterable[Entry]) -> list[tuple[Entry, list[Event]]]:
         """Turn requests into events with the next revisions; each change sees the ones before it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -25,7 +25,6 @@ from portd.core.errors import (
     NotFound,
     PortTaken,
     Refusal,
-    StoreUnavailable,
 )
 from portd.core.expiry import Deadlines
 from portd.core.model import Event, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
@@ -39,9 +38,6 @@ from portd.journal import Entry, Journal, end
 from portd.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
 
 logger = logging.getLogger(__name__)
-
-COMMIT_TIMEOUT_S: Final = 5.0
-"""Seconds that a request waits for the disk. What it asked for is then undone when the disk comes back."""
 
 
 class Granted(NamedTuple):
@@ -76,6 +72,7 @@ class LeaseService:
         self._exited: set[ProcessId] = set()
         self._without_hold: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = 0.0
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
         journal.subscribe(self._on_event)
 
@@ -109,7 +106,7 @@ class LeaseService:
         if entry is not None:
             for grant in grants:
                 self._granting[grant.lease.id] = entry
-            await self._settled(entry)
+            await wait_for(entry)
         leases = [self.table.get(a.lease.id) or a.lease if isinstance(a, Grant) else self.table.get(a.id) or a
                   for a in answers]
         return Granted(leases, [answer.token if isinstance(answer, Grant) else None for answer in answers])
@@ -354,11 +351,12 @@ class LeaseService:
         if not ticks:
             return
         when = loop.time() + max(0.0, min(ticks) - self.clock.now().tick)
-        if self._timer is not None and not self._timer.cancelled():
-            if loop.time() < self._timer.when() <= when:
+        if self._timer is not None:
+            if loop.time() < self._fires_at <= when:
                 return  # it fires early enough, and arms itself anew
             self._timer.cancel()
         self._timer = loop.call_at(when, self.tend)
+        self._fires_at = when
 
     # --- start and stop ---
 
@@ -394,6 +392,8 @@ class LeaseService:
             except InvalidRequest:
                 self.journal.observe(end(lease.id, "owner_exited", now.at))
                 return
+            except Busy as error:  # rather leak the port until the next start than end a living owner's lease
+                logger.error("the exit of %s can't be waited for: %s", describe(lease.owner), error.detail)
         self._restore_hold(lease)
 
     def _restore_hold(self, lease: Lease) -> None:
@@ -446,20 +446,10 @@ class LeaseService:
     async def _commit(self, change: Change, undo: Any = lambda: None) -> Lease:
         try:
             entry = self.journal.commit([change], undo)
-        except Busy:
+        except Refusal:
             undo()
             raise
-        return (await self._settled(entry))[0]
-
-    async def _settled(self, entry: Entry) -> list[Lease]:
-        """Wait for a commit, but not for ever: a disk that hangs is answered as one that fails."""
-        try:
-            async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                return await asyncio.shield(entry.done)
-        except TimeoutError as error:
-            entry.abandoned = True
-            entry.done.add_done_callback(lambda done: done.exception())
-            raise StoreUnavailable("the disk does not answer; nothing is granted until it does") from error
+        return (await wait_for(entry))[0]
 
     def _watch(self, process: ProcessId) -> None:
         try:
@@ -470,9 +460,22 @@ class LeaseService:
             raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
 
     def _forget_process(self, process: ProcessId | None) -> None:
-        if process is not None and all(lease.lifetime == "ttl" for lease in self.table.of_process(process)):
+        if process is not None and not self.table.is_owner(process):
             self._exited.discard(process)
             self._processes.unwatch(process)
+
+
+async def wait_for(entry: Entry) -> list[Lease]:
+    """Wait for a commit; whoever is cancelled meanwhile gives up the waiting, and the work goes on."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def wake(_: Any) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    entry.done.add_done_callback(wake)
+    await waiter
+    return entry.done.result()
 
 
 def describe(owner: Owner) -> str:

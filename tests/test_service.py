@@ -8,7 +8,6 @@ import functools
 import pytest
 
 import portd.journal
-import portd.service
 from portd.core.allocator import Place, StaticPort
 from portd.core.errors import (
     AnnounceUnreachable,
@@ -549,13 +548,12 @@ async def test_only_a_report_check_takes_reports(world):
 @in_world()
 async def test_a_disk_that_hangs_is_answered_and_what_it_wrote_late_is_taken_back(world):
     world.processes.start(41)
-    patience, portd.service.COMMIT_TIMEOUT_S = portd.service.COMMIT_TIMEOUT_S, 0.01
-    try:
-        world.store.gate.clear()
-        with pytest.raises(StoreUnavailable):
-            await world.grant(41, service="orders")
-    finally:
-        portd.service.COMMIT_TIMEOUT_S = patience
+    world.journal.patience_s = 0.01
+    world.store.gate.clear()
+    with pytest.raises(StoreUnavailable):
+        await world.grant(41, service="orders")
+    with pytest.raises(StoreUnavailable):
+        await world.grant(41, service="orders")
     world.store.gate.set()
     await world.settle()
     assert [(event.type, event.lease.ended_because) for event in world.events] == [

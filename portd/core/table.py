@@ -65,7 +65,7 @@ class LeaseTable:
         by_address = self._places.get(port)
         if not by_address:
             return []
-        return [lease for leases in by_address.values() for lease in leases if lease.id in self._live]
+        return [lease for leases in by_address.values() for lease in leases if self._live.get(lease.id) is lease]
 
     def ports(self) -> Iterable[int]:
         """Return every port number that a lease or claim is on."""
@@ -82,6 +82,10 @@ class LeaseTable:
     def of_process(self, process: ProcessId) -> list[Lease]:
         """Return the leases and claims of a process."""
         return list(self._processes.get(process, _NOTHING).values())
+
+    def is_owner(self, process: ProcessId) -> bool:
+        """Tell whether a lease or claim lasts as long as this process does."""
+        return any(lease.lifetime != "ttl" for lease in self._processes.get(process, _NOTHING).values())
 
     def count_of_uid(self, uid: int | None) -> int:
         """Count the leases and claims of a user."""
@@ -124,18 +128,10 @@ class LeaseTable:
         self.revision = event.revision
         lease = event.lease
         before = self._live.get(lease.id)
-        if before is None:
-            self._leave(lease)  # the claim
+        if lease.state == "ended" or event.type in ("declined", "updated"):
+            self._move(before, lease)
         else:
-            self._leave(before)
-            del self._live[lease.id]
-            self._drop_from_service(before)
-        if event.type in ("declined", "ended"):
-            self.disclaim_move(lease.id)
-        if lease.state != "ended":
-            self._enter(lease)
-            self._live[lease.id] = lease
-            self._services.setdefault(lease.service, {})[lease.id] = lease
+            self._replace(lease)  # the same name, place and owner: the common case
         return before
 
     def restore(self, leases: Iterable[Lease], revision: int) -> None:
@@ -148,6 +144,26 @@ class LeaseTable:
         self.revision = revision
 
     # --- indexes ---
+
+    def _move(self, before: Lease | None, lease: Lease) -> None:
+        if before is not None:
+            self._leave(before)
+            del self._live[lease.id]
+            self._drop_from_service(before)
+        self.disclaim_move(lease.id)
+        if lease.state != "ended":
+            self._enter(lease)
+            self._live[lease.id] = lease
+            self._services.setdefault(lease.service, {})[lease.id] = lease
+
+    def _replace(self, lease: Lease) -> None:
+        self._names[lease.name] = lease
+        leases = self._places[lease.port][lease.address]
+        leases[next(index for index, other in enumerate(leases) if other.id == lease.id)] = lease
+        if lease.process is not None:
+            self._processes[lease.process][lease.id] = lease
+        self._live[lease.id] = lease
+        self._services.setdefault(lease.service, {})[lease.id] = lease
 
     def _enter(self, lease: Lease) -> None:
         self._names[lease.name] = lease

@@ -80,12 +80,14 @@ class LeaseCalls:
 
     async def grant(self, call: Call) -> Answer:
         """POST /v1/leases."""
-        requests = call.body if isinstance(call.body, list) else [call.body]
-        granted = await self._service.grant(requests, call.caller)
-        views = [self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid), token=token)
+        return await self.grant_to(call.body, call.caller)
+
+    async def grant_to(self, wish: LeaseRequest | list[LeaseRequest], caller: Caller) -> Answer:
+        """Grant what the body of a request wishes for."""
+        granted = await self._service.grant(wish if isinstance(wish, list) else [wish], caller)
+        views = [self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
                  for lease, token in zip(granted.leases, granted.tokens, strict=True)]
-        status = 201 if granted.is_new else 200
-        return Answer(views if isinstance(call.body, list) else views[0], status)
+        return Answer(views if isinstance(wish, list) else views[0], 201 if granted.is_new else 200)
 
     async def listing(self, call: Call) -> Answer:
         """GET /v1/leases, in the order of (service, instance, endpoint), which a page can be taken up from."""

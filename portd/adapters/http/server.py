@@ -1,8 +1,9 @@
 """The HTTP server: it takes connections, lets calls through the gate, hands them to the routes, and answers every
 refusal with a problem document. Slow and silent clients are cut off.
 
-aiohttp's own request handler is subclassed for three things that it leaves open: what is known of the other end, the
-time that a request's head may take, and the shape of its answers to broken requests.
+aiohttp's own request handler is subclassed for what it leaves open: what is known of the other end, the time that a
+request's head may take, the shape of its answers to broken requests, and the fast lane. The names of aiohttp's that
+begin with an underscore are those of 3.14, to which the dependency is pinned.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
+from portd.adapters.http.fastlane import FastLane
 from portd.adapters.http.gate import Gate, Guest
 from portd.adapters.http.problems import (
     PROBLEM_TYPE,
@@ -27,6 +29,7 @@ from portd.adapters.http.problems import (
     problem_of,
 )
 from portd.core.errors import InvalidRequest, NotFound, Refusal, Unauthenticated
+from portd.core.rights import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +46,17 @@ CONNECTIONS_MAX: Final = 8_192
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_head_timer", "guest")
+    __slots__ = ("_fast", "_head_timer", "_is_partial", "_last_head", "_late", "guest")
 
     guest: Guest
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Find out who is there; turn away what is too much."""
         self._head_timer: asyncio.TimerHandle | None = None
+        self._fast: asyncio.Task[None] | None = None
+        self._is_partial = False
+        self._last_head = b""
+        self._late: list[bytes] = []
         server = self._manager
         assert isinstance(server, Server)
         self.guest = server.gate.meet(transport)
@@ -59,7 +66,15 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Take data; a request whose head does not end in time is given up."""
+        if self._fast is not None:
+            self._late.append(data)  # its turn comes when the grant before it is answered
+            if sum(map(len, self._late)) > BODY_MAX_BYTES:
+                self.force_close()
+            return
+        if self._is_idle() and self._take_fast(data):
+            return
         super().data_received(data)
+        self._is_partial = not self._messages and not self._request_in_progress
         if self._messages or self._request_in_progress:
             self._stop_head_timer()
         elif self._head_timer is None:
@@ -91,6 +106,45 @@ class Connection(RequestHandler):
             self.force_close()
             return resp, True
 
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """Answer a grant that is under way, then close."""
+        if self._fast is not None:
+            await asyncio.wait([self._fast], timeout=timeout)
+        await super().shutdown(timeout)
+
+    def _is_idle(self) -> bool:
+        """Tell whether aiohttp waits for the first byte of a request."""
+        waiter = self._waiter
+        return waiter is not None and not waiter.done() and not self._messages and not self._is_partial \
+            and not self._close and not self._force_close
+
+    def _take_fast(self, data: bytes) -> bool:
+        server = self._manager
+        if not isinstance(server, Server) or server.fast_lane is None:
+            return False
+        accepted = server.fast_lane.accept(self.guest, data, self._last_head)
+        if accepted is None:
+            return False
+        decoded, caller, self._last_head = accepted
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        self._fast = self._loop.create_task(self._answer_fast(server.fast_lane, decoded, caller))
+        return True
+
+    async def _answer_fast(self, lane: FastLane, decoded: Any, caller: Caller) -> None:
+        try:
+            response = await lane.answer(decoded, caller)
+        except Exception:  # as in _refuse_unknown: a fault of ours is logged here, and answered by the end of the line
+            logger.exception("a grant failed")
+            self.force_close()
+            return
+        finally:
+            self._fast = None
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(response)
+            late, self._late = b"".join(self._late), []
+            if late:
+                self.data_received(late)
+
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -100,9 +154,10 @@ class Connection(RequestHandler):
 class Server(web.Server):
     """Makes connections that know the gate."""
 
-    def __init__(self, handler: Any, gate: Gate, **kwargs: Any) -> None:
+    def __init__(self, handler: Any, gate: Gate, fast_lane: FastLane | None, **kwargs: Any) -> None:
         super().__init__(handler, **kwargs)
         self.gate = gate
+        self.fast_lane = fast_lane
 
     def __call__(self) -> Connection:
         return Connection(self, loop=self._loop, **self._kwargs)
@@ -111,13 +166,14 @@ class Server(web.Server):
 class _Runner(web.AppRunner):
     """Runs the application on portd's own connections."""
 
-    def __init__(self, app: web.Application, gate: Gate) -> None:
+    def __init__(self, app: web.Application, gate: Gate, fast_lane: FastLane | None) -> None:
         super().__init__(app, access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0, shutdown_timeout=1.0)
         self._gate = gate
+        self._fast_lane = fast_lane
 
     async def _make_server(self) -> web.Server:
         stock = await super()._make_server()
-        return Server(stock.request_handler, self._gate, request_factory=stock.request_factory, access_log=None,
+        return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory, access_log=None,
                       keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
 
 
@@ -136,9 +192,9 @@ class HttpServer:
         for route in routes:
             self._app.router.add_route(route.method, route.path, self._handler(route))
 
-    async def start(self) -> None:
+    async def start(self, fast_lane: FastLane | None = None) -> None:
         """Get ready to serve; sockets come after."""
-        self._runner = _Runner(self._app, self._gate)
+        self._runner = _Runner(self._app, self._gate, fast_lane)
         await self._runner.setup()
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
