@@ -98,7 +98,7 @@ def _note(text: str) -> None:
 
 COMMANDS = (
     Command("watch", ["[SERVICE]"], "Print events as they happen", watch, (
-        Option("--after", "REVISION", "begin after this revision; with what happens now unless given", number), JSON), """
+        Option("--after", "REVISION", "begin after this revision; now unless given", number), JSON), """
 Goes on until it is interrupted, over restarts of the daemon too."""),
     Command("browse", ["[TYPE]"], "Print the LAN's DNS-SD services, live", browse,
             (Option("--once", "", "print what is known now, and end"), JSON), """
