@@ -23,6 +23,10 @@ FIRST_FD = 3
 """sd_listen_fds(3), SD_LISTEN_FDS_START."""
 
 
+_taken: set[int] = set()
+"""Passed descriptors that somebody has by now: once closed, their numbers may be anything's."""
+
+
 class LeasedSocket(socket.socket):
     """A socket that gives its lease back when it is closed (a copy of it in a forked child does not)."""
 
@@ -69,7 +73,11 @@ def passed(endpoint: str) -> list[socket.socket]:
     if environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
         return []
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    return [socket.socket(fileno=os.dup(fd)) for fd, name in enumerate(names, FIRST_FD) if name == endpoint]
+    wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == endpoint} - _taken
+    _taken.update(wanted)
+    for fd in wanted:
+        os.set_inheritable(fd, False)
+    return [socket.socket(fileno=fd) for fd in sorted(wanted)]
 
 
 def handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
