@@ -12,14 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.adapters.mdns.bed import Host, Lan
+from tests.adapters.mdns.bed import Host, Lan, Watch
 from tests.adapters.mdns.station import lease
 
 Way = Literal["portd", "zeroconf", "avahi"]
@@ -46,20 +44,20 @@ def _case(way: Way, count: int) -> dict[str, Any]:
     with Lan() as lan:
         here, observer = lan.host(), lan.host()
         observer.start_avahi()
-        watch = _Watch(observer)
+        watch = observer.watch(TYPE)
         publisher = _Publisher(here, way, count)
         packets, size_bytes = _sent(here)
         cpu_s = publisher.cpu_s()
         start = time.monotonic()
         publisher.tell("publish")
-        watch.wait(lambda: len(watch.there) >= count, SEEN_S)
+        _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
         seen_s, seen = watch.last_at - start, len(watch.there)
         stall_s = float(publisher.told())
         cpu_s, (packets_after, size_after) = publisher.cpu_s() - cpu_s, _sent(here)
         start = time.monotonic()
         publisher.kill()
         lost = watch.lost_count
-        watch.wait(lambda: not watch.there, LOST_S)
+        _wait(watch, lambda: not watch.there, LOST_S)
         killed_s, killed = watch.last_at - start, watch.lost_count - lost
     return {"services": count, "way": way, "seen": seen, "all_seen_s": round(seen_s, 2), "cpu_s": round(cpu_s, 2),
             "packets": packets_after - packets, "kilobytes": round((size_after - size_bytes) / 1000),
@@ -73,14 +71,14 @@ def _stop(way: Way, count: int) -> int:
     with Lan() as lan:
         here, observer = lan.host(), lan.host()
         observer.start_avahi()
-        watch = _Watch(observer)
+        watch = observer.watch(TYPE)
         publisher = _Publisher(here, way, count)
         publisher.tell("publish")
-        watch.wait(lambda: len(watch.there) >= count, SEEN_S)
+        _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
         publisher.told()
         lost = watch.lost_count
         publisher.tell("stop")
-        watch.wait(lambda: not watch.there, LOST_S)
+        _wait(watch, lambda: not watch.there, LOST_S)
         return watch.lost_count - lost
 
 
@@ -88,10 +86,10 @@ def _rest(count: int) -> dict[str, Any]:
     with Lan() as lan:
         here, observer = lan.host(), lan.host()
         observer.start_avahi()
-        watch = _Watch(observer)
+        watch = observer.watch(TYPE)
         publisher = _Publisher(here, "portd", count)
         publisher.tell("publish")
-        watch.wait(lambda: len(watch.there) >= count, SEEN_S)
+        _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
         publisher.told()
         cpu_s = publisher.cpu_s()
         time.sleep(REST_S)
@@ -100,35 +98,12 @@ def _rest(count: int) -> dict[str, Any]:
                 name: round(_memory_bytes(pid) / 2**20, 1) for name, pid in publisher.pids().items()}}
 
 
-class _Watch:
-    """avahi-browse, followed: what is there, and how many were lost."""
-
-    def __init__(self, observer: Host) -> None:
-        self.there: set[str] = set()
-        self.lost_count = 0
-        self.last_at = time.monotonic()
-        self._process = observer.start("avahi-browse", "-pk", TYPE, stdout=subprocess.PIPE)
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with suppress(ValueError):
-            for line in self._process.stdout:
-                event, _, _, name, *_ = line.decode().split(";")
-                if event == "+":
-                    self.there.add(name)
-                elif event == "-":
-                    self.there.discard(name)
-                    self.lost_count += 1
-                self.last_at = time.monotonic()
-
-    def wait(self, condition: Callable[[], bool], deadline_s: float) -> None:
-        """Wait until the condition holds, or nothing has happened for a while."""
-        start = time.monotonic()
-        while not condition() and time.monotonic() - max(start, self.last_at) < STILL_S \
-                and time.monotonic() - start < deadline_s:
-            time.sleep(0.005)
+def _wait(watch: Watch, condition: Callable[[], bool], deadline_s: float) -> None:
+    """Wait until the condition holds, or nothing has happened for a while."""
+    start = time.monotonic()
+    while not condition() and time.monotonic() - max(start, watch.last_at) < STILL_S \
+            and time.monotonic() - start < deadline_s:
+        time.sleep(0.005)
 
 
 class _Publisher:

@@ -27,7 +27,9 @@ ResponderChoice = Literal["auto", "embedded", "avahi"]
 GRACE_S = 5.0
 """How long avahi-daemon may be gone, as at an upgrade, before this process takes its place."""
 RETRY_S = 10.0
-"""After a failed start: port 5353 taken exclusively, no D-Bus."""
+"""After a failed start: port 5353 is taken exclusively, or avahi-daemon is wanted and out of reach."""
+BUS_RETRY_S = 60.0
+"""Until it is looked again for a D-Bus, where there was none and we publish ourselves."""
 CALM_S = 60.0
 """Withdrawals further apart than this are no flapping."""
 DAMPED_S = 2.0
@@ -48,7 +50,7 @@ class Announcer:
         self._interfaces = interfaces
         self._bus = AvahiBus(bus_address, self._on_presence)
         self._wanted: dict[str, _Wanted] = {}
-        self._stale: list[Lease] = []
+        self._stale: list[Service] = []
         self._responder: Responder | None = None
         self._lan = Lan(self._ours)
         self._supervisor: asyncio.Task[None] | None = None
@@ -124,33 +126,38 @@ class Announcer:
             self._want(lease, wanted)
         elif lease.state == "ended" or lease.announce is None:
             self._forget(lease, wanted)
-        elif wanted is not None and wanted.is_due:
+        elif wanted is None:
+            self._disown(lease)
+        elif wanted.is_due:
             self._withdraw(wanted)
 
     def _want(self, lease: Lease, wanted: _Wanted | None) -> None:
-        announcement = lease.announce
+        service, announcement = _service(lease), lease.announce
         assert announcement is not None
-        service = Service(id=lease.id, type=announcement.type, name=announcement.name, port=lease.port,
-                          txt=tuple(announcement.txt.items()), address=lease.address)
         if wanted is None:
             wanted = self._wanted[lease.id] = _Wanted(service, announcement.published_as or announcement.name)
         elif (wanted.service.type, wanted.service.name) != (service.type, service.name):
             wanted.name = service.name
-        if wanted.service == service and wanted.is_due:
-            return
-        wanted.service = service
-        if wanted.is_due:
+        if wanted.is_due and wanted.service != service:
+            wanted.service = service
             self._publish(wanted)
-            return
+        elif wanted.is_due and announcement.published_as is None and wanted.published_as is not None:
+            self._tell(wanted, wanted.published_as, wanted.problem)  # written anew by its owner, the same as before
+        elif not wanted.is_due:
+            wanted.service = service
+            self._begin(wanted)
+
+    def _begin(self, wanted: _Wanted) -> None:
+        """Publish what was not published until now: at once, or later if it came and went too often."""
         wanted.is_due = True
-        now = asyncio.get_running_loop().time()
-        wait_s = wanted.damped_until - now
+        loop = asyncio.get_running_loop()
+        wait_s = wanted.damped_until - loop.time()
         if wait_s <= 0:
             self._publish(wanted)
         else:
-            wanted.timer = asyncio.get_running_loop().call_later(wait_s, self._undamp, wanted)
-            self._report(lease.id, None, f"it went {wanted.flap_count} times within a short time: announced again in "
-                                         f"{wait_s:.0f} s")
+            wanted.timer = loop.call_later(wait_s, self._undamp, wanted)
+            self._tell(wanted, None, f"it went {wanted.flap_count} times within a short time: announced again in "
+                                     f"{wait_s:.0f} s")
 
     def _withdraw(self, wanted: _Wanted) -> None:
         wanted.is_due = False
@@ -158,27 +165,28 @@ class Announcer:
         wanted.cancel()
         if self._responder is not None:
             self._responder.withdraw(wanted.service.id)
-        wanted.reported = (None, None)
-        self._lan.nudge()
-        self._report(wanted.service.id, None, None)
+        self._tell(wanted, None, None)
 
     def _forget(self, lease: Lease, wanted: _Wanted | None) -> None:
-        """Withdraw for good; what only the LAN still knows of (it ended while the daemon was down) too."""
-        if wanted is not None:
-            wanted.cancel()
-            del self._wanted[lease.id]
-            if self._responder is not None:
-                self._responder.withdraw(lease.id)
-            self._lan.nudge()
-        else:
-            self._repudiate(lease)
+        """Withdraw for good."""
+        if wanted is None:
+            self._disown(lease)
+            return
+        wanted.cancel()
+        del self._wanted[lease.id]
+        if self._responder is not None:
+            self._responder.withdraw(lease.id)
+        self._lan.nudge()
 
-    def _repudiate(self, lease: Lease) -> None:
-        if lease.announce is not None and lease.announce.published_as is not None:
-            self._stale.append(lease)
-            self._repudiate_stale()
-            if lease.state != "ended":
-                self._report(lease.id, None, None)
+    def _disown(self, lease: Lease) -> None:
+        """Take back what only the LAN still knows of: it went while the daemon was down. A live one keeps its name."""
+        if lease.announce is None or lease.announce.published_as is None:
+            return
+        self._stale.append(_service(lease, lease.announce.published_as))
+        self._take_stale_back()
+        if lease.state != "ended":
+            wanted = self._wanted[lease.id] = _Wanted(_service(lease), lease.announce.published_as)
+            asyncio.get_running_loop().call_soon(self._tell, wanted, None, None)
 
     def _undamp(self, wanted: _Wanted) -> None:
         wanted.timer = None
@@ -190,35 +198,32 @@ class Announcer:
         if self._responder is not None:
             self._responder.publish(wanted.service, wanted.name)
         elif self._problem is not None:
-            self._settled(wanted.service.id, None, self._problem)
+            self._tell(wanted, None, self._problem)
 
     def _settled(self, service_id: str, name: str | None, problem: str | None) -> None:
         """Take a responder's word: the name that was won is the first wish from now on."""
         wanted = self._wanted.get(service_id)
-        if wanted is None or not wanted.is_due:
-            return
-        if name is not None:
-            wanted.name = name
-        if wanted.reported != (name, problem):
-            wanted.reported = (name, problem)
-            self._lan.nudge()
-            self._report(service_id, name, problem)
+        if wanted is not None and wanted.is_due:
+            wanted.name = name or wanted.name
+            self._tell(wanted, name, problem)
 
-    def _repudiate_stale(self) -> None:
+    def _tell(self, wanted: _Wanted, name: str | None, problem: str | None) -> None:
+        wanted.published_as, wanted.problem = name, problem
+        self._lan.nudge()
+        try:
+            self._report(wanted.service.id, name, problem)
+        except Exception:
+            log.exception("what became of the announcement of %s could not be told", wanted.service.id)
+
+    def _take_stale_back(self) -> None:
         responder = self._responder
-        if responder is None:
-            return
-        for lease in self._stale if isinstance(responder, EmbeddedResponder) else ():  # Avahi has forgotten already
-            assert isinstance(responder, EmbeddedResponder)
-            announcement = lease.announce
-            assert announcement is not None
-            assert announcement.published_as is not None
-            service = Service(id=lease.id, type=announcement.type, name=announcement.published_as, port=lease.port,
-                              txt=tuple(announcement.txt.items()), address=lease.address)
-            entry = Entry(service, announcement.published_as, responder.zone.host)
-            if responder.zone.claim(entry.key) is None:
-                responder.repudiate(entry)
-        self._stale.clear()
+        if isinstance(responder, EmbeddedResponder):
+            for service in self._stale:
+                entry = Entry(service, service.name, responder.zone.host)
+                if responder.zone.claim(entry.key) is None:
+                    responder.repudiate(entry)
+        if responder is not None:  # Avahi has forgotten already what was published through it
+            self._stale.clear()
 
     # --- who publishes ---
 
@@ -241,8 +246,8 @@ class Announcer:
             except Exception:
                 log.exception("announcing failed; trying again in %.0f s", RETRY_S)
                 self._problem, retry_s = "announcing failed unexpectedly: see the log", RETRY_S
-            if self._choice != "embedded" and not self._bus.is_connected:
-                retry_s = RETRY_S
+            if self._choice == "auto" and not self._bus.is_connected:
+                retry_s = retry_s or BUS_RETRY_S
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._turned.wait(), retry_s)
             if self._choice == "auto" and isinstance(self._responder, AvahiResponder) and not self._bus.is_present:
@@ -288,21 +293,22 @@ class Announcer:
         await responder.start()
         self._responder = responder
         self._lan.open(responder, self._interfaces)
-        self._repudiate_stale()
+        self._take_stale_back()
         for wanted in list(self._wanted.values()):
-            wanted.reported = None
             self._publish(wanted)
 
     def _tell_all(self, problem: str) -> None:
         for wanted in list(self._wanted.values()):
-            self._settled(wanted.service.id, None, problem)
+            if wanted.is_due and wanted.problem != problem:
+                self._tell(wanted, None, problem)
 
     def _ours(self) -> list[LanService]:
         responder = self._responder
         if responder is None:
             return []
         return [LanService(type=wanted.service.type, name=wanted.published_as, host=responder.host_name,
-                           addresses=responder.addresses, port=wanted.service.port, txt=dict(wanted.service.txt),
+                           addresses=responder.addresses if wanted.service.address in ("0.0.0.0", "::")
+                           else (wanted.service.address,), port=wanted.service.port, txt=dict(wanted.service.txt),
                            ours=True)
                 for wanted in self._wanted.values() if wanted.published_as is not None]
 
@@ -314,15 +320,12 @@ class _Wanted:
         self.service = service
         self.name = name
         self.is_due = False
-        self.reported: tuple[str | None, str | None] | None = None
+        self.published_as: str | None = None
+        self.problem: str | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.flap_count = 0
         self.damped_until = 0.0
         self._last_flap = -CALM_S
-
-    @property
-    def published_as(self) -> str | None:
-        return self.reported[0] if self.reported is not None else None
 
     def flap(self, now: float) -> None:
         """Count a withdrawal: the first one is forgiven, each further one makes the next announcement wait longer."""
@@ -335,3 +338,11 @@ class _Wanted:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+def _service(lease: Lease, name: str | None = None) -> Service:
+    """Make what a lease wants announced, under its own name or another."""
+    announcement = lease.announce
+    assert announcement is not None
+    return Service(id=lease.id, type=announcement.type, name=name or announcement.name, port=lease.port,
+                   txt=tuple(announcement.txt.items()), address=lease.address)

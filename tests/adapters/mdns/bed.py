@@ -97,6 +97,7 @@ class Host:
         self._programs: list[subprocess.Popen[bytes]] = []
         self._temporary: list[str] = []
         self._bus: str | None = None
+        self._watches: dict[str, Watch] = {}
         self.at_close: list[Callable[[], None]] = []
         run("ip", "netns", "add", self.name)
         self.exec("sysctl", "-qw", f"net.ipv6.conf.all.disable_ipv6={int(not ipv6)}",
@@ -211,6 +212,12 @@ class Host:
                            "org.freedesktop.Avahi.Server.GetState", check=False)
         return answer.split()[-1] if "int32" in answer else answer.strip()
 
+    def publish_by_avahi(self, name: str, type_: str, port: int, *txt: str) -> None:
+        """Publish with avahi-publish, until the LAN goes; waits until the name is won."""
+        program = self.start("avahi-publish", "-s", name, type_, str(port), *txt, stderr=subprocess.PIPE)
+        assert program.stderr is not None
+        assert b"Established" in program.stderr.readline()
+
     def stop_avahi(self) -> None:
         """End avahi-daemon in order."""
         self.avahi.send_signal(signal.SIGTERM)
@@ -230,6 +237,16 @@ class Host:
         """Ask avahi-browse once: name → host, address, port, txt; names as they are, not escaped."""
         return {_unescape(fields[3]): (fields[6], fields[7], fields[8], fields[9]) for fields in self.browse(type_)}
 
+    def watch(self, type_: str) -> Watch:
+        """Follow a type with avahi-browse."""
+        return Watch(self.start("avahi-browse", "-pk", type_, stdout=subprocess.PIPE))
+
+    def seen(self, type_: str) -> set[str]:
+        """Return the names that avahi-browse, followed from the first call on, says are there."""
+        if type_ not in self._watches:
+            self._watches[type_] = self.watch(type_)
+        return set(self._watches[type_].there)
+
     def close(self) -> None:
         """End everything in the host, and the host."""
         for close in self.at_close:
@@ -240,13 +257,34 @@ class Host:
         for program in reversed(self._programs):
             with suppress(ProcessLookupError):
                 program.kill()
-            for stream in (program.stdin, program.stdout):
+            for stream in (program.stdin, program.stdout, program.stderr):
                 if stream is not None:
                     stream.close()
             program.wait()
         run("ip", "netns", "del", self.name)
         for directory in self._temporary:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+class Watch:
+    """A running avahi-browse: what is there, how many have gone, and when something last happened."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.there: set[str] = set()
+        self.lost_count = 0
+        self.last_at = time.monotonic()
+        self._process = process
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed under our hands, with the host
+            for line in self._process.stdout:
+                event, _, _, name, *_ = line.decode().split(";")
+                there = self.there | {_unescape(name)} if event == "+" else self.there - {_unescape(name)}
+                self.lost_count += len(self.there) > len(there)
+                self.there = there  # another thread reads it: replaced, not changed
+                self.last_at = time.monotonic()
 
 
 def _unescape(name: str) -> str:

@@ -48,9 +48,9 @@ def test_changes_and_withdrawals_go_through_avahi(lan: Lan) -> None:
     station.put(lease("a", "Orders", port=20002, txt={"version": "2"}, published_as="Orders"))
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("",) * 4)[2] == "20002", "the new port is seen")
     station.change("a", "health", health="critical")
-    wait_for(lambda: set(peer.browsed(WEB)) == {"Other"}, "it is gone, and no other")
+    wait_for(lambda: peer.seen(WEB) == {"Other"}, "it is gone, and no other")
     station.close()
-    wait_for(lambda: peer.browsed(WEB) == {}, "an orderly stop takes all back")
+    wait_for(lambda: peer.seen(WEB) == set(), "an orderly stop takes all back")
 
 
 def test_a_name_that_is_taken_is_changed_and_told_through_avahi_too(lan: Lan) -> None:

@@ -93,8 +93,7 @@ def test_two_hosts_that_want_one_name_at_one_moment_agree_on_one_owner_twenty_ti
 def test_a_name_that_avahi_has_is_not_taken_and_the_lease_says_which_one_is(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
-    peer.start("avahi-publish", "-s", "Orders", WEB, "99")
-    wait_for(lambda: "Orders" in peer.browsed(WEB), "avahi publishes it")
+    peer.publish_by_avahi("Orders", WEB, 99)
     station = Station(here).start()
     station.put(lease("a", "Orders"))
     station.wait_published("a")
@@ -102,7 +101,7 @@ def test_a_name_that_avahi_has_is_not_taken_and_the_lease_says_which_one_is(lan:
     assert announce is not None
     assert (announce.published_as, announce.problem) == (
         "Orders (2)", "'Orders' is taken on the LAN: published as 'Orders (2)'")
-    wait_for(lambda: set(peer.browsed(WEB)) == {"Orders", "Orders (2)"}, "both are seen")
+    wait_for(lambda: peer.seen(WEB) == {"Orders", "Orders (2)"}, "both are seen")
     assert peer.browsed(WEB)["Orders"][0] == "h2.local"
     station.close(takeover=True)
     successor = Station(here).start(station.leases["a"])
@@ -163,9 +162,9 @@ def test_two_daemons_on_one_host_share_its_name_and_the_first_to_go_does_not_tak
     second.put(lease("b", "Second"))
     second.wait_published("b")
     assert first.condition()["host_name"] == second.condition()["host_name"] == "box-portd.local"
-    wait_for(lambda: set(peer.browsed(WEB)) == {"First", "Second"}, "both are seen")
+    wait_for(lambda: peer.seen(WEB) == {"First", "Second"}, "both are seen")
     first.close()
-    wait_for(lambda: set(peer.browsed(WEB)) == {"Second"}, "one has gone")
+    wait_for(lambda: peer.seen(WEB) == {"Second"}, "one has gone")
     time.sleep(1.5)  # a goodbye counts after a second: only then is it seen whether it was contradicted
     assert peer.exec("avahi-resolve", "-4", "-n", "box-portd.local").split() == ["box-portd.local", here.address]
 
