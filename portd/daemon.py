@@ -27,6 +27,8 @@ from msgspec import json
 
 from portd.adapters import systemd
 from portd.adapters.clock import LeaseClock
+from portd.adapters.dns.server import DnsServer
+from portd.adapters.handoff import HandoffServer
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.fastlane import FastLane
 from portd.adapters.http.gate import Gate
@@ -46,8 +48,9 @@ from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.kernel.states import StateWatch
 from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.metrics import Metrics
+from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
-from portd.config import Paths, Settings, http_addresses, load, pool_ports, system_paths, user_paths
+from portd.config import Paths, Settings, http_addresses, load, pool_ports, split_host_port, system_paths, user_paths
 from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import Fault, StateInUse, StoreLost, StoreUnavailable
 from portd.core.model import Event
@@ -115,7 +118,12 @@ class Daemon:
                                  self._service.observe_state)
         self._announcer = Announcer(host_name(), self._service.observe_announcement,
                                     responder=settings.mdns.responder, interfaces=settings.mdns.interfaces)
-        watchers = [self._metrics.apply, self._feed.apply, self._on_event]
+        self._prober = Prober(self._clock, self._service.observe_health, concurrency=settings.health.concurrency,
+                              allow_commands=settings.health.allow_commands, on_result=self._metrics.check)
+        self._service.report_to_probes = self._prober.reported
+        self._dns = DnsServer([split_host_port(settings.dns.listen)] if settings.dns.listen else [],
+                              settings.dns.zone, settings.dns.ttl, self._metrics.query)
+        watchers = [self._metrics.apply, self._feed.apply, self._dns.apply, self._prober.apply, self._on_event]
         if settings.mdns.enabled:
             watchers.append(self._announcer.apply)
         for watcher in watchers:
@@ -123,6 +131,8 @@ class Daemon:
         self._service.restore(loaded, procfs.boot_id())
         self._feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self._table.revision)
         self._watch.restore(self._table)
+        self._dns.restore(self._table, self._table.revision)
+        self._prober.restore(self._table)
         if settings.mdns.enabled:
             self._announcer.restore(self._table)
         self._http = self._make_http()
@@ -131,11 +141,13 @@ class Daemon:
         settings = self._settings
         tokens = {bytes.fromhex(token.sha256): token.admin for token in settings.auth.tokens}
         names = {host_name(), socket.getfqdn(), *(host for host, _ in http_addresses(settings, self._paths))}
-        gate = Gate(KernelPeers(self._diag.exact), settings.auth.admin_group, tokens, names)
+        peers = KernelPeers(self._diag.exact)
+        gate = Gate(peers, settings.auth.admin_group, tokens, names)
+        self._handoff = HandoffServer(self._service, self._holds, gate.unix_caller, self._watch.nudge)
         http = HttpServer(gate, hash_token, lambda: self._table.revision)
         self._events = EventCalls(self._feed)
         status = StatusCalls(self._service, {
-            "store": self._store_condition, "mdns": self._mdns_condition, "dns": lambda: {"enabled": False},
+            "store": self._store_condition, "mdns": self._mdns_condition, "dns": self._dns_condition,
             "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
         }, self._facts, self._metrics.render, self._warnings)
         leases = LeaseCalls(self._service)
@@ -158,10 +170,12 @@ class Daemon:
         try:
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(part) for part in (
-                    self._journal.run(), self._clock.run(), self._watch.run(), self._prune(),
+                    self._journal.run(), self._clock.run(), self._watch.run(), self._prober.run(), self._prune(),
                     systemd.feed_watchdog())]
                 if self._settings.mdns.enabled:
                     await self._announcer.start()
+                with suppress(OSError):  # a port 8600 that is taken is no reason to serve nobody: the status says so
+                    await self._dns.start()
                 places = await self._open_doors()
                 self._settle_memory()
                 systemd.notify("READY=1", f"STATUS={len(self._table)} leases")
@@ -185,12 +199,17 @@ class Daemon:
             places.append("a passed socket")
         if not passed.get("portd.socket"):
             if unix:
-                await self._http.serve(open_unix(unix, self._paths.socket_mode))
+                await self._http.serve(open_unix(unix, socket.SOCK_STREAM, self._paths.socket_mode))
                 places.append(unix)
             tls = _tls(self._settings)
             for host, port in http_addresses(self._settings, self._paths):
                 await self._http.serve(open_tcp(host, port), tls)
                 places.append(f"{'https' if tls else 'http'}://{host}:{port}")
+        handoff = listen.handoff if listen.handoff is not None else self._paths.handoff
+        for listener in passed.get("handoff.socket", []):
+            self._handoff.serve(listener)
+        if handoff and not passed.get("handoff.socket"):
+            self._handoff.serve(open_unix(handoff, socket.SOCK_SEQPACKET, self._paths.socket_mode))
         return places
 
     async def _close(self) -> None:
@@ -199,7 +218,11 @@ class Daemon:
         if self._settings.mdns.enabled:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._announcer.close(), STOP_TIMEOUT_S)
+        await self._handoff.close()
+        self._events.close()
+        self._feed.close()
         await self._http.close()
+        await self._dns.close()
         await self._journal.drain(STOP_TIMEOUT_S)
         self._service.close()
         self._processes.close()
@@ -221,6 +244,8 @@ class Daemon:
             return
         self._service.granter.policy = policy(fresh)
         self._allocator.cooldown_s = fresh.leases.cooldown
+        self._prober.concurrency = fresh.health.concurrency
+        self._prober.allow_commands = fresh.health.allow_commands
         set_up(fresh.log.level, fresh.log.format)
         fixed = [name for name in ("listen", "pools", "own_addresses", "static", "store", "mdns", "dns", "compat",
                                    "cluster", "auth") if getattr(fresh, name) != getattr(self._settings, name)]
@@ -250,6 +275,9 @@ class Daemon:
 
     def _mdns_condition(self) -> dict[str, Any]:
         return {"enabled": True, **self._announcer.condition()} if self._settings.mdns.enabled else {"enabled": False}
+
+    def _dns_condition(self) -> dict[str, Any]:
+        return {"enabled": True, **self._dns.condition()} if self._settings.dns.listen else {"enabled": False}
 
     def _facts(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "uptime": round(time.monotonic() - self._started_at, 3), "counts": {
@@ -290,19 +318,20 @@ def host_name() -> str:
     return socket.gethostname().partition(".")[0] or "localhost"
 
 
-def open_unix(path: str, mode: int) -> socket.socket:
-    """Bind the unix socket, over one that a dead daemon left; raises StateInUse when a live one answers there."""
+def open_unix(path: str, kind: socket.SocketKind, mode: int) -> socket.socket:
+    """Listen on a unix socket, over one that a dead daemon left; raises StateInUse when a live one answers there."""
     place = Path(path)
     place.parent.mkdir(mode=0o755 if mode == 0o666 else 0o700, parents=True, exist_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        with suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+        with suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX, kind) as probe:
             probe.settimeout(1.0)
             probe.connect(path)
             raise StateInUse(f"another daemon answers at {path}: stop it, or set [listen] socket")
         place.unlink(missing_ok=True)
         listener.bind(path)
         place.chmod(mode)
+        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise StateInUse(f"{path} can't be served: {error}") from error

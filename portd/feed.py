@@ -98,6 +98,12 @@ class Feed:
         changed = self._changed.get(service)
         return changed > revision if changed is not None else revision < self._forgotten
 
+    def close(self) -> None:
+        """Wake everybody who waits: the daemon stops, and they are answered with what there is."""
+        for waiter in [waiter for waiting in self._waiters.values() for waiter in waiting]:
+            if not waiter.done():
+                waiter.set_result(None)
+
     async def wait(self, service: str, revision: int, timeout_s: float) -> bool:
         """Wait until the service has changed after the revision, `timeout_s` seconds at most; tell whether it has."""
         if self.changed_since(service, revision):

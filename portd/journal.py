@@ -175,7 +175,7 @@ class Journal:
 
     def _abandon(self, under_way: list[Entry]) -> None:
         """Answer those who wait for a disk that hangs, and those behind them, which may still be taken out."""
-        problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted until then")
+        problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted till then")
         self.problem = problem.detail
         logger.error("%s", problem.detail)
         for entry in under_way:

@@ -434,14 +434,19 @@ class LeaseService:
         leases = await self._store.history(port, protocol=protocol, at=at, limit=limit)
         return [self._in_memory(lease.id) or lease for lease in leases]
 
-    async def _mine(self, lease_id: str, caller: Caller) -> Lease:
-        """Return a live lease that the caller may change; raises what stands against it."""
-        lease = await self.find(lease_id)
-        check_change(caller, lease)
+    @staticmethod
+    def live(lease: Lease) -> Lease:
+        """Return a lease that is live; raises LeaseEnded for one that is not."""
         if lease.state == "ended":
             raise LeaseEnded(f"lease {lease.id} on port {lease.port} has ended ({lease.ended_because}); ask for a new "
                              "one")
         return lease
+
+    async def _mine(self, lease_id: str, caller: Caller) -> Lease:
+        """Return a live lease that the caller may change; raises what stands against it."""
+        lease = await self.find(lease_id)
+        check_change(caller, lease)
+        return self.live(lease)
 
     async def _commit(self, change: Change, undo: Any = lambda: None) -> Lease:
         try:

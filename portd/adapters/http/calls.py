@@ -10,8 +10,8 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from portd.adapters.http.problems import InvalidQuery, RequestTimeout, UnsupportedMediaType, pointer_of
 from portd.core.errors import InvalidRequest, TooLarge
+from portd.core.problems import InvalidQuery, RequestTimeout, UnsupportedMediaType, pointer_of
 from portd.core.rights import Caller
 
 BODY_MAX_BYTES: Final = 256 * 1024

@@ -14,9 +14,9 @@ from aiohttp import HttpVersion11, web
 from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Call, Route, encode
-from portd.adapters.http.problems import InvalidQuery
 from portd.core.errors import Busy, InvalidRequest
 from portd.core.model import Event, Label
+from portd.core.problems import InvalidQuery
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import EventView, view_event
 from portd.feed import Feed
@@ -42,12 +42,19 @@ class EventCalls:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self._rendered = (0, b"", b"")
+        self._streams: set[asyncio.Future[None]] = set()
         self.dropped_count = 0
 
     def routes(self) -> list[Route]:
         """Return the routes of this room."""
         return [Route("GET", "/v1/events", self.follow, "Follow events as server-sent events", {200: EventView},
                       query=EventQuery, refusals=("revision_gone", "busy"), media_type="text/event-stream")]
+
+    def close(self) -> None:
+        """End every stream: the daemon stops."""
+        for gone in tuple(self._streams):
+            if not gone.done():
+                gone.set_result(None)
 
     async def follow(self, call: Call) -> web.StreamResponse:
         """GET /v1/events."""
@@ -78,6 +85,8 @@ class EventCalls:
             else:
                 transport.write(chunk)
 
+        self._streams.add(gone)
+        gone.add_done_callback(self._streams.discard)
         with self._feed.following(forward):  # from here on nothing is missed, and `past` ends where this begins
             response.enable_chunked_encoding()
             await response.prepare(call.request)
@@ -88,6 +97,7 @@ class EventCalls:
                 transport.write(chunk)
             caught_up = True
             await self._until_gone(gone, transport)
+        self._streams.discard(gone)
         transport.abort()  # a stream has no end but this one: what follows would wait for a buffer that nobody empties
         return response
 
@@ -105,7 +115,7 @@ class EventCalls:
     async def _until_gone(gone: asyncio.Future[None], transport: Any) -> None:
         while not gone.done() and not transport.is_closing():
             await asyncio.wait([gone], timeout=HEARTBEAT_S)
-            if not gone.done() and transport.get_write_buffer_size() > BUFFER_MAX_BYTES:
+            if gone.done() or transport.is_closing() or transport.get_write_buffer_size() > BUFFER_MAX_BYTES:
                 return
             transport.write(_chunk(b": alive\n\n"))
 

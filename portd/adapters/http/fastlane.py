@@ -17,8 +17,8 @@ from aiohttp.helpers import rfc822_formatted_time
 
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, encode
 from portd.adapters.http.gate import Gate, Guest
-from portd.adapters.http.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.errors import ForbiddenOrigin, Refusal
+from portd.core.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.rights import Caller
 
 REQUEST_LINE: Final = b"POST /v1/leases HTTP/1.1\r\n"

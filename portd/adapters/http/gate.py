@@ -53,6 +53,11 @@ class Gate:
             return Guest(None, is_local=False, is_unix=False)
         return Guest(self._peers.of_tcp(local[:2], remote[:2]), is_local=True, is_unix=False)
 
+    def unix_caller(self, connection: socket.socket) -> Caller:
+        """Return who connected over a unix socket."""
+        guest = Guest(self._peers.of_unix(connection), is_local=True, is_unix=True)
+        return self.caller(guest, {}, None)[0]
+
     async def with_pid(self, guest: Guest) -> None:
         """Find the process behind a loopback TCP connection, once: milliseconds."""
         if guest.peer is not None and guest.peer.pid is None and not guest.pid_asked:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route
-from portd.adapters.http.problems import InvalidQuery
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
+from portd.core.problems import InvalidQuery
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import LeaseView

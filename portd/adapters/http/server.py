@@ -21,14 +21,14 @@ from aiohttp.web_protocol import RequestHandler
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
 from portd.adapters.http.fastlane import FastLane
 from portd.adapters.http.gate import Gate, Guest
-from portd.adapters.http.problems import (
+from portd.core.errors import InvalidRequest, NotFound, Refusal, Unauthenticated
+from portd.core.problems import (
     PROBLEM_TYPE,
     MethodNotAllowed,
     Problem,
     headers_of,
     problem_of,
 )
-from portd.core.errors import InvalidRequest, NotFound, Refusal, Unauthenticated
 from portd.core.rights import Caller
 
 logger = logging.getLogger(__name__)
@@ -167,14 +167,14 @@ class _Runner(web.AppRunner):
     """Runs the application on portd's own connections."""
 
     def __init__(self, app: web.Application, gate: Gate, fast_lane: FastLane | None) -> None:
-        super().__init__(app, access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0, shutdown_timeout=1.0)
+        super().__init__(app, access_log=None, shutdown_timeout=1.0)
         self._gate = gate
         self._fast_lane = fast_lane
 
     async def _make_server(self) -> web.Server:
         stock = await super()._make_server()
-        return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory, access_log=None,
-                      keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
+        return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory,
+                      access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
 
 
 class HttpServer:

@@ -107,6 +107,13 @@ class KernelHolds:
         """Return the lease's held sockets, none where it has no hold. They stay the holds': pass on a duplicate."""
         return self._held.get(lease_id, {})
 
+    def pass_on(self, lease_id: str) -> Mapping[Part, socket.socket]:
+        """Return the lease's held sockets to be passed to its owner: from now on they count as its own."""
+        held = self._held.get(lease_id, {})
+        if "udp" in held:
+            self._udp_inodes.discard(_inode(held["udp"]))
+        return held
+
     def door(self, lease_id: str, *, is_open: bool) -> None:
         """Let others that set SO_REUSEADDR bind over the lease's TCP hold, or nobody; it may be called at any time."""
         held = self._held.get(lease_id, {}).get("tcp")

@@ -1,4 +1,5 @@
-"""Refusals as problem documents (RFC 9457), and the one place where codes meet HTTP statuses."""
+"""Refusals as problem documents (RFC 9457), and the one place where codes meet HTTP statuses. HTTP sends them, and the
+handoff; the command line prints them."""
 
 from __future__ import annotations
 

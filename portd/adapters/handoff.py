@@ -1,0 +1,167 @@
+"""Handoff: bound sockets passed to their owners over a unix socket (SCM_RIGHTS, unix(7)), so that there is no gap.
+
+One message asks, one answers, on a SOCK_SEQPACKET connection. What is passed is the hold itself: the owner's socket and
+portd's copy are one, so when the owner has gone and its lease ends, closing the copy closes the port; no connection
+waits in the backlog of a dead owner. As HTTP does, this room receives the service.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Protocol
+
+import msgspec
+from msgspec import Meta, Struct
+
+from portd.core.errors import InvalidRequest, PortTaken, Refusal
+from portd.core.model import HoldKind, Lease
+from portd.core.model import Protocol as LeaseProtocol
+from portd.core.problems import pointer_of, problem_of
+from portd.core.requests import LeaseRequest
+from portd.core.rights import Caller, check_change
+from portd.seams import Taken
+from portd.service import LeaseService
+
+logger = logging.getLogger(__name__)
+
+MESSAGE_MAX_BYTES: Final = 64 * 1024
+CONNECTIONS_MAX: Final = 256
+IDLE_S: Final = 30.0
+"""Seconds that a connection may stay without asking."""
+
+
+class Wish(Struct, frozen=True, forbid_unknown_fields=True):
+    """A lease that is there (`lease`), or one to be granted first (`request`). `backlog` is listen(2)'s."""
+
+    lease: str | None = None
+    request: LeaseRequest | None = None
+    listen: bool = False
+    backlog: Annotated[int, Meta(ge=0, le=65535)] = 128
+
+
+class PassedHolds(Protocol):
+    """What the handoff needs of the holds."""
+
+    def take(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> Taken: ...
+
+    def pass_on(self, lease_id: str) -> Mapping[Any, socket.socket]: ...
+
+
+Identify = Callable[[socket.socket], Caller]
+Nudge = Callable[[], None]
+
+
+class HandoffServer:
+    """Serves the handoff socket."""
+
+    def __init__(self, service: LeaseService, holds: PassedHolds, identify: Identify, nudge: Nudge) -> None:
+        self._service = service
+        self._holds = holds
+        self._identify = identify
+        self._nudge = nudge
+        self._decode = msgspec.json.Decoder(Wish).decode
+        self._listeners: list[socket.socket] = []
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept on a bound, listening SOCK_SEQPACKET socket until the stop."""
+        self._listeners.append(listener)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    async def close(self) -> None:
+        """Stop accepting, and cut off who is connected."""
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        if len(self._connections) >= CONNECTIONS_MAX:
+            connection.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._converse(connection))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _converse(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with connection:
+            try:
+                caller = self._identify(connection)
+                while True:
+                    async with asyncio.timeout(IDLE_S):
+                        message = await loop.sock_recv(connection, MESSAGE_MAX_BYTES + 1)
+                    if not message:
+                        return
+                    lease, sockets, answer = await self._answer(message, caller)
+                    _send(connection, answer, sockets)
+                    if lease is not None:
+                        self._nudge()
+            except (TimeoutError, OSError):
+                return  # silent, slow, or gone
+
+    async def _answer(self, message: bytes, caller: Caller) -> tuple[Lease | None, list[socket.socket], bytes]:
+        try:
+            wish = self._read(message)
+            lease, token = await self._lease(wish, caller)
+            sockets = self._open(lease, wish)
+        except Refusal as refusal:
+            return None, [], msgspec.json.encode({"problem": problem_of(refusal)})
+        view = self._service.view(lease, cmdline=True, token=token)
+        return lease, sockets, msgspec.json.encode({"lease": view})
+
+    def _read(self, message: bytes) -> Wish:
+        if len(message) > MESSAGE_MAX_BYTES:
+            raise InvalidRequest(f"a message has {MESSAGE_MAX_BYTES} bytes at the most", pointer="")
+        try:
+            wish = self._decode(message)
+        except msgspec.ValidationError as error:
+            what, pointer = pointer_of(error)
+            raise InvalidRequest(what, pointer=pointer) from None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidRequest(f"the message is not JSON: {error}", pointer="") from None
+        if (wish.lease is None) == (wish.request is None):
+            raise InvalidRequest("give either 'lease' or 'request'", pointer="/lease")
+        return wish
+
+    async def _lease(self, wish: Wish, caller: Caller) -> tuple[Lease, str | None]:
+        if wish.request is not None:
+            granted = await self._service.grant([wish.request], caller)
+            return granted.leases[0], granted.tokens[0]
+        assert wish.lease is not None
+        lease = await self._service.find(wish.lease)
+        check_change(caller, lease)
+        return self._service.live(lease), None
+
+    def _open(self, lease: Lease, wish: Wish) -> list[socket.socket]:
+        """Return the lease's sockets, tcp before udp, listening where asked for."""
+        sockets = self._holds.pass_on(lease.id)
+        if not sockets:  # held `none` so far (UDP's default), or not since the restart: bind it now
+            taken = self._holds.take(lease.id, lease.protocol, lease.address, lease.port, "exclusive")
+            if taken != "taken":
+                raise PortTaken(f"port {lease.port} of {lease.instance} is bound by somebody: decline it for another, "
+                                f"or see 'portd who {lease.port}'", pointer="/lease")
+            sockets = self._holds.pass_on(lease.id)
+        ordered = [sockets[part] for part in ("tcp", "udp") if part in sockets]
+        for passed in ordered:
+            if wish.listen and passed.type == socket.SOCK_STREAM:
+                passed.listen(wish.backlog)
+        return ordered
+
+
+def _send(connection: socket.socket, answer: bytes, sockets: list[socket.socket]) -> None:
+    descriptors = array.array("i", [passed.fileno() for passed in sockets])
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if sockets else []
+    connection.sendmsg([answer], ancillary)  # whoever does not read gets no second chance: BlockingIOError ends it
+
