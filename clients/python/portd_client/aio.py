@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -20,11 +19,11 @@ from typing import Any, Literal, Unpack
 from portd_client import calls, endpoints, steps
 from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
 from portd_client.endpoints import Endpoint
-from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, TryAgain
+from portd_client.errors import DaemonUnavailable, PortdError, PortTaken, ProtocolError, TryAgain
 from portd_client.finding import WAIT_S, Instance, Memory, pick, shown, watch_filters
 from portd_client.holding import Held
 from portd_client.leasing import RELEASE_TIMEOUT_S
-from portd_client.listening import bound, ephemeral, handed, passed, ready
+from portd_client.listening import bound, ephemeral, handed, is_taken, passed, ready
 from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
 from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Status
 
@@ -234,17 +233,18 @@ class AsyncLease(Held):
         if self._reserved is not None:
             opened, self._reserved = [self._reserved], None
         else:
-            opened = passed(self.endpoint) or await asyncio.to_thread(handed, self.client.endpoint, self, backlog)
-        for _ in range(steps.DECLINES_MAX):
-            if opened:
-                break
+            opened = passed(self.endpoint)
+        declines = 0
+        while not opened:
             try:
-                opened = bound(self.protocols, self.address, self.port)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
+                opened = await asyncio.to_thread(handed, self.client.endpoint, self, backlog) or \
+                    bound(self.protocols, self.address, self.port)
+            except (OSError, PortTaken) as error:
+                declines += 1
+                if not is_taken(error) or declines > steps.DECLINES_MAX:
                     raise
                 self.document = await self.client.call(calls.decline(self.id, self.token))
-        return ready(opened or bound(self.protocols, self.address, self.port), backlog)
+        return ready(opened, backlog)
 
     async def report(self, status: Status, note: str = "") -> None:
         """Report health, for a lease whose check is `report`."""

@@ -1,12 +1,15 @@
-"""The handoff: sockets that the daemon bound, received through its socket (SCM_RIGHTS over SOCK_SEQPACKET, unix(7))."""
+"""The handoff: sockets that the daemon bound, received through its socket, so that there is no gap at all.
+
+One message asks, one answers, on a SOCK_SEQPACKET unix socket; the sockets come with it (SCM_RIGHTS, unix(7)).
+"""
 
 from __future__ import annotations
 
-import os
-import socket
+import _socket
+from array import array
 
 from portd_client import documents
-from portd_client.errors import PortdError, ProtocolError, problem
+from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,44 +19,60 @@ if TYPE_CHECKING:
     from portd_client.endpoints import Endpoint
     from portd_client.types import LeaseDocument
 
-MESSAGE_MAX_BYTES = 65_536
-SOCKETS_MAX = 4
-"""A lease has two sockets at most (tcp and udp); more than this is not portd."""
-ANSWER_TIMEOUT_S = 5.0
-"""Seconds for the sockets to come: the daemon only binds and sends."""
+MESSAGE_MAX_BYTES = 256 * 1024
+"""The longest answer: a lease with all the metadata that it may have. A longer one would be cut, and is refused."""
+SOCKETS_MAX = 2
+"""A lease of `both` protocols has two sockets; more than this is not portd."""
+ANSWER_TIMEOUT_S = 10.0
+"""Seconds for the sockets to come: what a call of the API may take."""
 
 
 class NoHandoff(PortdError):
-    """Nobody hands sockets over there: no unix socket leads to that daemon, or it serves none for this."""
+    """Nobody hands sockets over there: no unix socket leads to that daemon, or it serves none. Bind instead."""
 
 
 def receive(endpoint: Endpoint, message: Mapping[str, Any]) -> tuple[LeaseDocument, list[int]]:
     """Ask the daemon at `endpoint` for a lease's sockets; returns descriptors, bound and close-on-exec.
 
-    Raises Problem when they are refused, NoHandoff when nobody hands over there, ProtocolError.
+    Raises Problem when they are refused, NoHandoff when nobody hands over there, ProtocolError, DaemonUnavailable.
     """
     path = endpoint.handoff_path
     if not path:
         raise NoHandoff(f"{endpoint.url}: sockets are handed over through a unix socket only")
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(ANSWER_TIMEOUT_S)
+        connection.settimeout(ANSWER_TIMEOUT_S)
+        try:
             connection.connect(path)
-            connection.sendall(documents.encode(dict(message)))
-            data, descriptors, flags, _ = socket.recv_fds(connection, MESSAGE_MAX_BYTES, SOCKETS_MAX,
-                                                          socket.MSG_CMSG_CLOEXEC)
-    except OSError as error:
-        raise NoHandoff(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        except OSError as error:
+            raise NoHandoff(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        connection.sendall(documents.encode(dict(message)))
+        data, descriptors, is_whole = _receive(connection)
+    except OSError as error:  # asked, but not answered
+        raise DaemonUnavailable([(f"unix://{path}", (error.strerror or str(error)).lower())]) from error
+    finally:
+        connection.close()
     try:
-        return _understand(data, flags), descriptors
+        return _understand(data, is_whole), descriptors
     except BaseException:
         for descriptor in descriptors:
-            os.close(descriptor)
+            _socket.close(descriptor)
         raise
 
 
-def _understand(data: bytes, flags: int) -> LeaseDocument:
-    if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+def _receive(connection: Any) -> tuple[bytes, list[int], bool]:
+    """Receive one message (socket.recv_fds would do, but drops the flag that keeps descriptors from children)."""
+    space = _socket.CMSG_SPACE(SOCKETS_MAX * array("i").itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(MESSAGE_MAX_BYTES, space, _socket.MSG_CMSG_CLOEXEC)
+    descriptors = array("i")
+    for level, kind, payload in ancillary:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
+    return data, list(descriptors), not flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC)
+
+
+def _understand(data: bytes, is_whole: bool) -> LeaseDocument:
+    if not data or not is_whole:
         raise ProtocolError("the handoff's answer is cut off")
     try:
         answer = documents.decode(data)

@@ -7,6 +7,7 @@ import os
 import socket
 
 from portd_client import handoff
+from portd_client.errors import PortTaken
 from portd_client.steps import DECLINES_MAX
 
 TYPE_CHECKING = False
@@ -44,19 +45,23 @@ class LeasedSocket(socket.socket):
 
 def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = None) -> list[LeasedSocket]:
     """Open the lease's sockets, TCP before UDP, TCP listening. `reserved` is bound already."""
-    opened = [reserved] if reserved is not None else \
-        passed(lease.endpoint) or handed(lease.client.endpoint, lease, backlog)
-    for _ in range(DECLINES_MAX):
-        if opened:
-            break
+    opened = [reserved] if reserved is not None else passed(lease.endpoint)
+    declines = 0
+    while not opened:
         try:
-            opened = bound(lease.protocols, lease.address, lease.port)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            opened = handed(lease.client.endpoint, lease, backlog) or \
+                bound(lease.protocols, lease.address, lease.port)
+        except (OSError, PortTaken) as error:
+            declines += 1
+            if not is_taken(error) or declines > DECLINES_MAX:
                 raise
             lease.decline()
-    opened = ready(opened or bound(lease.protocols, lease.address, lease.port), backlog)
-    return [LeasedSocket(lease, one.detach()) for one in opened]
+    return [LeasedSocket(lease, one.detach()) for one in ready(opened, backlog)]
+
+
+def is_taken(error: Exception) -> bool:
+    """Tell whether somebody else has the port, by the kernel's word or the daemon's."""
+    return isinstance(error, PortTaken) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)
 
 
 def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
