@@ -25,6 +25,8 @@ BUFFER_MAX_BYTES: Final = 1 << 20
 """What may wait for one follower: about a thousand events. With FOLLOWERS_MAX it bounds the memory at 4 GB in theory
 and, since the kernel takes 200 KB first, at nothing in practice; a follower past it is cut off."""
 FOLLOWERS_MAX: Final = 4_096
+CATCH_UP_S: Final = 10.0
+"""Seconds that a follower may take to read the past; one that does not is cut off."""
 HEARTBEAT_S: Final = 15.0
 """Seconds between comments on a quiet stream: proxies cut what is silent for a minute."""
 
@@ -90,13 +92,18 @@ class EventCalls:
         with self._feed.following(forward):  # from here on nothing is missed, and `past` ends where this begins
             response.enable_chunked_encoding()
             await response.prepare(call.request)
-            for event in past:
-                await response.write(self._text(event, call.caller))
-            await response.write(b": following\n\n")
-            for chunk in backlog:
-                transport.write(chunk)
-            caught_up = True
-            await self._until_gone(gone, transport)
+            try:
+                async with asyncio.timeout(CATCH_UP_S):
+                    for event in past:
+                        await response.write(self._text(event, call.caller))
+                    await response.write(b": following\n\n")
+            except TimeoutError:
+                self.dropped_count += 1
+            else:
+                for chunk in backlog:
+                    transport.write(chunk)
+                caught_up = True
+                await self._until_gone(gone, transport)
         self._streams.discard(gone)
         transport.abort()  # a stream has no end but this one: what follows would wait for a buffer that nobody empties
         return response
