@@ -1,0 +1,106 @@
+"""Finding others, from blocking programs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+import portd_client
+from portd_client import calls, finding, steps
+from portd_client.errors import DaemonUnavailable, PortdError
+from portd_client.types import LeaseWish
+from tests.cli.bed import Daemon, wait_for
+
+
+def grant(daemon: Daemon, service: str, **wish: object) -> str:
+    """Lease a port and return its id."""
+    asked: LeaseWish = {"service": service, "ttl": 60, **wish}  # type: ignore[typeddict-item]
+    return daemon.client.grant(asked)["id"]
+
+
+def test_resolve_returns_a_working_instance_by_chance(daemon: Daemon) -> None:
+    ports = {daemon.client.lease(grant(daemon, "billing"))["port"] for _ in range(3)}
+    found = {portd_client.resolve("billing", client=daemon.client).port for _ in range(100)}
+    assert found == ports
+
+
+def test_an_instance_says_where_it_is_reached(daemon: Daemon) -> None:
+    grant(daemon, "wild", address="0.0.0.0", tags=["blue"], metadata={"version": "2"}, instance="wild-one")
+    one = portd_client.resolve("wild", client=daemon.client)
+    assert (one.name, one.host, one.address, one.is_stale) == ("wild-one", "127.0.0.1", ("127.0.0.1", one.port), False)
+    assert one.authority == f"127.0.0.1:{one.port}"
+    assert (one.tags, one.metadata) == (["blue"], {"version": "2"})
+
+
+def test_what_is_drained_or_not_passing_is_never_returned(daemon: Daemon) -> None:
+    drained = grant(daemon, "mixed")
+    daemon.client.call(calls.drain(drained))
+    critical = grant(daemon, "mixed", check={"kind": "report", "ttl": 60})
+    daemon.client.call(calls.report(critical, "critical"))
+    with pytest.raises(portd_client.NobodyThere):
+        portd_client.resolve("mixed", client=daemon.client)
+    passing = grant(daemon, "mixed", check={"kind": "report", "ttl": 60})
+    daemon.client.call(calls.report(passing, "passing"))
+    [only] = portd_client.resolve_all("mixed", client=daemon.client)
+    assert only.port == daemon.client.lease(passing)["port"]
+
+
+def test_tags_and_endpoints_are_told_apart(daemon: Daemon) -> None:
+    grant(daemon, "sorted", tags=["green"])
+    blue = grant(daemon, "sorted", tags=["blue"])
+    metrics = grant(daemon, "sorted", endpoint="metrics", instance="sorted-1")
+    assert portd_client.resolve("sorted", tags=["blue"], client=daemon.client).port == daemon.client.lease(blue)["port"]
+    assert portd_client.resolve("sorted", endpoint="metrics", client=daemon.client).port == \
+        daemon.client.lease(metrics)["port"]
+
+
+def test_while_the_daemon_is_away_its_last_answer_is_given_and_says_so(
+        own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    grant(own_daemon, "remembered")
+    fresh = portd_client.resolve("remembered", client=own_daemon.client)
+    own_daemon.stop()
+    stale = portd_client.resolve("remembered", client=own_daemon.client)
+    assert (stale.port, stale.is_stale, fresh.is_stale) == (fresh.port, True, False)
+    with pytest.raises(DaemonUnavailable):
+        portd_client.resolve("never-asked", client=own_daemon.client)
+    monkeypatch.setattr(finding, "STALE_MAX_S", -1.0)
+    with pytest.raises(DaemonUnavailable):
+        portd_client.resolve("remembered", client=own_daemon.client)
+
+
+def follow(answers: Iterator[list[portd_client.Instance]]) -> list[list[int]]:
+    """Follow a watch in a thread of its own, which ends when its daemon is gone for good."""
+    seen: list[list[int]] = []
+
+    def run() -> None:
+        with suppress(PortdError, RuntimeError):
+            seen.extend(sorted(one.port for one in instances) for instances in answers)
+
+    threading.Thread(target=run, daemon=True).start()
+    return seen
+
+
+def test_watch_tells_every_change_of_its_service_and_of_no_other(daemon: Daemon) -> None:
+    answers = portd_client.watch("watched", client=daemon.client)
+    assert next(answers) == []
+    first = grant(daemon, "watched")
+    assert [one.port for one in next(answers)] == [daemon.client.lease(first)["port"]]
+    grant(daemon, "watched-not")
+    grant(daemon, "watched")
+    assert len(next(answers)) == 2
+    daemon.client.call(calls.release(first))
+    assert len(next(answers)) == 1
+
+
+def test_watch_waits_out_a_restart_of_the_daemon(own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "RETRY_S", 0.02)
+    seen = follow(portd_client.watch("patient", client=own_daemon.client))
+    wait_for(lambda: seen == [[]], "the first answer")
+    own_daemon.stop(signal.SIGKILL)
+    own_daemon.start()
+    port = own_daemon.client.lease(grant(own_daemon, "patient"))["port"]
+    wait_for(lambda: seen[-1] == [port], "the change after the restart")

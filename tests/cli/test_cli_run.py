@@ -1,0 +1,139 @@
+"""What `portd run` promises to the service that it becomes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from typing import Any
+
+import pytest
+
+from tests.cli.bed import Daemon, end, wait_for
+
+TELL = "import json, os, sys; print(json.dumps({'pid': os.getpid(), 'env': dict(os.environ), 'words': sys.argv[1:]}))"
+
+
+def told(daemon: Daemon, *words: str, command: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
+    """Run a program that tells what it got; returns that, and the pid of the process that was started."""
+    started = daemon.start_portd("run", *words, "--", sys.executable, "-c", TELL, *command)
+    written, _ = started.communicate(timeout=20)
+    return json.loads(written), started.pid
+
+
+def test_the_command_takes_the_place_of_portd_and_nothing_stays_in_between(daemon: Daemon) -> None:
+    got, pid = told(daemon, "becomes")
+    assert got["pid"] == pid
+
+
+def test_the_command_finds_its_lease_in_the_environment_and_in_its_words(daemon: Daemon) -> None:
+    got, pid = told(daemon, "given-to", "--tag", "blue", "--endpoint", "metrics", "--endpoint", "grpc-web:24377",
+                    command=("--bind={host}:{port}", "{port:metrics},{port:grpc-web}", "{other}"))
+    environ = got["env"]
+    lease = daemon.client.lease(environ["PORTD_LEASE"])
+    assert (lease["service"], lease["endpoint"], lease["owner"]["pid"]) == ("given-to", "main", pid)
+    assert environ["PORT"] == str(lease["port"])
+    assert environ["HOST"] == "127.0.0.1"
+    assert environ["PORTD_TOKEN"]
+    assert environ["PORTD_URL"] == daemon.url
+    assert environ["PORT_GRPC_WEB"] == "24377"
+    assert got["words"] == [f"--bind=127.0.0.1:{environ['PORT']}", f"{environ['PORT_METRICS']},24377", "{other}"]
+
+
+def test_all_endpoints_are_of_one_instance_and_end_with_the_command(daemon: Daemon) -> None:
+    running = daemon.start_portd("run", "ends", "--endpoint", "metrics", "--", "cat")
+    leases = wait_for(lambda: list(daemon.client.leases(service="ends")), "the leases are there")
+    try:
+        assert {lease["instance"] for lease in leases} == {"ends-1"}
+        assert {lease["endpoint"] for lease in leases} == {"main", "metrics"}
+    finally:
+        end(running)
+    wait_for(lambda: not list(daemon.client.leases(service="ends")), "the leases end")
+    assert {daemon.client.lease(lease["id"])["ended_because"] for lease in leases} == {"owner_exited"}
+
+
+def test_the_lease_becomes_bound_when_the_command_listens(daemon: Daemon) -> None:
+    running = daemon.start_portd("run", "served", "--check", "tcp:interval=1", "--",
+                                 sys.executable, "-m", "http.server", "{port}", "--bind", "{host}")
+    try:
+        [lease] = wait_for(lambda: [lease for lease in daemon.client.leases(service="served")
+                                    if lease["state"] == "bound"], "the lease is bound")
+        assert lease["owner"]["pid"] == running.pid
+    finally:
+        end(running)
+
+
+def test_the_exit_status_is_the_commands(daemon: Daemon) -> None:
+    assert daemon.portd("run", "status", "--", "sh", "-c", "exit 7").returncode == 7
+
+
+def test_a_command_that_cannot_be_run_is_told_in_one_line_and_leaves_no_lease(daemon: Daemon) -> None:
+    done = daemon.portd("run", "missing", "--", "/nonexistent/program")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "/nonexistent/program" in done.stderr
+    assert not list(daemon.client.leases(service="missing"))
+
+
+def test_own_address_is_given_as_host(daemon: Daemon) -> None:
+    got, _ = told(daemon, "postgres", "--own-address", "--port", "5432")
+    assert got["env"]["PORT"] == "5432"
+    assert got["env"]["HOST"].startswith("127.77.")
+
+
+def test_confine_lets_the_command_bind_its_leased_ports_and_no_others(daemon: Daemon) -> None:
+    source = ("import errno, os, socket\n"
+              "def bind(port):\n"
+              "    with socket.socket() as one:\n"
+              "        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+              "        try: one.bind(('127.0.0.1', port))\n"
+              "        except PermissionError: return 'refused'\n"
+              "        return 'bound'\n"
+              "child = os.fork()\n"
+              "if child: os.waitpid(child, 0)\n"
+              "print([bind(int(os.environ['PORT'])), bind(int(os.environ['PORT_METRICS'])), bind(0), bind(24999)],"
+              " flush=True)\n")
+    done = daemon.portd("run", "confined", "--confine", "--endpoint", "metrics", "--", sys.executable, "-c", source)
+    if done.returncode and "Landlock" in done.stderr:
+        pytest.skip("this kernel has no Landlock network rules")
+    assert done.stdout.splitlines() == ["['bound', 'bound', 'refused', 'refused']"] * 2, done
+
+
+def test_confinement_that_the_kernel_lacks_is_an_error_and_never_a_silent_pass(
+        daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    from portd.cli import confining
+
+    monkeypatch.setattr(confining, "ABI_WITH_NETWORK", 1 << 20)
+    with pytest.raises(confining.ConfinementUnavailable, match="Landlock"):
+        confining.confine([24000])
+
+
+def test_sockets_are_passed_from_descriptor_3_on_listening_and_by_name(daemon: Daemon) -> None:
+    if not (daemon.directory / "handoff.sock").exists():
+        pytest.skip("this daemon hands no sockets over")
+    source = ("import json, os, socket\n"
+              "sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ['LISTEN_FDS']))]\n"
+              "print(json.dumps({'pid': os.environ['LISTEN_PID'] == str(os.getpid()),"
+              " 'names': os.environ['LISTEN_FDNAMES'], 'ports': [str(one.getsockname()[1]) for one in sockets],"
+              " 'wanted': [os.environ['PORT'], os.environ['PORT_METRICS']]}), flush=True)\n"
+              "connection, _ = sockets[0].accept()\n"
+              "connection.sendall(b'hello')\n")
+    running = daemon.start_portd("run", "passed", "--socket", "--hold", "exclusive", "--endpoint", "metrics", "--",
+                                 sys.executable, "-c", source)
+    assert running.stdout is not None
+    try:
+        got = json.loads(running.stdout.readline())
+        assert got["pid"]
+        assert got["names"] == "main:metrics"
+        assert got["ports"] == got["wanted"]
+        with socket.create_connection(("127.0.0.1", int(got["ports"][0])), 10) as caller:
+            assert caller.recv(5) == b"hello"
+    finally:
+        end(running)
+
+
+def test_the_command_does_not_inherit_the_signals_that_python_ignores_for_itself(daemon: Daemon) -> None:
+    done = daemon.portd("run", "signals", "--", "grep", "SigIgn", "/proc/self/status")
+    ignored = int(done.stdout.split()[1], 16)
+    assert not ignored & 1 << (signal.SIGPIPE - 1)
+    assert not ignored & 1 << (signal.SIGXFSZ - 1)
