@@ -3,7 +3,7 @@
 Every check opens a connection of its own, and hangs up first. A kept one would prove nothing about `accept`, would
 occupy a worker of a server that has few, cost a descriptor a service at either end, and still lead to the old process
 after the port has changed hands; `Connection: close` would leave the TIME_WAIT on the service's own port, where it
-keeps the next start from binding without SO_REUSEADDR. It costs 0.1 ms more than keeping it.
+keeps the next start from binding without SO_REUSEADDR. It costs 0.15 ms more than a kept one (0.35 ms in all).
 No redirect is followed: a 3xx is judged by its status as any other.
 """
 
@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Final
 
 import aiohttp
-from multidict import CIMultiDict
 from yarl import URL
 
 from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, authority, describe, note
@@ -23,6 +22,8 @@ from portd.core.model import HttpCheck, Lease
 
 BODY_MAX_BYTES: Final = 64 * 1024
 """How much of a body is read: enough for any page that says how a service is. What comes after it is not waited for."""
+HEADERS: Final = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Connection": "keep-alive"}
+"""What every request says, unless its check says otherwise; beside it Host and Accept."""
 TOO_MANY_REQUESTS: Final = 429
 """RFC 6585 section 4: the service works, and has enough to do."""
 
@@ -35,7 +36,7 @@ class HttpProbe:
         self._session = aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
             timeout=aiohttp.ClientTimeout(), read_bufsize=BODY_MAX_BYTES,
-            skip_auto_headers=("Content-Type",))
+            headers=HEADERS, skip_auto_headers=("Content-Type",))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -44,13 +45,9 @@ class HttpProbe:
 
     async def probe(self, lease: Lease, check: HttpCheck) -> Finding:
         """Ask once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the time-out."""
-        headers = CIMultiDict({"Host": authority(lease), "User-Agent": USER_AGENT, "Accept-Encoding": "identity",
-                               "Connection": "keep-alive"})
-        headers.update(check.headers)
         try:
-            async with self._session.request(check.method, _url(lease, check), headers=headers, allow_redirects=False,
-                                             ssl=self._verifying if check.tls and check.tls_verify else False
-                                             ) as response:
+            async with self._session.request(check.method, _url(lease, check), headers=check.headers,
+                                             allow_redirects=False, ssl=self._trust(check)) as response:
                 return judge(check, response.status, response.reason or "", await _beginning(response.content))
         except aiohttp.ClientConnectorCertificateError as error:
             raise ProbeFailed(describe(error.certificate_error)) from error
@@ -64,6 +61,10 @@ class HttpProbe:
             raise ProbeFailed(f"no HTTP answer: {note(error.message)}") from error
         except (aiohttp.ClientError, ValueError) as error:
             raise ProbeFailed(describe(error)) from error
+
+    def _trust(self, check: HttpCheck) -> ssl.SSLContext | bool:
+        """Say whom the client trusts: aiohttp's False trusts anybody."""
+        return self._verifying if check.tls and check.tls_verify else False
 
     @cached_property
     def _verifying(self) -> ssl.SSLContext:
