@@ -137,15 +137,15 @@ class Announcer:
         if wanted is None:
             wanted = self._wanted[lease.id] = _Wanted(service, announcement.published_as or announcement.name)
         elif (wanted.service.type, wanted.service.name) != (service.type, service.name):
-            wanted.name = service.name
-        if wanted.is_due and wanted.service != service:
-            wanted.service = service
-            self._publish(wanted)
-        elif wanted.is_due and announcement.published_as is None and wanted.published_as is not None:
-            self._tell(wanted, wanted.published_as, wanted.problem)  # written anew by its owner, the same as before
-        elif not wanted.is_due:
-            wanted.service = service
+            wanted.name, wanted.published_as = service.name, None
+        before, wanted.service = wanted.service, service
+        if not wanted.is_due:
             self._begin(wanted)
+            return
+        if before != service:
+            self._publish(wanted)
+        if announcement.published_as is None and wanted.published_as is not None:
+            self._tell(wanted, wanted.published_as, wanted.problem)  # written anew by its owner, and still published
 
     def _begin(self, wanted: _Wanted) -> None:
         """Publish what was not published until now: at once, or later if it came and went too often."""

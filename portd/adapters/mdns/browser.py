@@ -28,6 +28,10 @@ KEPT_S = 120.0
 TICK_S = 1.0
 REFRESH_PERCENT = (80, 85, 90, 95)
 """Of a record's TTL: when to ask for it again (section 5.2)."""
+REFRESH_S = 5.0
+"""How often these moments are looked for; 5 % of an SRV's two minutes is a little longer."""
+MOST_TYPES = 256
+"""Browsed because they are there, not because they were asked for: whoever floods the LAN with types floods not us."""
 RESOLVE_TRIES = 6
 """For the SRV, TXT and addresses of an instance; doubling from a quarter of a second. Then its next PTR starts anew."""
 QUESTIONS_PER_PACKET = 24
@@ -45,7 +49,7 @@ class Browser:
         self._followers: dict[OnChange, str | None] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._soon: asyncio.TimerHandle | None = None
-        self._last_news = 0.0
+        self._last_news = self._worked_at = 0.0
         self._now = asyncio.get_running_loop().time
 
     def close(self) -> None:
@@ -130,52 +134,65 @@ class Browser:
     def _wake(self, after_s: float) -> None:
         if self._soon is None:
             self._soon = asyncio.get_running_loop().call_later(after_s, self._work)
+        self._wake_later()
+
+    def _ticked(self) -> None:
+        """Do each second only what a second needs: at rest that is next to nothing, however much is known."""
+        self._tick = None
+        now = self._now()
+        if self._expire(now):
+            self._last_news = now
+        if self._last_news > self._worked_at or now - self._worked_at >= REFRESH_S or any(
+                query.is_due(link, now) for query in self._queries.values() for link in self._links()):
+            self._work()
+        if self._queries:
+            self._wake_later()
+
+    def _wake_later(self) -> None:
         if self._tick is None:
             self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
 
-    def _ticked(self) -> None:
-        self._tick = None
-        self._work()
-        if self._queries:
-            self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
+    def _expire(self, now: float) -> bool:
+        """Drop what has run out, and what came by an interface that is gone; tells whether there was any."""
+        links, dropped = self._links(), False
+        for link in list(self._caches):
+            if link not in links:
+                del self._caches[link]
+                dropped = True
+            else:
+                dropped |= bool(self._caches[link].async_expire(now * 1000))
+        return dropped
 
     def _work(self) -> None:
-        """Expire, forget, ask what is due, and tell followers."""
+        """Forget what nobody wants, ask what is due, and tell followers."""
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
         now = self._now()
+        is_news = self._expire(now) or self._last_news >= self._worked_at
+        self._worked_at = now
         for type_ in self._followers.values():
             self._want(f"{type_}.{wire.DOMAIN}" if type_ else wire.TYPES_NAME)
-        links = self._links()
-        expired = False
-        for link in list(self._caches):
-            if link not in links:
-                del self._caches[link]
-                expired = True
-            else:
-                expired |= bool(self._caches[link].async_expire(now * 1000))
         self._follow_types(now)
         for key in [key for key, query in self._queries.items() if now - query.wanted_at > KEPT_S]:
             del self._queries[key]
         if not self._queries:
             self.close()
             return
-        for link in links:
+        for link in self._links():
             self._ask(link, self._caches.setdefault(link, DNSCache()), now)
-        if self._last_news >= now - TICK_S or expired:
+        if is_news:
             for on_change in list(self._followers):
                 on_change()
 
     def _follow_types(self, now: float) -> None:
         """Browse every type that there is while all of them are wanted."""
-        every = self._queries.get(wire.TYPES_NAME)
-        if every is None:
+        if wire.TYPES_NAME not in self._queries:
             return
         for cache in self._caches.values():
             for name in self._types(cache, now * 1000):
-                query = self._want(name)
-                query.wanted_at = max(query.wanted_at if query.is_settled else 0.0, every.wanted_at)
+                if len(self._queries) < MOST_TYPES or name.lower() in self._queries:
+                    self._want(name)
 
     def _types(self, cache: DNSCache, now_ms: float) -> list[str]:
         return [record.alias for record in _alive(cache, wire.TYPES_NAME, wire.PTR, now_ms)
@@ -255,8 +272,8 @@ class _Query:
         return now >= self._next.get(link, (0.0, 0.0))[0]
 
     def is_rested(self, link: int, now: float) -> bool:
-        """Tell whether it was not asked within the last tick."""
-        return now - self._last.get(link, 0.0) >= TICK_S
+        """Tell whether it was not asked for the same reason just now."""
+        return now - self._last.get(link, 0.0) >= 2 * REFRESH_S
 
     def asked(self, link: int, now: float) -> bool:
         """Note that it is asked now; tells whether it is for the first time."""
@@ -273,8 +290,8 @@ def _alive(cache: DNSCache, name: str, type_: int, now_ms: float) -> list[DNSRec
 
 
 def _needs_refresh(record: DNSRecord, now_ms: float) -> bool:
-    """Tell whether one of the moments to ask again lies in the tick just past."""
-    return record.ttl > 2 and any(0 <= now_ms - record.get_expiration_time(percent) < TICK_S * 1500
+    """Tell whether one of the moments to ask again has just passed."""
+    return record.ttl > 2 and any(0 <= now_ms - record.get_expiration_time(percent) < REFRESH_S * 1500
                                   for percent in REFRESH_PERCENT)
 
 

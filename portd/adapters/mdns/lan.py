@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
 from typing import Literal
 
 from msgspec import Struct
@@ -24,9 +23,6 @@ from portd.adapters.mdns.wire import DNSIncoming
 from portd.core.announcing import LanService, check_lan_type
 
 log = logging.getLogger("portd.mdns")
-
-LOOK_AGAIN_S = 1.0
-"""How often a follower looks without being told: what expires in silence tells nobody."""
 
 
 class LanChange(Struct, frozen=True, kw_only=True):
@@ -54,14 +50,13 @@ class Lan:
         """Look out beside this responder; where the port can't be shared, only what is ours is seen."""
         self.close()
         self.problem = None
-        if isinstance(responder, EmbeddedResponder):
-            self._view = _View(Browser(responder.sockets, lambda: responder.links))
-            return
         try:
-            self._view = _View.beside_avahi(interfaces)
+            self._view = _View(Browser(responder.sockets, lambda: responder.links)) \
+                if isinstance(responder, EmbeddedResponder) else _View.beside_avahi(interfaces)
         except OSError as error:
             self.problem = f"can't browse the LAN beside avahi-daemon: {error.strerror}"
             log.warning(self.problem)
+        self.nudge()
 
     def close(self) -> None:
         """Look no more; may be called twice."""
@@ -75,7 +70,7 @@ class Lan:
             self._view.browser.hear(arrival, message)
 
     def nudge(self) -> None:
-        """Say that what is ours has changed."""
+        """Let followers look again: what is ours has changed, or who looks."""
         for follower in self._followers:
             follower.set()
 
@@ -104,8 +99,7 @@ class Lan:
                 changed.clear()
                 for change in _differences(known, self._seen(type_)):
                     yield change
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), LOOK_AGAIN_S)
+                await changed.wait()
         finally:
             self._followers.discard(changed)
             if view is not None:

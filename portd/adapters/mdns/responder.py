@@ -133,6 +133,7 @@ class EmbeddedResponder:
             before = entry.service
             if (before.type, before.name, before.address) == (service.type, service.name, service.address):
                 if before != service:
+                    self._unsay(entry)
                     entry.service = service
                     if entry.standing is Standing.OWNED:
                         self._gather(announce=[entry])
@@ -159,10 +160,14 @@ class EmbeddedResponder:
 
     def repudiate(self, entry: Entry) -> None:
         """Say goodbye to what the LAN may still believe of an entry that is not (or no more) in the zone."""
+        self._unsay(entry)
+        self._to_withdraw.update(dict.fromkeys(entry.records(), entry.service.address))
+        self._gather()
+
+    def _unsay(self, entry: Entry) -> None:
+        """Answer with the entry's present records no more, whoever has asked already."""
         for record in entry.records():
             self._answerer.forget(record)
-            self._to_withdraw[record] = entry.service.address
-        self._gather()
 
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
@@ -223,6 +228,8 @@ class EmbeddedResponder:
             self._start_claim(claim)
             return
         self.zone.unindex(claim)
+        if isinstance(claim, Entry):
+            self._unsay(claim)
         claim.conflict_count += 1
         claim.rename()
         while not self.zone.is_free(claim.key, claim):

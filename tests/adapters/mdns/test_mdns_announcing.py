@@ -221,3 +221,27 @@ def test_the_host_has_no_other_address_and_says_so(lan: Lan) -> None:
     ear.ask(("box-portd.local.", wire.AAAA))
     wait_for(lambda: any(record.type == 47 and record.name == "box-portd.local." for record in ear.responses()),
              "NSEC denies the AAAA")
+
+
+def test_an_announcement_that_is_written_anew_keeps_the_name_that_it_had_won(lan: Lan) -> None:
+    station = Station(lan.host()).start()
+    station.put(lease("a", "Orders"), lease("b", "Orders"))
+    station.wait_published("a", "b")
+    station.put(lease("b", "Orders"), type_="updated")
+    assert station.published("b") == "Orders (2)", "told at once: nothing has changed on the LAN"
+    station.put(lease("b", "Orders", txt={"path": "/"}), type_="updated")
+    station.wait_published("b")
+    assert station.published("b") == "Orders (2)"
+    station.put(lease("b", "Billing"), type_="updated")
+    wait_for(lambda: station.published("b") == "Billing", "another wish is another name")
+
+
+def test_a_live_lease_that_is_not_announced_right_after_a_restart_is_taken_back_and_keeps_its_name(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    ear = Ear(peer)
+    station = Station(here).start(lease("a", "Orders", published_as="Orders (2)", state="held"))
+    wait_for(lambda: ear.goodbyes() == {"Orders (2)._http._tcp.local."}, "the LAN is told that it is not there")
+    wait_for(lambda: station.published("a") is None, "and the lease too")
+    station.change("a", "bound", state="bound")
+    station.wait_published("a")
+    assert station.published("a") == "Orders (2)"
