@@ -154,7 +154,7 @@ class Responder:
         """Decline a question that is none of ours; the upper bits of `rcode` are in OPT."""
         if self._on_query is not None:
             self._on_query(TYPE_NAMES.get(qtype, "other"), rcode.name)
-        top = head(_desired(query) | rcode & 15, 0, 0, 1 if opt else 0)
+        top = head(RESPONSE << 8 | _desired(query) | rcode & 15, 0, 0, 1 if opt else 0)
         return query[:2] + top + query[HEADER_BYTES:end] + opt
 
     def _refuse(self, query: bytes, rcode: Rcode) -> bytes:

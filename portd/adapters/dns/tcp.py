@@ -30,10 +30,11 @@ Respond = Callable[[bytes, Limits], bytes | None]
 
 
 class TcpListener:
-    """Answers on one bound socket, which it owns."""
+    """Answers on one bound socket, which it owns. A connection is closed after `idle_s` seconds without a query."""
 
-    def __init__(self, bound: socket.socket, respond: Respond) -> None:
+    def __init__(self, bound: socket.socket, respond: Respond, idle_s: float = IDLE_S) -> None:
         self.respond = respond
+        self._idle_s = idle_s
         self._socket = bound
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -46,7 +47,7 @@ class TcpListener:
         """Begin to listen; raises OSError when another does."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Connection(self), sock=self._socket, backlog=CONNECTIONS)
-        self._sweep = loop.call_later(IDLE_S, self._close_idle)
+        self._sweep = loop.call_later(self._idle_s, self._close_idle)
 
     async def close(self) -> None:
         """Stop, cutting off who is connected. May be called twice."""
@@ -72,12 +73,13 @@ class TcpListener:
 
     def _close_idle(self) -> None:
         loop = asyncio.get_running_loop()
+        now = loop.time()
         for connection, active in list(self._connections.items()):
-            if active > loop.time() - IDLE_S:
+            if active + self._idle_s > now:
                 break
             connection.abort()
-        oldest = next(iter(self._connections.values()), loop.time())
-        self._sweep = loop.call_at(max(oldest, loop.time() - IDLE_S + 0.1) + IDLE_S, self._close_idle)
+        oldest = next(iter(self._connections.values()), now)
+        self._sweep = loop.call_at(oldest + self._idle_s, self._close_idle)
 
 
 class _Connection(asyncio.Protocol):

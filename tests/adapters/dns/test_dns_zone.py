@@ -1,0 +1,202 @@
+"""The zone says what the leases say, whatever happened before: a naive model and dnspython are the judges."""
+
+from __future__ import annotations
+
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portd.adapters.dns.message import Limits, Responder
+from portd.adapters.dns.zone import Zone
+from portd.core.model import Lease
+from tests.adapters.dns.bed import CHECK, ZONE, ask_for, lease
+
+HOSTS = ("192.0.2.7", "2001:db8::7")
+WHOLE = Limits(65535, 65535)
+TYPES = ("A", "AAAA", "SRV", "TXT")
+
+
+# --- the model: walks over all leases for every question ---
+
+
+def shown(leases: list[Lease], service: str, endpoint: str) -> list[Lease]:
+    of_it = [each for each in leases if (each.service, each.endpoint) == (service, endpoint)
+             and each.state != "conflict" and not each.drain]
+    with_check = any(each.check for each in of_it)
+    return [each for each in of_it if each.health == "passing" or not with_check]
+
+
+def addresses(each: Lease) -> set[str]:
+    return {"0.0.0.0": {HOSTS[0]}, "::": set(HOSTS)}.get(each.address, {each.address})
+
+
+def host_of(each: Lease) -> str:
+    endpoint = "" if each.endpoint == "main" else f"{each.endpoint}."
+    return f"{endpoint}{each.instance}.{each.service}"
+
+
+def texts(each: Lease) -> str:
+    strings = [*(f"tag={tag}" for tag in each.tags), *(f"{key}={value}" for key, value in each.metadata.items())]
+    return " ".join(f'"{escaped(text)}"' for text in strings)
+
+
+def escaped(text: str) -> str:
+    """Return text as dnspython shows it: octets outside of ASCII by their numbers (RFC 1035 section 5.1)."""
+    return "".join(chr(octet) if octet < 128 else f"\\{octet:03d}" for octet in text.encode())
+
+
+def protocols(each: Lease) -> list[str]:
+    return ["tcp", "udp"] if each.protocol == "both" else [each.protocol]
+
+
+def model(leases: list[Lease]) -> dict[str, dict[str, set[str]]]:
+    """Return every name there is, and what each type has there."""
+    names: dict[str, dict[str, set[str]]] = {"": {}, "ns": {"A": {HOSTS[0]}, "AAAA": {HOSTS[1]}}}
+    if any(each.service == "ns" for each in leases):
+        del names["ns"]
+    for each in leases:
+        ports = [f"_{each.endpoint}._{protocol}.{each.service}" for protocol in protocols(each)]
+        if each.endpoint == "main":
+            ports += [f"_{each.service}._{protocol}" for protocol in protocols(each)]
+        for name in [host_of(each), *ports]:
+            while name:  # and every name above it
+                names.setdefault(name, {})
+                name = name.partition(".")[2]
+        if each not in shown(leases, each.service, each.endpoint):
+            continue
+        at = {host_of(each)} | ({each.service} if each.endpoint == "main" else set())
+        srv = f"0 1 {each.port} {host_of(each)}.{ZONE}"
+        for name in at:
+            for address in addresses(each):
+                names[name].setdefault("AAAA" if ":" in address else "A", set()).add(address)
+            if texts(each):
+                names[name].setdefault("TXT", set()).add(texts(each))
+        for name in [host_of(each), *ports]:
+            names[name].setdefault("SRV", set()).add(srv)
+    return names
+
+
+# --- the comparison ---
+
+
+def check(responder: Responder, leases: list[Lease], names: list[str]) -> None:
+    truth = model(leases)
+    for name in names:
+        for rdtype in TYPES:
+            query = ask_for(name, rdtype)
+            wire = responder.respond(query.to_wire(), WHOLE)
+            answer = dns.message.from_wire(wire)
+            assert query.is_response(answer)
+            assert answer.flags & dns.flags.AA
+            assert not answer.flags & dns.flags.TC
+            found = {record.to_text() for rrset in answer.answer for record in rrset}
+            assert sum(map(len, answer.answer)) == len(found), "a record came twice"
+            expected = truth.get(name, {}).get(rdtype, set())
+            assert found == expected, (name, rdtype)
+            missing = dns.rcode.NXDOMAIN if name not in truth else dns.rcode.NOERROR
+            assert answer.rcode() == missing
+            authority = [rrset.rdtype for rrset in answer.authority]
+            assert authority == ([] if expected else [dns.rdatatype.SOA]), (name, rdtype)
+            if rdtype == "SRV":
+                targets = {text.split()[3].removesuffix(f".{ZONE}") for text in found}
+                added = {(rrset.name.to_text().removesuffix(f".{ZONE}"), record.to_text())
+                         for rrset in answer.additional for record in rrset}
+                assert added == {(target, address) for target in targets for rdtype in ("A", "AAAA")
+                                 for address in truth[target].get(rdtype, ())}
+
+
+LEASES = st.builds(
+    lease, service=st.sampled_from(["a", "bb", "ns"]), number=st.integers(1, 3),
+    endpoint=st.sampled_from(["main", "main", "metrics"]), protocol=st.sampled_from(["tcp", "udp", "both"]),
+    address=st.sampled_from(["127.0.0.1", "127.77.0.9", "0.0.0.0", "::", "::1"]), port=st.integers(1, 65535),
+    health=st.sampled_from(["passing", "passing", "warning", "critical", "unknown"]),
+    check=st.sampled_from([None, CHECK]), drain=st.sampled_from([False, False, True]),
+    state=st.sampled_from(["held", "bound", "bound", "conflict", "ended"]),
+    tags=st.sampled_from([(), ("blue",), ("blue", "grün")]), metadata=st.sampled_from([{}, {"version": "1.4.2"}]))
+
+
+def names_around(each: Lease) -> list[str]:
+    """Return the names that an event for a lease could change, and some that never exist."""
+    service, instance, endpoint = each.service, each.instance, each.endpoint
+    around = [service, f"{instance}.{service}", f"{endpoint}.{instance}.{service}", "_tcp", "_udp", "_nobody._tcp",
+              f"nobody.{service}", f"x.y.{instance}.{service}"]
+    for protocol in ("_tcp", "_udp"):
+        around += [f"{protocol}.{service}", f"_{service}.{protocol}", f"_{endpoint}.{protocol}.{service}"]
+    return around
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=st.lists(LEASES, min_size=1, max_size=12), restored=st.integers(0, 4))
+def test_after_any_events_every_answer_is_what_the_leases_say(events, restored):
+    zone = Zone(ZONE, 0, HOSTS)
+    responder = Responder(zone)
+    live: dict[str, Lease] = {}
+    for index, each in enumerate(events):
+        protocol = live[each.id].protocol if each.id in live else each.protocol  # a live lease keeps its protocol
+        each = msgspec.structs.replace(each, protocol=protocol)
+        zone.apply(each)
+        live[each.id] = each
+        if each.state == "ended":
+            del live[each.id]
+        if index >= restored:  # as many are taken over without a question in between
+            check(responder, list(live.values()), names_around(each))
+    everywhere = {name for each in events for name in names_around(each)}
+    check(responder, list(live.values()), ["", "ns", *sorted(everywhere)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(events=st.lists(LEASES, min_size=1, max_size=12))
+def test_after_all_leases_end_nothing_is_left(events):
+    zone = Zone(ZONE, 0, HOSTS)
+    fresh = len(zone)
+    for each in events:
+        zone.apply(each)
+    for each in events:
+        zone.apply(msgspec.structs.replace(each, state="ended"))
+    assert len(zone) == fresh
+    assert zone.service_count == 0
+
+
+def test_an_unknown_address_changes_nothing():
+    zone = Zone(ZONE, 0, HOSTS)
+    zone.apply(lease(port=1))
+    with pytest.raises(OSError, match="illegal IP"):
+        zone.apply(lease(port=2, address="nowhere"))
+    check(Responder(zone), [lease(port=1)], names_around(lease()))
+
+
+def test_names_too_long_for_an_underscore_are_left_out_and_the_others_answer():
+    long = "x" * 63
+    zone = Zone(ZONE, 0, HOSTS)
+    each = lease(long, instance=long, endpoint=long)
+    zone.apply(each)
+    zone.apply(lease(long, instance=long))
+    answer = dns.message.from_wire(Responder(zone).respond(ask_for(f"{long}.{long}.{long}", "SRV").to_wire(), WHOLE))
+    assert answer.answer[0][0].to_text() == f"0 1 20001 {long}.{long}.{long}.{ZONE}"
+    answer = dns.message.from_wire(Responder(zone).respond(ask_for(f"_main._tcp.{long}", "SRV").to_wire(), WHOLE))
+    assert answer.answer
+    zone.apply(msgspec.structs.replace(each, state="ended"))
+    zone.apply(lease(long, instance=long, state="ended"))
+    assert zone.service_count == 0
+
+
+def test_a_string_too_long_for_txt_is_left_out_not_cut():
+    zone = Zone(ZONE, 0, HOSTS)
+    zone.apply(lease(metadata={"k": "v" * 300, "short": "yes"}))
+    answer = dns.message.from_wire(Responder(zone).respond(ask_for("orders", "TXT").to_wire(), WHOLE))
+    assert [record.to_text() for record in answer.answer[0]] == ['"short=yes"']
+
+
+@pytest.mark.parametrize("name", ["", ".", "a..b", "x" * 64, f"{'x' * 40}.{'y' * 40}."])
+def test_what_can_not_be_a_zone_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match="dns zone"):
+        Zone(name, 0, HOSTS)
+
+
+def test_a_zone_is_named_with_or_without_its_dot_in_any_case():
+    assert Zone("Portd.Internal", 0, HOSTS).wire == Zone(ZONE, 0, HOSTS).wire
