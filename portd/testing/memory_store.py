@@ -20,6 +20,7 @@ class MemoryStore:
         self.gate = asyncio.Event()
         self.gate.set()
         self.commit_count = 0
+        self._late: set[asyncio.Task[None]] = set()
         self._first: int | None = None
         self._bodies: dict[str, bytes] = {}
         self._events: list[tuple[int, str, float, bytes]] = []
@@ -39,10 +40,19 @@ class MemoryStore:
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Keep the events, unless told to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
-        await asyncio.shield(asyncio.ensure_future(self._write(events)))  # as the disk goes on without the caller
+        if self.gate.is_set() and not self._late:
+            self._write(events)
+            return
+        late = asyncio.ensure_future(self._write_late(events))
+        self._late.add(late)
+        late.add_done_callback(self._late.discard)
+        await asyncio.shield(late)  # the disk goes on without its caller
 
-    async def _write(self, events: Sequence[Event]) -> None:
+    async def _write_late(self, events: Sequence[Event]) -> None:
         await self.gate.wait()
+        self._write(events)
+
+    def _write(self, events: Sequence[Event]) -> None:
         self.commit_count += 1
         if self.failing == "unavailable":
             raise StoreUnavailable("the disk is full (a test's word)")

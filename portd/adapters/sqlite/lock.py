@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from portd.core.errors import StateInUse
@@ -29,8 +30,8 @@ class StateLock:
         except OSError:
             os.close(self._descriptor)
             raise
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        with suppress(OSError):  # a full disk: the lock holds all the same, only the refusal then names no pid
+            os.pwrite(self._descriptor, b"%-10d\n" % os.getpid(), 0)
 
     def release(self) -> None:
         """Let another daemon start here. To be called once."""

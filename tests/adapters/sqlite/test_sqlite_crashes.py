@@ -14,17 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from portd.adapters.sqlite.store import SqliteStore
 from tests.adapters.sqlite.disk import ROOT, Platters, read_journal
+from tests.adapters.sqlite.stores import opened
 
 KILLS = 12
 CUTS = 60
 
 
 async def make_store(path: Path) -> None:
-    store = await SqliteStore.open(path, "full")
-    await store.load()
-    await store.close()
+    async with opened(path) as store:
+        await store.load()
 
 
 def newest_revision(path: Path) -> int:
@@ -60,11 +59,10 @@ def test_nothing_acknowledged_is_missing_after_kill_9(tmp_path, durability):
 
 
 async def check_restart(path, durability, least):
-    store = await SqliteStore.open(path, durability)
-    loaded = await store.load()
+    async with opened(path, durability) as store:
+        loaded = await store.load()
     assert loaded.events[-1].revision >= least > 0
     assert loaded.revision > loaded.events[-1].revision
-    await store.close()
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from portd.adapters.sqlite import schema
-from portd.adapters.sqlite.store import SqliteStore
 from portd.core.errors import StoreDamaged
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
+from tests.adapters.sqlite.stores import opened
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -26,11 +26,8 @@ def refusal(path: Path) -> str:
     """Open and load the store, which must refuse, and must not have changed a byte; returns what it says."""
 
     async def start():
-        store = await SqliteStore.open(path, "full")
-        try:
+        async with opened(path) as store:
             await store.load()
-        finally:
-            await store.close()
 
     before = contents(path)
     with pytest.raises(StoreDamaged) as refused:
@@ -44,10 +41,9 @@ def filled(path: Path) -> Path:
     """Make a database with a thousand leases, closed."""
 
     async def fill():
-        store = await SqliteStore.open(path, "full")
-        await store.load()
-        await store.commit(granted(range(1, 1001)))
-        await store.close()
+        async with opened(path) as store:
+            await store.load()
+            await store.commit(granted(range(1, 1001)))
 
     asyncio.run(fill())
     return path
@@ -63,13 +59,12 @@ def crashed(path: Path) -> Path:
     after = path.parent / "after"
 
     async def fill():
-        store = await SqliteStore.open(path, "full")
-        await store.load()
-        await store.commit(granted(range(2001, 2101)))
-        after.mkdir()
-        for file in (path, schema.wal_of(path)):
-            (after / file.name).write_bytes(file.read_bytes())
-        await store.close()
+        async with opened(path) as store:
+            await store.load()
+            await store.commit(granted(range(2001, 2101)))
+            after.mkdir()
+            for file in (path, schema.wal_of(path)):
+                (after / file.name).write_bytes(file.read_bytes())
 
     asyncio.run(fill())
     return after / path.name
@@ -232,14 +227,11 @@ def test_statements_are_served_by_indexes(path):
 
 def test_history_and_ends_survive_a_restart(path):
     async def restart():
-        store = await SqliteStore.open(path, "full")
-        revision = (await store.load()).revision
-        await store.commit([an_event(revision + 1, ended(a_lease(5), 1_700_009_000.0), "ended")])
-        await store.close()
-        store = await SqliteStore.open(path, "full")
-        loaded = await store.load()
-        await store.close()
-        return loaded
+        async with opened(path) as store:
+            revision = (await store.load()).revision
+            await store.commit([an_event(revision + 1, ended(a_lease(5), 1_700_009_000.0), "ended")])
+        async with opened(path) as store:
+            return await store.load()
 
     loaded = asyncio.run(restart())
     assert len(loaded.live) == 999

@@ -1,0 +1,124 @@
+"""What the store on disk promises beyond the contract: one daemon, private files, commits that get in between."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import aiosqlite
+import pytest
+
+from portd.adapters.sqlite.store import SqliteStore
+from portd.adapters.sqlite.writing import PRUNE_STEP
+from portd.core.errors import StateInUse
+from tests.adapters.sqlite.disk import ROOT
+from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
+from tests.adapters.sqlite.stores import opened
+
+
+def test_the_one_private_name_of_aiosqlite_is_still_there():
+    assert inspect.iscoroutinefunction(aiosqlite.Connection._execute)
+    assert list(inspect.signature(aiosqlite.Connection._execute).parameters) == ["self", "fn", "args", "kwargs"]
+
+
+def test_a_second_daemon_on_the_same_state_is_refused_with_the_pid_of_the_first_until_it_is_dead(tmp_path):
+    path, told = tmp_path / "portd.db", tmp_path / "told"
+    command = [sys.executable, str(Path(__file__).with_name("committing.py")), str(path), "full", str(told), "1000000"]
+    os.mkfifo(told)  # opening it waits until the child has the store
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as first:
+        with told.open("rb"), pytest.raises(StateInUse, match=f"pid {first.pid}"):
+            asyncio.run(SqliteStore.open(path, "full"))
+        first.kill()
+    asyncio.run(open_and_close(path))
+
+
+def test_two_stores_of_one_process_are_refused_alike(tmp_path):
+    async def run():
+        async with opened(tmp_path / "portd.db") as store:
+            with pytest.raises(StateInUse, match=f"pid {os.getpid()}"):
+                await SqliteStore.open(tmp_path / "portd.db", "full")
+            await store.commit(granted([1]))
+        await open_and_close(tmp_path / "portd.db")
+
+    asyncio.run(run())
+
+
+async def open_and_close(path):
+    await (await SqliteStore.open(path, "full")).close()
+
+
+def test_nobody_else_can_read_the_files(tmp_path):
+    async def run():
+        async with opened(tmp_path / "made" / "portd.db") as store:
+            await store.commit(granted([1]))
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "made").iterdir()}
+            assert modes == dict.fromkeys(["portd.db", "portd.db-wal", "portd.db-shm", "portd.db.lock"], 0o600)
+            assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700
+
+    mask = os.umask(0)
+    try:
+        asyncio.run(run())
+    finally:
+        os.umask(mask)
+
+
+@pytest.mark.parametrize("name", ["with space.db", "percent%20.db", "question?mode=memory.db", "hash#.db", "naïve.db"])
+def test_any_file_name_is_the_file_that_is_used(tmp_path, name):
+    async def run():
+        async with opened(tmp_path / name) as store:
+            await store.load()
+            await store.commit(granted([1]))
+        async with opened(tmp_path / name) as store:
+            assert len((await store.load()).live) == 1
+
+    asyncio.run(run())
+    assert (tmp_path / name).stat().st_size > 0
+
+
+def test_each_commit_is_told_with_its_time_and_its_events(tmp_path):
+    told = []
+
+    async def run():
+        async with opened(tmp_path / "portd.db", "full", lambda *commit: told.append(commit)) as store:
+            await store.commit(granted([1, 2]))
+            await store.commit(granted([3]))
+            condition = store.condition()
+            assert store.size_bytes() == condition["size_bytes"] + condition["wal_bytes"] > 0
+            assert condition == condition | {"path": str(tmp_path / "portd.db"), "durability": "full", "problem": None}
+            assert condition["last_commit_ms"] == pytest.approx(told[-1][0] * 1000, abs=0.001)
+
+    asyncio.run(run())
+    assert [count for _, count in told] == [2, 1]
+
+
+def test_commits_get_in_between_the_steps_of_pruning(tmp_path):
+    count = 20 * PRUNE_STEP
+
+    async def run():
+        async with opened(tmp_path / "portd.db", "fast") as store:
+            await store.commit([an_event(n, ended(a_lease(n), 1e9), "ended") for n in range(1, count + 1)])
+            pruning = asyncio.create_task(store.prune(2e9, 1))
+            while (await store.lease(f"lease-{1:06d}")) is not None:  # until the first step is done
+                assert not pruning.done()
+            await store.commit(granted([count + 1]))
+            assert not pruning.done()
+            assert await pruning == 2 * count - 1  # every lease that ended, every event but the newest at that time
+
+    asyncio.run(run())
+
+
+def test_a_change_of_the_live_leases_while_they_are_loaded_is_seen_whole_or_not_at_all(tmp_path):
+    async def run():
+        async with opened(tmp_path / "portd.db", "fast") as store:
+            for batch in range(50):
+                events = granted(range(batch * 20 + 1, batch * 20 + 21))
+                _, loaded = await asyncio.gather(store.commit(events), store.load())
+                assert len(loaded.live) == len(loaded.events)
+                assert len(loaded.live) % 20 == 0
+
+    asyncio.run(run())
