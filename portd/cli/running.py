@@ -110,6 +110,7 @@ def _pass_sockets(client: Client, leases: Sequence[Any], environ: dict[str, str]
     above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, end) for fd in sockets]  # out of the way of the places to fill
     for place, fd in enumerate(above, FIRST_FD):
         os.dup2(fd, place, inheritable=True)
+        os.set_blocking(place, True)  # as the command expects, whatever the daemon had them at
     environ["LISTEN_PID"] = str(os.getpid())
     environ["LISTEN_FDS"] = str(len(sockets))
     environ["LISTEN_FDNAMES"] = ":".join(names)

@@ -23,7 +23,7 @@ from portd_client.errors import DaemonUnavailable, PortdError, PortTaken, Protoc
 from portd_client.finding import WAIT_S, Instance, Memory, pick, shown, watch_filters
 from portd_client.holding import Held
 from portd_client.leasing import RELEASE_TIMEOUT_S
-from portd_client.listening import bound, ephemeral, handed, is_taken, passed, ready
+from portd_client.listening import acquired, ephemeral, is_taken, passed, ready
 from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
 from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Status
 
@@ -237,8 +237,7 @@ class AsyncLease(Held):
         declines = 0
         while not opened:
             try:
-                opened = await asyncio.to_thread(handed, self.client.endpoint, self, backlog) or \
-                    bound(self.protocols, self.address, self.port)
+                opened = await asyncio.to_thread(acquired, self.client.endpoint, self, backlog)
             except (OSError, PortTaken) as error:
                 declines += 1
                 if not is_taken(error) or declines > steps.DECLINES_MAX:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from portd_client.holding import Held
     from portd_client.leasing import Lease
 
+TYPES = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 FIRST_FD = 3
 """sd_listen_fds(3), SD_LISTEN_FDS_START."""
 
@@ -49,8 +50,7 @@ def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = No
     declines = 0
     while not opened:
         try:
-            opened = handed(lease.client.endpoint, lease, backlog) or \
-                bound(lease.protocols, lease.address, lease.port)
+            opened = acquired(lease.client.endpoint, lease, backlog)
         except (OSError, PortTaken) as error:
             declines += 1
             if not is_taken(error) or declines > DECLINES_MAX:
@@ -65,8 +65,9 @@ def is_taken(error: Exception) -> bool:
 
 
 def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
-    """Make TCP sockets listen (a second listen() only sets the backlog), and put them before UDP ones."""
+    """Make sockets block, and TCP ones listen (a second listen() only sets the backlog); TCP before UDP."""
     for one in sockets:
+        one.setblocking(True)  # the flag travels with a handed socket, and Python would not know of it
         if one.type == socket.SOCK_STREAM:
             one.listen(backlog)
     return sorted(sockets, key=lambda one: one.type != socket.SOCK_STREAM)
@@ -85,7 +86,19 @@ def passed(endpoint: str) -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in sorted(wanted)]
 
 
-def handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
+def acquired(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
+    """Have the sockets handed over, and bind those that are not: UDP's of a `shared` hold, or all without a handoff."""
+    made = _handed(place, lease, backlog)
+    types = {one.type for one in made}
+    try:
+        return made + bound([name for name in lease.protocols if TYPES[name] not in types], lease.address, lease.port)
+    except BaseException:
+        for one in made:
+            one.close()
+        raise
+
+
+def _handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
     """Have the sockets handed over; nothing where the daemon does not do that here."""
     if not lease.id:
         return []
@@ -123,7 +136,7 @@ def ephemeral(lease: Held, error: DaemonUnavailable) -> socket.socket:
 def bind(address: str, port: int, protocol: Literal["tcp", "udp"]) -> socket.socket:
     """Bind as servers do: TCP with SO_REUSEADDR, which a shared hold lets in."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
+    made = socket.socket(family, TYPES[protocol])
     try:
         if protocol == "tcp":
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
