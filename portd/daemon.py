@@ -218,6 +218,7 @@ class Daemon:
         if self._settings.mdns.enabled:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._announcer.close(), STOP_TIMEOUT_S)
+        self._prober.close()
         await self._handoff.close()
         self._events.close()
         self._feed.close()

@@ -59,6 +59,8 @@ class Metrics:
     def check(self, kind: str, result: str, seconds: float) -> None:
         """Count a health check."""
         self._checks.labels(kind, result).inc()
+        if result == "skipped":
+            return
         self._check_time.labels(kind).observe(seconds)
 
     def query(self, qtype: str, rcode: str) -> None:

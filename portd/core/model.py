@@ -106,8 +106,10 @@ class ListenCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unkno
 
 
 class ReportCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="report"):
-    """The service reports by itself, at least once in `ttl` seconds; silence is critical."""
+    """The service reports by itself, at least once in `ttl` seconds; silence is critical. Its word counts at once."""
 
+    rise: Threshold = 1
+    fall: Threshold = 1
     ttl: Seconds = 30.0
 
 
