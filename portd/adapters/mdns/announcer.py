@@ -14,8 +14,9 @@ from contextlib import suppress
 from typing import Literal
 
 from portd.adapters.mdns.avahi import AvahiBus, AvahiResponder
+from portd.adapters.mdns.embedded import EmbeddedResponder
 from portd.adapters.mdns.lan import Lan, LanChange
-from portd.adapters.mdns.responder import EmbeddedResponder, Responder
+from portd.adapters.mdns.responder import Responder
 from portd.adapters.mdns.zone import Entry, Service
 from portd.core.announcing import LanService, is_announceable
 from portd.core.model import Event, Lease

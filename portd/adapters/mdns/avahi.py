@@ -7,6 +7,7 @@ us, killed or not. Knows nothing of packets.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,8 @@ from portd.adapters.mdns.interfaces import list_interfaces
 from portd.adapters.mdns.responder import Outcome
 from portd.adapters.mdns.zone import Entry, HostName, Service
 from portd.core.announcing import parse_type
+
+log = logging.getLogger("portd.mdns")
 
 AVAHI = "org.freedesktop.Avahi"
 _GROUP = f"{AVAHI}.EntryGroup"
@@ -280,7 +283,13 @@ class AvahiResponder:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("publishing through avahi-daemon failed", exc_info=error)
+            self._problem = f"publishing through avahi-daemon failed: {error!r}"
 
 
 class _Group:

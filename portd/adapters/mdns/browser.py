@@ -13,7 +13,7 @@ from portd.adapters.mdns import wire
 from portd.adapters.mdns.interfaces import Interfaces
 from portd.adapters.mdns.sockets import Arrival, Sockets
 from portd.adapters.mdns.wire import DNSAddress, DNSCache, DNSIncoming, DNSPointer, DNSRecord, DNSService, DNSText
-from portd.core.announcing import LanService
+from portd.core.announcing import NAME_BYTES, LanService
 
 OnChange = Callable[[], None]
 
@@ -109,7 +109,7 @@ class Browser:
             return
         cache = self._caches.setdefault(arrival.link, DNSCache())
         now_ms = self._now() * 1000
-        answers = message.answers()
+        answers = [record for record in message.answers() if _is_sound(record)]
         unique = {(record.name, record.type, record.class_) for record in answers if record.unique}
         if unique:
             cache.async_mark_unique_records_older_than_1s_to_expire(unique, answers, now_ms)
@@ -283,6 +283,14 @@ class _Query:
         self._last[link] = now
         self.count += 1
         return is_first
+
+
+def _is_sound(record: DNSRecord) -> bool:
+    """Tell whether the names in a record can be asked for: no packet of ours may be spoilt by what others send."""
+    if isinstance(record, DNSPointer):
+        split = wire.split_instance(record.alias)
+        return "\ufffd" not in record.alias and (split is None or len(split[0].encode()) <= NAME_BYTES)
+    return not isinstance(record, DNSService) or "\ufffd" not in record.server
 
 
 def _alive(cache: DNSCache, name: str, type_: int, now_ms: float) -> list[DNSRecord]:

@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from portd.adapters.mdns import wire
 from portd.adapters.mdns.browser import Browser
+from portd.adapters.mdns.embedded import EmbeddedResponder
 from portd.adapters.mdns.interfaces import Interfaces, InterfaceWatch
-from portd.adapters.mdns.responder import EmbeddedResponder, Responder
+from portd.adapters.mdns.responder import Responder
 from portd.adapters.mdns.sockets import Arrival, Sockets
 from portd.adapters.mdns.wire import DNSIncoming
 from portd.core.announcing import LanService, check_lan_type

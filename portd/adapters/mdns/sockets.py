@@ -7,6 +7,7 @@ interface that comes or goes opens and closes nothing, and no default route is n
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
 from collections import OrderedDict, deque
@@ -15,6 +16,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from portd.adapters.mdns.interfaces import Interfaces
+
+log = logging.getLogger("portd.mdns")
 
 PORT = 5353
 GROUP = {socket.AF_INET: "224.0.0.251", socket.AF_INET6: "ff02::fb"}
@@ -185,7 +188,10 @@ class Sockets:
             sender = source[0].partition("%")[0]
             if link not in self._links or self._is_echo(link, sender, data):
                 continue
-            self._on_arrival(Arrival(data, family, link, sender, source[1], destination == GROUP[family]))
+            try:
+                self._on_arrival(Arrival(data, family, link, sender, source[1], destination == GROUP[family]))
+            except Exception:  # anybody on the link can send anything
+                log.debug("a packet from %s could not be handled: %r", sender, data, exc_info=True)
 
     def _expect_echo(self, link: int, packet: bytes) -> None:
         self._echoes[link, packet] = self._echoes.pop((link, packet), 0) + 1

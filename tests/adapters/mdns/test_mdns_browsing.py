@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 from pathlib import Path
 
@@ -124,6 +125,40 @@ def test_a_thousand_services_of_another_host_are_seen_and_lost(lan: Lan) -> None
     assert set(station.lan(WEB)) == set(names)
     others.close()
     wait_for(lambda: len(station.lan(WEB)) == 0, "all are lost")
+
+
+def test_packets_that_are_broken_on_purpose_break_nothing(lan: Lan) -> None:
+    here, other = lan.host(), lan.host()
+    station = Station(here).start()
+    station.put(lease("m", "Mine"))
+    station.wait_published("m")
+    station.lan(WEB)
+    ear = Ear(other)
+    chance = random.Random(6762)
+    sane = [*wire.encode_probe([("Mine._http._tcp.local.", [wire.text("Mine._http._tcp.local.", b"\0")])]),
+            *wire.encode_response([wire.pointer("_http._tcp.local.", "Other._http._tcp.local."),
+                                   wire.service("Other._http._tcp.local.", 1, "other.local.")]),
+            *wire.encode_query([("_http._tcp.local.", wire.PTR), ("Mine._http._tcp.local.", wire.ANY)])]
+    broken = [chance.randbytes(chance.randrange(64)) for _ in range(100)]
+    for packet in sane:
+        for _ in range(300):
+            spoilt = bytearray(packet)
+            for _ in range(chance.randrange(1, 4)):
+                spoilt[chance.randrange(len(spoilt))] = chance.randrange(256)
+            broken.append(bytes(spoilt))
+    label = b"\xff" * 63  # no UTF-8: read, it would be three times as long
+    long = b"\x3f" + b"x" * 63
+    for name in (bytes([63]) + label, long + long, long + long + long, b"\0"):
+        target = name + b"\x05_http\x04_tcp\x05local\0"
+        head = bytes.fromhex("000084000000000100000000")
+        broken.append(head + b"\x05_http\x04_tcp\x05local\0" + bytes.fromhex("000c000100001194")
+                      + len(target).to_bytes(2, "big") + target)
+    ear.send(broken)
+    others = Station(other).start()
+    others.put(lease("o", "There"))
+    others.wait_published("o")
+    wait_for(lambda: {"There", "Mine"} <= set(station.lan(WEB)), "all works as before", 30.0)
+    assert station.condition()["problem"] is None
 
 
 BONJOUR = """
