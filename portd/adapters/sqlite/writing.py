@@ -30,8 +30,8 @@ FOLD_FRAMES: Final = 1000
 is written over: syncing a file that grows takes twice as long."""
 CAP_FRAMES: Final = 16 * FOLD_FRAMES
 """Pages in the log (64 MB) past which folding waits for readers (BUSY_TIMEOUT_S) rather than go on beside them."""
-PRUNE_STEP: Final = 200
-"""Rows that go at a time: a millisecond or two between two commits."""
+PRUNE_STEP: Final = 50
+"""Rows that go at a time: a millisecond or two between two commits, in a history of 200,000 leases."""
 
 _UPSERT: Final = """
     INSERT INTO leases (id, service, instance, endpoint, protocol, address, port, state, uid, created_at, ended_at,
@@ -108,20 +108,19 @@ class Writer:
         Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows, and ever after.
         """
         self._refuse_if_sealed()
-        bodies = [(event, encode_lease(event.lease)) for event in events]
-        # Of several changes of one lease in a batch the last is what the lease is now.
-        leases = {event.lease.id: _row(event.lease, body) for event, body in bodies}
         committing = False
         try:
+            bodies = [(event, encode_lease(event.lease)) for event in events]
+            # Of several changes of one lease in a batch the last is what the lease is now.
+            leases = {event.lease.id: _row(event.lease, body) for event, body in bodies}
             database.execute("BEGIN IMMEDIATE")
             database.executemany(_UPSERT, leases.values())
             database.executemany(_INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
             committing = True
             database.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError, OverflowError) as error:  # the latter two: a value that can't be stored
             raise self._failure(database, error, committing=committing) from error
-        self._write_problem = None
-        self._count_frames()
+        self._written()
 
     def reserve(self, database: sqlite3.Connection, revision: int) -> None:
         """Record the revision after which this start takes its own up. Raises as `write` does."""
@@ -130,7 +129,7 @@ class Writer:
             database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", (revision,))
         except sqlite3.Error as error:
             raise self._failure(database, error, committing=True) from error
-        self._count_frames()
+        self._written()
         self.fold(database)  # syncs whatever the durability, and is done with what a crash has left in the log
 
     def forget(self, database: sqlite3.Connection, statement: str, bound: float) -> int:
@@ -140,7 +139,7 @@ class Writer:
             gone = database.execute(statement, (bound,)).rowcount
         except sqlite3.Error as error:
             raise self._failure(database, error, committing=True) from error
-        self._count_frames()
+        self._written()
         return gone
 
     def fold(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> None:
@@ -175,7 +174,7 @@ class Writer:
         if self.sealed is not None:
             raise StoreLost(f"{self._path} is not trusted any more: {self.sealed}; start over from the disk")
 
-    def _failure(self, database: sqlite3.Connection, error: sqlite3.Error, *, committing: bool) -> PortdError:
+    def _failure(self, database: sqlite3.Connection, error: Exception, *, committing: bool) -> PortdError:
         """Roll back, and say what is known: the connection can be used again, or the store is sealed."""
         reason = _reason(error)
         if reason is None and not committing and _name(error).startswith("SQLITE_IOERR"):
@@ -192,6 +191,10 @@ class Writer:
         return StoreUnavailable(f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when "
                                 "that is mended")
 
+    def _written(self) -> None:
+        self._write_problem = None
+        self._count_frames()
+
     def _count_frames(self) -> None:
         # mxFrame of the WAL-index header, native order (https://www.sqlite.org/walformat.html#the_wal_index_header):
         # the file's size does not tell, since the log is written over.
@@ -201,11 +204,11 @@ class Writer:
         self.log_frames = frames
 
 
-def _reason(error: sqlite3.Error) -> str | None:
+def _reason(error: Exception) -> str | None:
     return next((text for prefix, text in _NOTHING_WRITTEN.items() if _name(error).startswith(prefix)), None)
 
 
-def _name(error: sqlite3.Error) -> str:
+def _name(error: Exception) -> str:
     return getattr(error, "sqlite_errorname", None) or type(error).__name__
 
 

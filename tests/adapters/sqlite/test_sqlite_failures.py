@@ -12,8 +12,8 @@ import pytest
 from portd.adapters.sqlite import writing
 from portd.adapters.sqlite.schema import wal_of
 from portd.adapters.sqlite.store import SqliteStore
-from portd.core.errors import StoreDamaged, StoreUnavailable
-from tests.adapters.sqlite.nouns import granted
+from portd.core.errors import StoreDamaged, StoreLost, StoreUnavailable
+from tests.adapters.sqlite.nouns import a_lease, an_event, granted
 from tests.adapters.sqlite.stores import opened
 
 
@@ -162,10 +162,22 @@ def test_a_bug_that_gives_a_revision_twice_seals_the_store_rather_than_overwrite
     async def run():
         async with opened(tmp_path / "portd.db") as store:
             await store.commit(granted([1, 2]))
-            with pytest.raises(writing.StoreLost, match="UNIQUE"):
+            with pytest.raises(StoreLost, match="UNIQUE"):
                 await store.commit(granted([2, 3]))
         async with opened(tmp_path / "portd.db") as store:
             assert [event.revision for event in (await store.load()).events] == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_a_value_that_the_database_can_not_hold_leaves_nothing_of_its_batch(tmp_path):
+    async def run():
+        async with opened(tmp_path / "portd.db") as store:
+            with pytest.raises(StoreLost):
+                await store.commit([*granted([1]), an_event(2, a_lease(2, address="\ud800"))])
+        async with opened(tmp_path / "portd.db") as store:
+            assert (await store.load()).live == []
+            await store.commit(granted([1]))
 
     asyncio.run(run())
 
