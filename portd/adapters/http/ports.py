@@ -130,7 +130,7 @@ class PortCalls:
         leases = [lease for lease in self._service.table.on_port(port) if protocol in lease.protocols]
         unclaimed = list(listeners)
         for lease in leases:
-            its_own = [one for one in listeners if overlaps(one.address, lease.address)]
+            its_own = [one for one in listeners if overlaps(one.address, lease.address, v6only=one.v6only)]
             unclaimed = [one for one in unclaimed if one not in its_own]
             yield PortView(port, protocol, lease.state if lease.state != "ended" else "free",
                            self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid)),
