@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 from portd.adapters.dns.message import Limits
 
@@ -100,9 +100,8 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WAITING_BYTES)
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by descent
+        self._transport.set_write_buffer_limits(high=WAITING_BYTES)
         self._listener.touch(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
