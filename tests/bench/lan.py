@@ -24,7 +24,7 @@ Way = Literal["portd", "zeroconf", "avahi"]
 WAYS: tuple[Way, ...] = ("portd", "zeroconf", "avahi")
 SIZES = (1, 10, 100, 500, 1000)
 TYPE = "_http._tcp"
-SEEN_S, LOST_S, STILL_S = 15.0, 6.0, 2.5
+SEEN_S, LOST_S, STILL_S = 20.0, 20.0, 5.0
 """How long to wait for all; how long without anything new before what was lost is counted."""
 REST_S = 10.0
 TICK_S = 0.005
