@@ -154,7 +154,7 @@ class Daemon:
         self._fast_lane = FastLane(gate, json.Decoder(Grants).decode, leases.grant_to, lambda: self._table.revision,
                                    hash_token)
         routes = [route for calls in (
-            leases, ServiceCalls(self._service, self._feed), self._events,
+            leases, ServiceCalls(self._service, self._feed, self._announcer.lan), self._events,
             PortCalls(self._service, self._sockets), LanCalls(self._announcer.lan), status)
             for route in calls.routes()]
         http.add([*routes, openapi_route(routes)])

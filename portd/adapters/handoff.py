@@ -18,12 +18,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from portd.core.errors import InvalidRequest, PortTaken, Refusal
-from portd.core.model import HoldKind, Lease
+from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.problems import pointer_of, problem_of
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller, check_change
-from portd.seams import Taken
 from portd.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,8 @@ class Wish(Struct, frozen=True, forbid_unknown_fields=True):
 class PassedHolds(Protocol):
     """What the handoff needs of the holds."""
 
-    def take(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> Taken: ...
-
-    def pass_on(self, lease_id: str) -> Mapping[Any, socket.socket]: ...
+    def pass_on(self, lease_id: str, protocol: LeaseProtocol, address: str,
+                port: int) -> Mapping[Any, socket.socket]: ...
 
 
 Identify = Callable[[socket.socket], Caller]
@@ -146,18 +144,14 @@ class HandoffServer:
 
     def _open(self, lease: Lease, wish: Wish) -> list[socket.socket]:
         """Return the lease's sockets, tcp before udp, listening where asked for."""
-        sockets = self._holds.pass_on(lease.id)
-        if not sockets:  # held `none` so far (UDP's default), or not since the restart: bind it now
-            taken = self._holds.take(lease.id, lease.protocol, lease.address, lease.port, "exclusive")
-            if taken != "taken":
-                raise PortTaken(f"port {lease.port} of {lease.instance} is bound by somebody: decline it for another, "
-                                f"or see 'portd who {lease.port}'", pointer="/lease")
-            sockets = self._holds.pass_on(lease.id)
-        ordered = [sockets[part] for part in ("tcp", "udp") if part in sockets]
-        for passed in ordered:
-            if wish.listen and passed.type == socket.SOCK_STREAM:
-                passed.listen(wish.backlog)
-        return ordered
+        try:
+            sockets = self._holds.pass_on(lease.id, lease.protocol, lease.address, lease.port)
+            if wish.listen and "tcp" in sockets:
+                sockets["tcp"].listen(wish.backlog)
+        except OSError as error:
+            raise PortTaken(f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
+                            f"it for another, or see 'portd who {lease.port}'", pointer="/lease") from error
+        return [sockets[part] for part in ("tcp", "udp") if part in sockets]
 
 
 def _send(connection: socket.socket, answer: bytes, sockets: list[socket.socket]) -> None:

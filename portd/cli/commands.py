@@ -10,7 +10,8 @@ GROUPS = {
     "lease ports": {"run": "running", "lease": "leasing", "renew": "leasing", "release": "leasing", "drain": "leasing"},
     "see who has what": {"ls": "listing", "who": "listing", "history": "listing"},
     "find services": {"services": "finding", "resolve": "finding", "browse": "following", "watch": "following"},
-    "the daemon": {"serve": "serving", "status": "condition", "doctor": "doctor", "demo": "demo"},
+    "the daemon": {"serve": "serving", "status": "condition", "doctor": "doctor", "demo": "demo",
+                   "install": "installing", "uninstall": "installing"},
 }
 
 

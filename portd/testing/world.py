@@ -50,7 +50,7 @@ class World:
                                    self.cooldown_s)
         self.journal = Journal(self.table, self.store, self.clock)
         granter = Granter(self.table, self.allocator, self.holds, self.processes, self.policy,
-                          make_id=lambda: f"lease-{next(self._ids):04}")
+                          make_id=lambda at: f"lease-{next(self._ids):04}")
         self.service = LeaseService(self.table, self.allocator, self.journal, granter, self.store, self.holds,
                                     self.processes, self.clock)
         self.feed = Feed()

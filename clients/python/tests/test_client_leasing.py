@@ -116,15 +116,6 @@ def test_a_lease_that_the_daemon_forgot_is_taken_again_on_the_same_port(own_daem
     assert not list(own_daemon.client.leases(service="forgotten"))
 
 
-@pytest.mark.xfail(strict=True, reason="a grant finds the port busy even where it is the caller itself that listens")
-def test_a_forgotten_lease_is_taken_again_while_its_owner_goes_on_listening(own_daemon: Daemon) -> None:
-    with portd_client.listen("serving", client=own_daemon.client) as listener:
-        first = listener.lease.id
-        _lose_memory(own_daemon)
-        wait_for(lambda: listener.lease.id != first, "it is leased again", 2.0)
-        assert own_daemon.client.lease(listener.lease.id)["port"] == listener.getsockname()[1]
-
-
 def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Daemon) -> None:
     moved: list[int] = []
     with portd_client.lease("moved", client=own_daemon.client,

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route
+from portd.core.announcing import LanService
 from portd.core.lookup import serving
 from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
 from portd.core.rights import sees_cmdline
-from portd.core.views import LeaseView
+from portd.core.views import LeaseView, OwnerView, moment
 from portd.feed import Feed
 from portd.service import LeaseService
 
 WAIT_MAX_S: Final = 600.0
 """The longest long poll, in seconds: proxies and kernels forget idle connections that stay longer."""
 
-LanLookup = Callable[[str], Awaitable[list[Any]]]
+LanLookup = Callable[[str | None], Awaitable[Sequence[LanService]]]
+"""Gives what the LAN offers, of one DNS-SD type or of all."""
 
 
 class ServiceCount(Struct, frozen=True):
@@ -76,9 +78,10 @@ class Target(Struct, frozen=True):
 class ServiceCalls:
     """The handlers of /v1/services and /v1/prometheus."""
 
-    def __init__(self, service: LeaseService, feed: Feed) -> None:
+    def __init__(self, service: LeaseService, feed: Feed, lan: LanLookup) -> None:
         self._service = service
         self._feed = feed
+        self._lan = lan
 
     def routes(self) -> list[Route]:
         """Return the routes of this room."""
@@ -108,8 +111,14 @@ class ServiceCalls:
         name = call.path["name"]
         if query.after is not None:
             await self._feed.wait(name, query.after, query.wait)
-        leases = self._select(name, query)
-        views = [self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid)) for lease in leases]
+        views: list[LeaseView] = []
+        if query.scope != "lan":
+            views += [self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid))
+                      for lease in self._select(name, query)]
+        if query.scope in ("lan", "all") and query.endpoint == MAIN_ENDPOINT and not query.tag:
+            now = self._service.clock.now().at
+            views += [_view_lan(seen, name, now) for seen in await self._lan(None)
+                      if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")]
         return Answer(Instances(name, self._feed.revision, views))
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
@@ -126,6 +135,21 @@ class ServiceCalls:
                   if lease.protocol != "udp" and not lease.drain and lease.state != "conflict"
                   and query.endpoint in (None, lease.endpoint) and all(tag in lease.tags for tag in query.tag)]
         return Answer([_target(lease) for lease in sorted(chosen, key=lambda lease: lease.name)])
+
+
+def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
+    """Show what another host announces as an instance: it is announced, so it is bound and not critical there; of its
+    owner nothing is known here."""
+    owner = OwnerView(pid=None, uid=None, user=None, exe=None, cmdline=None, unit=None, started_at=None,
+                      known_by="token")
+    at: Any = moment(now)
+    return LeaseView(
+        id=f"lan:{seen.name}.{seen.type}", service=service, instance=seen.txt.get("instance", seen.name),
+        endpoint=MAIN_ENDPOINT, protocol="udp" if seen.type.endswith("._udp") else "tcp",
+        address=seen.addresses[0] if seen.addresses else seen.host, port=seen.port, pool="", hold="none",
+        state="bound", health="passing", drain=False, lifetime="ttl", owner=owner, tags=(), metadata=dict(seen.txt),
+        check=None, announce=None, host=seen.host.removesuffix(".local."), created_at=at, renewed_at=None,
+        expires_at=None, ended_at=None, ended_because=None, revision=0)
 
 
 def reachable_host(lease: Lease) -> str:

@@ -107,9 +107,15 @@ class KernelHolds:
         """Return the lease's held sockets, none where it has no hold. They stay the holds': pass on a duplicate."""
         return self._held.get(lease_id, {})
 
-    def pass_on(self, lease_id: str) -> Mapping[Part, socket.socket]:
-        """Return the lease's held sockets to be passed to its owner: from now on they count as its own."""
+    def pass_on(self, lease_id: str, protocol: Protocol, address: str, port: int) -> Mapping[Part, socket.socket]:
+        """Return the lease's sockets to be passed to its owner: from now on they count as its own.
+
+        What the hold does not keep (UDP, or anything with `none`) is bound now; raises OSError where somebody has it.
+        """
         held = self._held.get(lease_id, {})
+        missing = self._bind_all([part for part in _parts(protocol) if part not in held], address, port)
+        if missing:
+            held = self._held[lease_id] = {**held, **missing}
         if "udp" in held:
             self._udp_inodes.discard(_inode(held["udp"]))
         return held

@@ -149,7 +149,7 @@ def _check(path: Path, how: str) -> int:
             raise _damaged(path, f"is damaged ({error})") from error
         raise
     if verdict != "ok":
-        raise _damaged(path, f"is damaged ({verdict.strip()})")
+        raise _damaged(path, f"is damaged ({' '.join(verdict.split())})")
     return int(version)
 
 
