@@ -1,0 +1,244 @@
+"""Puts portd in place as a systemd unit, and takes it away again: install, uninstall.
+
+What is done is first made a list of steps, each of which can say itself: `--dry-run` says them, the rest does them too.
+The units are the files of `systemd/`; the one thing that changes in them is the path of the program. This room must not
+know the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from portd.cli.options import Command, Option
+from portd_client.errors import PortdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+PROGRAM_IN_UNITS = "/opt/portd/bin/portd"
+"""What stands in the units of the tree; the path of the portd that installs them takes its place."""
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
+"""What a unit with ProtectHome= and PrivateTmp= does not see (systemd.exec(5))."""
+UNITS = ("portd.socket", "portd.service")
+STATE = ("/var/lib/portd", "/etc/portd")
+
+
+class Step:
+    """One thing to do: its words, and how. `do` is None for what is as it should be already."""
+
+    __slots__ = ("do", "text")
+
+    def __init__(self, text: str, do: Callable[[], object] | None) -> None:
+        self.text = text
+        self.do = do
+
+
+def install(values: dict[str, Any]) -> int:
+    """Put units, user and directories in place for the portd that runs this, and start it. May be called again."""
+    return _carry_out(_install_user() if values["user"] else _install_system(values), values)
+
+
+def uninstall(values: dict[str, Any]) -> int:
+    """Stop portd and take away what `install` put in place; the state stays unless `--purge`."""
+    return _carry_out(_uninstall_user(values) if values["user"] else _uninstall_system(values), values)
+
+
+# --- what is to be done ---
+
+
+def _install_system(values: dict[str, Any]) -> Iterator[Step]:
+    program = _program()
+    for seen in {program, Path(sys.executable).resolve(), Path(sys.base_prefix), Path(__file__)}:
+        if hidden := next((top for top in HIDDEN if seen.is_relative_to(top)), None):
+            raise PortdError(f"{seen} lies under {hidden}, which the hardened unit does not see: install portd outside "
+                             "of it, with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
+                             "/opt/portd/bin/portd install")
+    files = _system_files(resolved=values["resolved"])
+    is_new = False
+    for name, place in files.items():
+        step = _write(name, place, program)
+        is_new |= step.do is not None
+        yield step
+    yield _run("systemd-sysusers", "/etc/sysusers.d/portd.conf")
+    yield from _start(["systemctl"], is_new=is_new)
+    if values["resolved"]:
+        yield _run("systemctl", "try-restart", "systemd-resolved.service")
+
+
+def _install_user() -> Iterator[Step]:
+    program = _program()
+    is_new = False
+    for name, place in _user_files().items():
+        step = _write(name, place, program)
+        is_new |= step.do is not None
+        yield step
+    yield from _start(["systemctl", "--user"], is_new=is_new)
+
+
+def _start(systemctl: list[str], *, is_new: bool) -> Iterator[Step]:
+    if is_new:
+        yield _run(*systemctl, "daemon-reload")
+    yield _run(*systemctl, "enable", *UNITS)
+    yield _run(*systemctl, "start", UNITS[0])
+    # A unit that runs is started anew for its new text; the sockets and the holds outlive that.
+    yield _run(*systemctl, "restart" if is_new else "start", UNITS[1])
+
+
+def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
+    yield from _stop(["systemctl"], Path("/etc/systemd/system"))
+    for place in _system_files(resolved=True).values():
+        yield _remove(place)
+    yield _run("systemctl", "daemon-reload")
+    yield _remove(Path("/run/portd"))
+    yield from (_state_step(Path(place), purge=values["purge"]) for place in STATE)
+    if values["purge"]:
+        yield Step("delete the user and group portd", _delete_account)
+
+
+def _uninstall_user(values: dict[str, Any]) -> Iterator[Step]:
+    from portd.config import user_paths
+
+    systemctl = ["systemctl", "--user"]
+    paths = user_paths()
+    yield from _stop(systemctl, _user_units())
+    for place in _user_files().values():
+        yield _remove(place)
+    yield _run(*systemctl, "daemon-reload")
+    yield _remove(Path(paths.socket).parent)
+    yield from (_state_step(Path(place).parent, purge=values["purge"]) for place in (paths.store, paths.config))
+
+
+def _stop(systemctl: list[str], units: Path) -> Iterator[Step]:
+    there = [unit for unit in UNITS if (units / unit).exists()]
+    if there:
+        yield _run(*systemctl, "disable", "--now", *there)
+
+
+def _state_step(place: Path, *, purge: bool) -> Step:
+    if purge or not place.exists():
+        return _remove(place)
+    return Step(f"{place} stays; --purge deletes it", None)
+
+
+def _system_files(*, resolved: bool) -> dict[str, Path]:
+    units = Path("/etc/systemd/system")
+    files = {name: units / name for name in ("portd.service", "portd.socket", "portd-run@.service")}
+    files["portd.sysusers"] = Path("/etc/sysusers.d/portd.conf")
+    if resolved:
+        files["portd.resolved"] = Path("/etc/systemd/resolved.conf.d/portd.conf")
+    return files
+
+
+def _user_files() -> dict[str, Path]:
+    return {f"user/{unit}": _user_units() / unit for unit in UNITS}
+
+
+def _user_units() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd/user"
+
+
+# --- steps ---
+
+
+def _write(name: str, place: Path, program: Path) -> Step:
+    text = (_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program))
+    if place.is_file() and place.read_text() == text:
+        return Step(f"{place} is as it should be", None)
+
+    def write() -> None:
+        place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fresh = place.with_name(f".{place.name}.new")
+        fresh.write_text(text)
+        fresh.chmod(0o644)
+        fresh.replace(place)  # whole or not at all: systemd may read it at any moment
+
+    return Step(f"write {place}", write)
+
+
+def _remove(place: Path) -> Step:
+    if not place.exists():
+        return Step(f"{place} is not there", None)
+    return Step(f"remove {place}", lambda: shutil.rmtree(place) if place.is_dir() else place.unlink())
+
+
+def _run(*words: str) -> Step:
+    def run() -> None:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = " ".join((done.stderr or done.stdout).split())
+            raise PortdError(f"'{' '.join(words)}' failed with status {done.returncode}: {said}")
+
+    return Step(f"run {' '.join(words)}", run)
+
+
+def _delete_account() -> None:
+    """Delete user and group, where they are there: userdel(8) takes the user's own group along."""
+    for words in (["userdel", "portd"], ["groupdel", "portd"]):
+        subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _carry_out(steps: Iterator[Step], values: dict[str, Any]) -> int:
+    """Do the steps and say each, or only say them; raises PortdError where that is not possible, before the first."""
+    if not values["dry_run"]:
+        _check_host(user=values["user"])
+    for step in steps:
+        if step.do is None:
+            print(step.text)
+        elif values["dry_run"]:
+            print(f"would {step.text}")
+        else:
+            print(step.text, flush=True)
+            try:
+                step.do()
+            except OSError as error:
+                raise PortdError(f"could not {step.text}: {error}") from error
+    return 0
+
+
+def _check_host(*, user: bool) -> None:
+    if not Path("/run/systemd/system").is_dir():  # sd_booted(3)
+        raise PortdError("systemd does not run this host: start 'portd serve' from what does")
+    if not user and os.geteuid() != 0:
+        raise PortdError("only root can install for the whole host: use sudo, or --user for yourself")
+    if user and not os.environ.get("XDG_RUNTIME_DIR"):
+        raise PortdError("XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
+                         "user's own service manager can be reached")
+
+
+def _program() -> Path:
+    """Return the portd beside the Python that runs this: the unit starts the very same one."""
+    program = Path(sys.executable).parent / "portd"  # unresolved: a venv's python is a link to the system's
+    if not os.access(program, os.X_OK):
+        raise PortdError(f"there is no {program} beside the Python that runs this: install portd with pip first, into "
+                         "a virtual environment")
+    return program
+
+
+def _tree() -> Path:
+    """Return where the units are: in the installed package, else at the top of the source tree."""
+    packaged = Path(__file__).parents[1] / "systemd"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "systemd"
+
+
+_DRY_RUN = Option("--dry-run", "", "say what would be done; do nothing")
+_USER = Option("--user", "", "for yourself alone, in your own directories; needs no root")
+
+COMMANDS = (
+    Command("install", [], "Install as a systemd unit, and start it", install, (
+        _DRY_RUN, _USER,
+        Option("--resolved", "", "let systemd-resolved ask portd for names below portd.internal"),
+    ), """
+Writes the units for the portd that runs this, makes the user 'portd', enables and starts them. Run it again after a
+change: what is as it should be stays."""),
+    Command("uninstall", [], "Stop it, and take the systemd unit away", uninstall, (
+        _DRY_RUN, _USER,
+        Option("--purge", "", "delete leases, history and configuration too, and the user 'portd'"),
+    ), """
+Services on leased ports go on running. State and configuration stay, for the next install."""),
+)
