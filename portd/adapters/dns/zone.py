@@ -15,7 +15,7 @@ A name exists while a live lease has it, and answers with nothing while none of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from dns.rdatatype import AAAA, ANY, NS, SOA, SRV, TXT, A
@@ -37,7 +37,10 @@ from portd.core.model import MAIN_ENDPOINT, Lease
 HEADER_BYTES: Final = 12
 QUESTION_TAIL_BYTES: Final = 4
 
-_ANY_ANSWER = (minimal_any(),)
+_ANY_ANSWER: Final = (minimal_any(),)
+_OF_TYPE: Final[dict[int, Callable[[Endpoint], Sequence[Record]]]] = {
+    A: lambda endpoint: endpoint.a, AAAA: lambda endpoint: endpoint.aaaa, TXT: lambda endpoint: endpoint.txt,
+    SRV: lambda endpoint: (endpoint.srv,)}
 
 
 class Source:
@@ -157,20 +160,14 @@ class _ServiceNode(Node):
         self._instance = instance
 
     def records(self, qtype: int) -> Sequence[Record] | None:
+        pick = _OF_TYPE.get(qtype)
+        if pick is None or (qtype == SRV and self._instance is None):
+            return None
         shown = self._service.serving(self._endpoint)
         if self._instance is None:
-            endpoints = list(shown.values())
-        else:
-            endpoints = [shown[self._instance]] if self._instance in shown else []
-        if qtype == A:
-            return _unique(record for each in endpoints for record in each.a)
-        if qtype == AAAA:
-            return _unique(record for each in endpoints for record in each.aaaa)
-        if qtype == TXT:
-            return _unique(record for each in endpoints for record in each.txt)
-        if qtype == SRV and self._instance is not None:
-            return [each.srv for each in endpoints]
-        return None
+            return _unique(record for each in shown.values() for record in pick(each))
+        endpoint = shown.get(self._instance)
+        return pick(endpoint) if endpoint is not None else ()
 
 
 class _PortNode(Node):
