@@ -41,7 +41,7 @@ class Station:
         self.reports: list[tuple[str, str | None, str | None]] = []
         self._revision = 0
         self.announcer: Announcer = host.call(self._make(name or f"box{host.number}", options))
-        host.at_close.append(self.close)
+        host.at_close.append(lambda: self.close(takeover=True))
 
     async def _make(self, name: str, options: dict[str, Any]) -> Announcer:
         return Announcer(name, self._report, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import select
 import subprocess
 from pathlib import Path
 
@@ -186,12 +187,18 @@ def test_nodes_bonjour_service_and_portd_see_each_other(lan: Lan, bonjour: Path)
     station = Station(here, "box").start()
     station.put(lease("m", "Café Orders", port=20001, txt={"service": "orders"}))
     station.wait_published("m")
-    process = node.start("timeout", "20", "node", str(bonjour / "peer.js"), stdout=subprocess.PIPE, stderr=None)
-    assert process.stdout is not None
+    process = node.start("node", str(bonjour / "peer.js"), stdout=subprocess.PIPE, stderr=None)
+    lines = process.stdout
+    assert lines is not None
     seen: dict[str, dict[str, object]] = {}
-    while "Café Orders" not in seen:
-        service = json.loads(process.stdout.readline())
-        seen[service["name"]] = service
+
+    def read() -> bool:
+        if select.select([lines], [], [], 0)[0]:
+            service = json.loads(lines.readline())
+            seen[service["name"]] = service
+        return "Café Orders" in seen
+
+    wait_for(read, "Node sees ours")
     found = seen["Café Orders"]  # it cuts names at their first dot, so there is none in this one
     assert (found["host"], found["port"], found["txt"], found["addresses"]) == (
         "box-portd.local", 20001, {"service": "orders"}, [here.address])
