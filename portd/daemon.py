@@ -53,7 +53,7 @@ from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Paths, Settings, http_addresses, load, pool_ports, split_host_port, system_paths, user_paths
 from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import Fault, StateInUse, StoreLost, StoreUnavailable
-from portd.core.model import Event
+from portd.core.model import Event, Lease
 from portd.core.table import LeaseTable
 from portd.feed import EVENTS_KEPT, Feed
 from portd.grants import Granter, Policy, hash_token
@@ -97,6 +97,7 @@ class Daemon:
 
     async def _build(self) -> None:
         settings = self._settings
+        self._passed = systemd.passed_sockets()
         loaded = await self._store.load()
         self._clock = LeaseClock()
         self._diag = SocketDiag(lambda: self._holds.inodes())
@@ -128,6 +129,7 @@ class Daemon:
             watchers.append(self._announcer.apply)
         for watcher in watchers:
             self._journal.subscribe(watcher)
+        self._adopt_holds(loaded.live)
         self._service.restore(loaded, procfs.boot_id())
         self._feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self._table.revision)
         self._watch.restore(self._table)
@@ -136,6 +138,31 @@ class Daemon:
         if settings.mdns.enabled:
             self._announcer.restore(self._table)
         self._http = self._make_http()
+
+    def _adopt_holds(self, leases: Iterable[Lease]) -> None:
+        """Take over the holds of the last run, before any can be missed; those of no lease any more are closed."""
+        kept = systemd.unpack(self._passed.pop(systemd.PARCELS, []))
+        for lease in leases:
+            sockets = kept.pop(lease.id, [])
+            if sockets and all(held.getsockname()[1] == lease.port for held in sockets):
+                self._holds.adopt(lease.id, sockets)
+        for sockets in kept.values():
+            for stray in sockets:
+                stray.close()
+
+    def _store_holds(self) -> None:
+        """Leave the holds to the service manager, so that nobody gets their ports before the next start.
+
+        UDP sockets that were handed over are not among them: they are their owners', and need no keeper.
+        """
+        ours = self._holds.inodes()
+        owned = [(lease_id, held) for lease_id, sockets in self._holds.held() for part, held in sockets.items()
+                 if part == "tcp" or os.fstat(held.fileno()).st_ino in ours]
+        try:
+            if systemd.store(owned):
+                logger.info("%d holds are kept for the next start", len(owned))
+        except OSError as error:
+            logger.warning("held ports are open to everybody until the next start: %s", error)
 
     def _make_http(self) -> HttpServer:
         settings = self._settings
@@ -190,31 +217,41 @@ class Daemon:
 
     async def _open_doors(self) -> list[str]:
         await self._http.start(self._fast_lane)
-        places = []
-        passed = systemd.passed_sockets()
         listen = self._settings.listen
+        tls = _tls(self._settings)
+        passed = [one for sockets in self._passed.values() for one in sockets]
+        places = [await self._open_passed(listener, tls) for listener in passed]
         unix = listen.socket if listen.socket is not None else self._paths.socket
-        for listener in passed.get("portd.socket", []):
-            await self._http.serve(listener)
-            places.append("a passed socket")
-        if not passed.get("portd.socket"):
-            if unix:
-                await self._http.serve(open_unix(unix, socket.SOCK_STREAM, self._paths.socket_mode))
-                places.append(unix)
-            tls = _tls(self._settings)
-            for host, port in http_addresses(self._settings, self._paths):
-                await self._http.serve(open_tcp(host, port), tls)
-                places.append(f"{'https' if tls else 'http'}://{host}:{port}")
+        if unix and not any(_is_unix(one, socket.SOCK_STREAM) for one in passed):
+            await self._http.serve(open_unix(unix, socket.SOCK_STREAM, self._paths.socket_mode))
+            places.append(unix)
         handoff = listen.handoff if listen.handoff is not None else self._paths.handoff
-        for listener in passed.get("handoff.socket", []):
-            self._handoff.serve(listener)
-        if handoff and not passed.get("handoff.socket"):
+        if handoff and not any(_is_unix(one, socket.SOCK_SEQPACKET) for one in passed):
             self._handoff.serve(open_unix(handoff, socket.SOCK_SEQPACKET, self._paths.socket_mode))
+        for host, port in http_addresses(self._settings, self._paths):
+            place = f"{'https' if tls else 'http'}://{host}:{port}"
+            if place not in places:
+                await self._http.serve(open_tcp(host, port), tls)
+                places.append(place)
         return places
+
+    async def _open_passed(self, listener: socket.socket, tls: ssl.SSLContext | None) -> str:
+        """Serve a socket that the service manager has opened: what it is for, its kind says; returns where it is."""
+        if listener.family == socket.AF_UNIX:
+            place = str(listener.getsockname())
+            if listener.type == socket.SOCK_SEQPACKET:
+                self._handoff.serve(listener)
+            else:
+                await self._http.serve(listener)
+            return place
+        host, port = listener.getsockname()[:2]
+        await self._http.serve(listener, tls)
+        return f"{'https' if tls else 'http'}://{host}:{port}"
 
     async def _close(self) -> None:
         """Close the doors, let what is under way come to its end, then stop."""
         logger.info("stopping; %d leases stay for the next start", len(self._table))
+        await self._http.shut()
         if self._settings.mdns.enabled:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._announcer.close(), STOP_TIMEOUT_S)
@@ -227,6 +264,7 @@ class Daemon:
         await self._journal.drain(STOP_TIMEOUT_S)
         self._service.close()
         self._processes.close()
+        self._store_holds()
         self._holds.close()
         self._diag.close()
 
@@ -340,6 +378,10 @@ def open_unix(path: str, kind: socket.SocketKind, mode: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _is_unix(listener: socket.socket, kind: socket.SocketKind) -> bool:
+    return listener.family == socket.AF_UNIX and listener.type == kind
 
 
 def open_tcp(host: str, port: int) -> socket.socket:

@@ -42,6 +42,9 @@ KEEPALIVE_S: Final = 75.0
 CONNECTIONS_MAX: Final = 8_192
 """Connections at once; the next one is closed. Leaves descriptors for holds and pidfds at a limit of 20,000."""
 
+FIRST_REQUEST_S: Final = 0.05
+"""Seconds that a stop gives callers who have connected and not asked yet. A local one needs a thousandth of it."""
+
 
 class Connection(RequestHandler):
     """One client's connection."""
@@ -201,6 +204,13 @@ class HttpServer:
         """Accept on a bound socket until the stop; the socket is then closed."""
         assert self._runner is not None
         await web.SockSite(self._runner, listener, ssl_context=tls, backlog=1024).start()
+
+    async def shut(self) -> None:
+        """Accept nobody any more, and let those who have just been let in ask: nobody is turned away at the door."""
+        if self._runner is not None and self._runner.sites:
+            for site in tuple(self._runner.sites):
+                await site.stop()
+            await asyncio.sleep(FIRST_REQUEST_S)
 
     async def close(self) -> None:
         """End streams and long polls, answer what is under way for a second, close everything."""
