@@ -1,6 +1,8 @@
-"""Where a daemon may be: PORTD_URL, else the user's socket, the system's socket, loopback TCP. No I/O here."""
+"""Where a daemon may be: PORTD_URL, else the user's socket, the system's socket, loopback TCP. It opens nothing."""
 
 from __future__ import annotations
+
+import os
 
 from portd_client.errors import InvalidUrl
 
@@ -58,7 +60,9 @@ def candidates(environ: Mapping[str, str], uid: int) -> list[Endpoint]:
     """List where to look, best first; raises InvalidUrl for a PORTD_URL that can't be read."""
     if url := environ.get("PORTD_URL"):
         return [parse(url)]
-    return [Endpoint(user_socket(environ, uid)), Endpoint(SYSTEM_SOCKET),
+    own = user_socket(environ, uid)
+    is_ours = bool(environ.get("XDG_RUNTIME_DIR")) or _is_own(own.removesuffix("/portd/portd.sock"), uid)
+    return [*([Endpoint(own)] if is_ours else []), Endpoint(SYSTEM_SOCKET),
             Endpoint(host="127.0.0.1", port=LOOPBACK_PORT)]
 
 
@@ -69,3 +73,11 @@ def user_socket(environ: Mapping[str, str], uid: int) -> str:
         temporary = next((environ[name] for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name)), "/tmp")
         runtime = f"{temporary.rstrip('/')}/portd-runtime-{uid}"
     return f"{runtime}/portd/portd.sock"
+
+
+def _is_own(directory: str, uid: int) -> bool:
+    """Tell whether a directory under the temporary one is the user's: anybody can make one there, and pose as portd."""
+    try:
+        return os.stat(directory).st_uid == uid
+    except OSError:
+        return True  # not there: the socket is named among what was tried

@@ -36,6 +36,16 @@ def test_without_a_runtime_directory_the_daemon_and_the_client_meet_in_the_tempo
     assert endpoints.user_socket(os.environ, os.getuid()) == user_paths().socket
 
 
+def test_a_directory_that_somebody_else_made_is_not_taken_for_the_users(tmp_path: Path) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    mine = endpoints.user_socket(environ, os.getuid())
+    Path(mine).parents[1].mkdir()
+    assert endpoints.candidates(environ, os.getuid())[0].url == f"unix://{mine}"
+    other = os.getuid() + 1
+    Path(endpoints.user_socket(environ, other)).parents[1].mkdir()  # made by us, so foreign to the other uid
+    assert endpoints.candidates(environ, other)[0].url == "unix:///run/portd/portd.sock"
+
+
 @pytest.mark.parametrize("url", ["", "portd.sock", "unix:relative", "ftp://x:1", "http://", "http://x:y", "http://x:0",
                                  "http://x:65536", "http://a/b:80", "http://u@x:80"])
 def test_a_url_that_cannot_be_read_says_how_one_looks(url: str) -> None:
