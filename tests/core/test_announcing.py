@@ -139,3 +139,16 @@ def test_a_lease_is_on_the_lan_while_bound_not_critical_and_not_draining(change:
         "lifetime": "process", "owner": Owner(known_by="peercred"), "host": "here", "created_at": 0.0,
         "announce": Announcement(type="_http._tcp", name="Orders")}
     assert announcing.is_announceable(Lease(**(facts | change))) is yes
+
+
+@pytest.mark.parametrize("type_", ["_http._tcp", "_HTTP._TCP.local.", "_amzn_alexa._tcp",
+                                   "_a-very-long-service-name._udp", "_printer._sub._http._tcp"])
+def test_types_that_real_lans_have_can_be_browsed_for(type_: str) -> None:
+    assert announcing.check_lan_type(type_) == type_.lower().removesuffix(".local.")
+
+
+@pytest.mark.parametrize("wrong", ["", "http", "_http", "_http._sctp", "_http._tcp.example", "_a._b._c._tcp",
+                                   "\ud800._x._tcp"])
+def test_what_is_no_type_can_not_be_browsed_for(wrong: str) -> None:
+    with pytest.raises(InvalidRequest):
+        announcing.check_lan_type(wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from portd.adapters.mdns import announcer
 from tests.adapters.mdns.bed import Host, Lan, wait_for
 from tests.adapters.mdns.station import Ear, Station, lease
 
@@ -65,7 +66,9 @@ def test_a_name_that_is_taken_is_changed_and_told_through_avahi_too(lan: Lan) ->
     assert owner.published("o") == "Orders"
 
 
-def test_when_avahi_goes_we_publish_ourselves_and_when_it_comes_back_it_does(lan: Lan) -> None:
+def test_when_avahi_goes_we_publish_ourselves_and_when_it_comes_back_it_does(
+        lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announcer, "GRACE_S", 0.5)
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = beside_avahi(here)
