@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -38,6 +38,10 @@ from portd.journal import Entry, Journal, end
 from portd.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
 
 logger = logging.getLogger(__name__)
+
+
+HOLD_AGAIN_S: Final = 5.0
+"""Seconds between two tries to hold a port that somebody had bound, and not listened on, when portd started."""
 
 
 class Granted(NamedTuple):
@@ -73,6 +77,7 @@ class LeaseService:
         self._without_hold: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = 0.0
+        self._hold_again_at = 0.0
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
         journal.subscribe(self._on_event)
 
@@ -335,6 +340,12 @@ class LeaseService:
             place = quarantine.place
             free = self._holds.is_free(place.protocol, place.address, place.port)
             self.allocator.seen(quarantine, free, now.tick)
+        if now.tick >= self._hold_again_at:
+            self._hold_again_at = now.tick + HOLD_AGAIN_S
+            for lease_id in tuple(self._without_hold):
+                lease = self.table.get(lease_id)
+                if lease is not None and lease.state == "held":
+                    self._restore_hold(lease)
         self._arm()
 
     def _restart_clock(self, lease: Lease, now: Now) -> None:
@@ -346,7 +357,9 @@ class LeaseService:
 
     def _arm(self) -> None:
         """Set the timer to what is due next."""
-        ticks = [tick for tick in (self._deadlines.next_tick(), self.allocator.next_look()) if tick is not None]
+        hold_again_at = self._hold_again_at if self._without_hold else None
+        due = (self._deadlines.next_tick(), self.allocator.next_look(), hold_again_at)
+        ticks = [tick for tick in due if tick is not None]
         loop = asyncio.get_running_loop()
         if not ticks:
             return

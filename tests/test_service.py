@@ -8,6 +8,7 @@ import functools
 import pytest
 
 import portd.journal
+import portd.service
 from portd.core.allocator import Place, StaticPort
 from portd.core.errors import (
     AnnounceUnreachable,
@@ -431,6 +432,21 @@ async def test_everything_is_as_it_was_after_a_restart(world):
     assert world.table.get(process.id) is None, "the pidfd was opened again"
     world.processes.start(43)
     assert (await world.grant(43, service="ended")).port == ended.port, "its last port"
+
+
+@in_world()
+async def test_a_hold_that_a_stranger_stood_against_at_the_start_is_taken_when_it_has_gone(world):
+    lease = await world.grant(service="orders", ttl=600.0)
+    place = Place("tcp", LOOPBACK, lease.port)
+    await world.kill()
+    world.strangers.add(place)
+    await world.start()
+    assert world.holds.held == {}
+    assert world.service.without_hold_count == 1
+    world.strangers.discard(place)
+    world.pass_time(portd.service.HOLD_AGAIN_S)
+    assert world.holds.held[lease.id][0] == place
+    assert world.service.without_hold_count == 0
 
 
 @in_world()

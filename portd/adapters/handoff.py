@@ -147,6 +147,9 @@ class HandoffServer:
         try:
             sockets = self._holds.pass_on(lease.id, lease.protocol, lease.address, lease.port)
             if wish.listen and "tcp" in sockets:
+                # Connections that a server before left behind forbid to listen without this option (TIME_WAIT, a minute
+                # long); a socket that listens keeps others off with it as well as without.
+                sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
                 sockets["tcp"].listen(wish.backlog)
         except OSError as error:
             raise PortTaken(f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
