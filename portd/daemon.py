@@ -58,7 +58,7 @@ from portd.core.table import LeaseTable
 from portd.feed import EVENTS_KEPT, Feed
 from portd.grants import Granter, Policy, hash_token
 from portd.journal import Journal
-from portd.logs import set_up
+from portd.logs import log_event, set_up
 from portd.service import LeaseService
 
 logger = logging.getLogger("portd")
@@ -293,13 +293,9 @@ class Daemon:
         logger.info("configuration read again: [leases], [health] and [log] are taken up")
 
     def _on_event(self, event: Event) -> None:
-        lease = event.lease
         if event.type in ("granted", "declined"):
             self._watch.nudge()
-        elif event.type == "conflict":
-            stranger = lease.stranger
-            logger.warning("port %d of %s is listened on by a stranger: pid %s %s", lease.port, lease.instance,
-                           stranger and stranger.pid, stranger and stranger.exe)
+        log_event(event)
 
     def _settle_memory(self) -> None:
         """What is there now stays: the garbage collector need not look at it again."""
