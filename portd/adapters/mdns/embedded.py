@@ -126,6 +126,7 @@ class EmbeddedResponder:
         if entry is None:
             return
         self.zone.remove(entry)
+        entry.standing = Standing.WAITING
         entry.attempt += 1
         self._to_claim.pop(entry, None)
         self._to_announce.pop(entry, None)
@@ -157,6 +158,7 @@ class EmbeddedResponder:
 
     def _start_claim(self, claim: Claim, after_s: float = 0.0) -> None:
         claim.attempt += 1
+        claim.was_asked = False
         self._to_announce.pop(claim, None)
         if not any(claim.is_on(link) for link in self._links.values()):
             claim.standing = Standing.WAITING
@@ -195,6 +197,8 @@ class EmbeddedResponder:
         for some in _slices(claims, 4 * wire.PROBED_PER_PACKET):
             self.sockets.send(wire.encode_probe([(claim.full_name, claim.unique(link)) for claim in some]),
                               self.sockets.groups(link.index))
+            for claim in some:
+                claim.was_asked = True
             await asyncio.sleep(0)
 
     def _lose(self, claim: Claim) -> None:
@@ -241,8 +245,7 @@ class EmbeddedResponder:
         targets, host = self.sockets.groups(link.index), self.zone.host
         for some in _slices(claims, PER_PACKET):
             # A claim may be withdrawn while others are announced: nothing is announced after its goodbye.
-            entries = [claim for claim in some if isinstance(claim, Entry) and claim.standing is Standing.OWNED
-                       and self.zone.entries.get(claim.service.id) is claim]
+            entries = [claim for claim in some if isinstance(claim, Entry) and claim.standing is Standing.OWNED]
             answers = [record for entry in entries for record in entry.records()]
             answers += [wire.pointer(wire.TYPES_NAME, base) for base in sorted({entry.base for entry in entries})]
             answers += host.unique(link)
@@ -315,6 +318,7 @@ class EmbeddedResponder:
     def _compare(self, arrival: Arrival, records: list[DNSRecord]) -> None:
         """Find conflicts with what others say (section 9), and defend what they take leave of in our stead."""
         link = self._links.get(arrival.link)
+        lost: dict[Claim, None] = {}
         for record in records if link is not None else ():
             assert link is not None
             claim = self.zone.claim(record.key)
@@ -326,6 +330,10 @@ class EmbeddedResponder:
                     self._gather(announce=[claim])
             elif record.ttl > 0 and record.type in (wire.SRV, wire.TXT, wire.A, wire.AAAA) \
                     and not self._is_own_address(record):
+                lost[claim] = None
+        for claim in lost:
+            # Before our first question it is the conflict that made us ask, told again: by its TXT, over IPv6.
+            if claim.standing is Standing.OWNED or claim.was_asked:
                 self._lose(claim)
 
     def _is_own_address(self, record: DNSRecord) -> bool:

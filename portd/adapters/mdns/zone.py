@@ -39,13 +39,15 @@ class Standing(Enum):
 class Claim:
     """A name that has to be this host's alone on its links before it is used.
 
-    `attempt` grows whenever probing starts afresh, so that a probe that is under way knows that it has been overtaken.
+    `attempt` grows whenever probing starts afresh, so that a probe that is under way knows that it has been overtaken;
+    `was_asked` tells whether one has been sent in this attempt.
     """
 
     def __init__(self, name: str) -> None:
         self.wish = self.name = name
         self.standing = Standing.WAITING
         self.attempt = 0
+        self.was_asked = False
         self.conflict_count = 0
 
     @property

@@ -119,21 +119,23 @@ def test_two_leases_of_one_host_may_want_one_name(lan: Lan) -> None:
 
 @pytest.mark.netns
 def test_when_a_cut_lan_is_joined_again_one_of_two_owners_takes_another_name(lan: Lan) -> None:
-    one, other, observer = lan.host(), lan.host(), lan.host()
+    one, other, observer = lan.host(ipv6=True), lan.host(ipv6=True), lan.host()
     ear = Ear(observer)
     stations = [Station(one).start(), Station(other).start()]
+    names = [f"Orders {number}" for number in range(20)]
     lan.ip("link", "set", other.port, "nomaster")  # no link goes down: nobody is told
-    for station in stations:
-        station.put(lease("a", "Orders"))
-        station.wait_published("a")
-    assert [station.published("a") for station in stations] == ["Orders", "Orders"]
+    for number, station in enumerate(stations):
+        station.put(*(lease(name, txt={"version": str(number)}, port=20000 + number) for name in names))
+        station.wait_published(*names)
+    assert [station.published(name) for station in stations for name in names] == names + names
     lan.ip("link", "set", other.port, "master", "br0")
 
     def settled() -> bool:
         ear.ask(("_http._tcp.local.", wire.PTR))
-        return sorted(str(station.published("a")) for station in stations) == ["Orders", "Orders (2)"]
+        return all(sorted(str(station.published(name)) for station in stations) == [name, f"{name} (2)"]
+                   for name in names)
 
-    wait_for(settled, "one has another name", pause_s=0.5)
+    wait_for(settled, "each name has one owner, and the other one has the next", pause_s=0.5)
 
 
 @pytest.mark.netns
