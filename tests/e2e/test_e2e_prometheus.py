@@ -29,7 +29,8 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(own_daemon: Daemon) -> No
         own_daemon.lease("orders", pid=process.pid, check={"kind": "listen"})
         own_daemon.call("GET", "/v1/nothing")
         text = own_daemon.call("GET", "/metrics", over="tcp").body
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True,
+                                 check=False)
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
         assert 'portd_leases{state="held"} 1.0' in text
         assert 'portd_events_total{type="granted"} 1.0' in text
