@@ -1,0 +1,67 @@
+"""The box that the tests of a module share, with portd installed and running; and boxes of a test's own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from box import Box, build_venv, missing
+
+TREE = Path(__file__).parents[2]
+SEED = """\
+chroot . useradd --system --no-create-home stranger
+mkdir -p etc/portd
+cat >etc/portd/portd.toml <<'EOF'
+[leases]
+cooldown = 0
+EOF
+chroot . useradd --create-home alice
+"""
+
+
+@pytest.fixture(scope="session")
+def venv(tmp_path_factory) -> Path:
+    """Install the tree once, as it will stand at /opt/portd."""
+    if reason := missing():
+        warnings.warn(f"portd is NOT tested under systemd here: {reason}", stacklevel=1)
+        pytest.skip(reason)
+    place = tmp_path_factory.mktemp("opt") / "portd"
+    build_venv(place, TREE)
+    return place
+
+
+@pytest.fixture(scope="session")
+def make_box(venv, tmp_path_factory) -> Iterator[Callable[[], Box]]:
+    """Make booted boxes; all are gone at the end."""
+    boxes: list[Box] = []
+
+    def make() -> Box:
+        box = Box(tmp_path_factory.mktemp("box"), venv, SEED)
+        boxes.append(box)
+        box.boot()
+        return box
+
+    yield make
+    for box in boxes:
+        box.close()
+
+
+@pytest.fixture(scope="module")
+def installed(make_box) -> Box:
+    """Return a box in which `portd install` has been run."""
+    box = make_box()
+    box.run("portd install")
+    return box
+
+
+@pytest.fixture
+def box(installed) -> Box:
+    """Return the module's box with portd running, however the test before left it."""
+    installed.run("systemctl reset-failed portd.service; systemctl start portd.socket portd.service")
+    return installed
