@@ -61,6 +61,15 @@ def test_the_question_comes_back_as_it_was_asked(name, rdtype):
     assert answer[12:len(query)] == query[12:]
 
 
+@pytest.mark.parametrize("name", ["orders", "_orders._tcp", "orders-1.orders", "_tcp", "nobody", "", "example.com."])
+def test_the_case_of_a_question_makes_no_other_difference(name):
+    lower = ask_for(name, "SRV").to_wire()
+    upper = lower[:12] + lower[12:].upper()  # no length of a label is a letter: they are 63 at most
+    asked = Asked(lease())
+    plain, loud = asked.wire(lower), asked.wire(upper)
+    assert (loud[:12], loud[len(upper):]) == (plain[:12], plain[len(lower):])
+
+
 @pytest.mark.parametrize("name", ["orders", "nobody", "_tcp", "example.com."])
 @pytest.mark.parametrize("desired", [0, dns.flags.RD])
 def test_recursion_desired_is_copied_and_never_available(name, desired):

@@ -194,6 +194,7 @@ def test_queries_in_one_go_are_answered_in_order(station):
         client.shutdown(socket.SHUT_WR)
         for query in queries:
             assert query.is_response(read_message(client))
+        client.settimeout(tcp.IDLE_S / 2)
         assert client.recv(1) == b"", "all is answered and the client has ended: so does the server"
 
 
@@ -233,6 +234,21 @@ def test_who_asks_and_does_not_read_fills_no_memory_and_gets_every_answer_later(
             for _ in range(count):
                 size = int.from_bytes(exactly(client, 2))
                 assert exactly(client, size)[:2] == query.to_wire()[:2]
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_who_asks_without_end_and_does_not_read_is_stopped_by_the_kernels_buffers(loop):
+    limit = 48 << 20  # several times what the kernel keeps for both ends (tcp_rmem, tcp_wmem: 6 and 4 MiB)
+    with Station(loop=loop) as station:
+        station.apply(*(lease(number=number) for number in range(1, 601)))
+        chunk = framed(ask_for("_orders._tcp", "SRV")) * 20000
+        sent = 0
+        with connect(station) as client:
+            client.settimeout(0.5)
+            with suppress(TimeoutError):
+                while sent < limit:
+                    sent += client.send(chunk)
+        assert sent < limit
 
 
 def test_one_connection_too_many_ends_the_longest_idle_one(monkeypatch):
