@@ -1,0 +1,225 @@
+"""Whose a lease is, and when it ends: by the kernel's word about real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import MakeDaemon
+from tests.e2e.exits import exit_to_free
+from tests.e2e.harness import Daemon, Stream, is_bindable, listen_on, owner, wait_for
+from tests.e2e.puppet import Puppet
+
+
+def ended(daemon: Daemon, lease_id: str) -> str:
+    """Wait until a lease has ended, and return why."""
+    because: str = wait_for(lambda: daemon.show(lease_id)["ended_because"], f"lease {lease_id} ends")
+    return because
+
+
+def test_the_lease_of_a_killed_process_ends_its_port_is_free_and_the_event_arrives(own_daemon: Daemon) -> None:
+    with Stream(own_daemon) as stream, Puppet(own_daemon) as puppet:
+        lease = puppet.lease("killed")
+        puppet.end()
+        event = stream.until(lambda event: event.type == "ended")[-1]
+    assert (event.data["lease"]["id"], event.data["lease"]["ended_because"]) == (lease["id"], "owner_exited")
+    assert is_bindable(lease["port"])
+    assert own_daemon.leases() == {}
+    assert own_daemon.verdict(lease["port"]) == "cooling"
+
+
+def test_the_caller_is_the_owner_over_unix_and_over_loopback_tcp(daemon: Daemon) -> None:
+    with Puppet(daemon) as puppet:
+        for over, known_by in (("unix", "peercred"), ("tcp", "socket")):
+            lease = puppet.lease("caller", over=over)
+            owner = lease["owner"]
+            assert (owner["pid"], owner["uid"], owner["user"], owner["known_by"]) == (puppet.pid, 0, "root", known_by)
+            assert owner["exe"] == os.path.realpath(sys.executable)
+            assert owner["cmdline"][-2:] == ["tests.e2e.puppet", "0"]
+            assert owner["started_at"].endswith("Z")
+
+
+def test_a_zombie_is_gone(daemon: Daemon) -> None:
+    with owner() as process:
+        lease = daemon.lease("zombie", pid=process.pid)
+        os.kill(process.pid, signal.SIGKILL)  # and nobody waits for it: it stays a zombie
+        assert ended(daemon, lease["id"]) == "owner_exited"
+        reply = daemon.call("POST", "/v1/leases", {"service": "zombie", "pid": process.pid})
+        assert (reply.status, reply.code, reply.body["pointer"]) == (400, "invalid_request", "/pid")
+
+
+def test_a_pid_that_never_was_or_has_died_is_told_from_one_that_lives(daemon: Daemon) -> None:
+    with owner() as process:
+        pass  # it lived a moment ago
+    for pid in (process.pid, 4_194_304):
+        reply = daemon.call("POST", "/v1/leases", {"service": "dead", "pid": pid})
+        assert (reply.status, reply.code, reply.body["pointer"]) == (400, "invalid_request", "/pid")
+    assert daemon.get("/v1/leases?service=dead")["leases"] == []
+
+
+def test_processes_that_die_while_they_are_given_leases_leave_none_behind(daemon: Daemon) -> None:
+    for _ in range(15):
+        with owner() as process, daemon.connect() as connection:
+            connection.connect()
+            process.kill()
+            reply = connection.call("POST", "/v1/leases", {"service": "dying", "pid": process.pid})
+            assert reply.status == 201 or (reply.status, reply.code) == (400, "invalid_request"), reply
+    wait_for(lambda: daemon.get("/v1/leases?service=dying")["leases"] == [], "the leases of the dead end")
+
+
+def test_a_second_process_with_the_pid_of_a_dead_owner_does_not_inherit_its_lease(daemon: Daemon) -> None:
+    """The owner dies while the daemon does, and its pid is given again (by ns_last_pid, proc(5))."""
+    pid = None
+    for _ in range(50):
+        with owner() as first:
+            pid = first.pid
+            lease = daemon.lease("reused", pid=pid)
+            daemon.kill()
+        if (second := _with_pid(pid)) is not None:
+            break
+        daemon.start()
+    else:
+        pytest.fail(f"pid {pid} could not be made again")
+    with second:
+        try:
+            daemon.start()
+            assert daemon.show(lease["id"])["ended_because"] == "owner_exited"
+            fresh = daemon.lease("reused", pid=second.pid)
+            assert fresh["id"] != lease["id"]
+        finally:
+            second.kill()
+
+
+def _with_pid(pid: int) -> subprocess.Popen[bytes] | None:
+    """Start a process that has this pid; None when somebody else's was faster."""
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+    process = subprocess.Popen(["sleep", "1000"])
+    if process.pid == pid:
+        return process
+    process.kill()
+    process.wait()
+    return None
+
+
+def test_exec_keeps_the_lease_and_what_the_owner_became_is_shown_when_it_listens(daemon: Daemon) -> None:
+    with Puppet(daemon) as puppet:
+        lease = puppet.lease("exec")
+        puppet.become(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(lease["port"]))
+        bound = daemon.wait_state(lease["id"], "bound")
+    assert bound["owner"]["pid"] == puppet.pid
+    assert bound["owner"]["cmdline"][1:3] == ["-m", "http.server"]
+    assert ended(daemon, lease["id"]) == "owner_exited"
+
+
+def test_the_port_of_a_dead_parent_is_not_granted_while_its_child_still_listens(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(port_count=2)
+    daemon.configure("[leases]\ncooldown = 0")
+    daemon.start()
+    with Puppet(daemon) as parent:
+        lease = parent.lease("parent")
+        parent.listen(lease["port"])
+        child = parent.fork()
+        daemon.wait_state(lease["id"], "bound")
+        parent.end()
+        assert ended(daemon, lease["id"]) == "owner_exited"
+        other = daemon.lease("other")
+        assert other["port"] != lease["port"]
+        refused = daemon.call("POST", "/v1/leases", {"service": "another"})
+        assert (refused.status, refused.code) == (503, "pool_exhausted")
+        exact = daemon.call("POST", "/v1/leases", {"service": "another", "port": lease["port"], "exact": True})
+        assert (exact.status, exact.code) == (409, "port_taken")
+        os.kill(child, signal.SIGKILL)
+        again = wait_for(lambda: (reply := daemon.call("POST", "/v1/leases", {"service": "another"})).status == 201
+                         and reply.body, "the port is granted again once it is unbound")
+        assert again["port"] == lease["port"]
+
+
+def test_the_child_that_listens_is_its_parents(daemon: Daemon) -> None:
+    with Puppet(daemon) as parent:
+        lease = parent.lease("child")
+        parent.listen(lease["port"])
+        parent.fork()
+        parent.do("unlisten")  # from here on the child alone has the socket
+        assert daemon.wait_state(lease["id"], "bound")["owner"]["pid"] == parent.pid
+
+
+def test_a_stranger_on_a_leased_port_is_named_and_its_leaving_is_seen(daemon: Daemon) -> None:
+    with owner() as process, Stream(daemon, "?service=visited") as stream, Puppet(daemon) as stranger:
+        lease = daemon.lease("visited", pid=process.pid)
+        assert stranger.listen(lease["port"]) is None
+        event = stream.until(lambda event: event.type == "conflict")[-1]
+        assert event.data["stranger"]["pid"] == stranger.pid
+        assert event.data["lease"]["state"] == "conflict"
+        view = daemon.get(f"/v1/ports/{lease['port']}")
+        assert (view["verdict"], view["lease"]["id"]) == ("conflict", lease["id"])
+        assert [listener["pid"] for listener in view["listeners"]] == [stranger.pid]
+        stranger.end()
+        stream.until(lambda event: event.type == "unbound")
+    assert re.search(rf"{lease['instance']} .*{lease['port']}: .*stranger, pid {stranger.pid}", daemon.log())
+
+
+def test_a_lease_is_held_then_bound_then_held(daemon: Daemon) -> None:
+    with Puppet(daemon) as puppet, Stream(daemon, "?service=rhythm") as stream:
+        lease = puppet.lease("rhythm")
+        assert lease["state"] == "held"
+        for _ in range(2):
+            assert puppet.listen(lease["port"]) is None
+            stream.until(lambda event: event.type == "bound")
+            assert daemon.verdict(lease["port"]) == "bound"
+            puppet.do("unlisten")
+            stream.until(lambda event: event.type == "unbound")
+            assert daemon.verdict(lease["port"]) == "held"
+
+
+def test_a_held_port_is_kept_from_all_that_do_not_bind_as_servers_do(daemon: Daemon) -> None:
+    with owner() as process:
+        shared = daemon.lease("kept", pid=process.pid)
+        exclusive = daemon.lease("kept", pid=process.pid, hold="exclusive")
+        free = daemon.lease("kept", pid=process.pid, hold="none")
+        ports = [lease["port"] for lease in (shared, exclusive, free)]
+        assert [is_bindable(port) for port in ports] == [False, False, True]
+        assert [is_bindable(port, reuse=True) for port in ports] == [True, False, True]
+
+
+def test_a_port_that_somebody_listens_on_is_never_granted(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(port_count=3).start()
+    with listen_on(daemon.first_port), listen_on(daemon.first_port + 1, "0.0.0.0"):
+        wish = daemon.lease("wish", port=daemon.first_port)
+        assert wish["port"] == daemon.first_port + 2
+        refused = daemon.call("POST", "/v1/leases", {"service": "more"})
+        assert (refused.status, refused.code) == (503, "pool_exhausted")
+        assert daemon.verdict(daemon.first_port) in ("unmanaged", "declined")
+
+
+def test_a_thousand_owners_that_exit_together_leave_no_lease_and_no_port_behind() -> None:
+    print(f"exit to free, 1000 owners: {exit_to_free(1000):.1f} ms")
+
+
+def test_a_second_request_of_the_same_live_owner_gets_the_lease_that_it_has(daemon: Daemon) -> None:
+    with Puppet(daemon) as puppet, Puppet(daemon) as other:
+        first = puppet.lease("twice", instance="twice-a")
+        again = puppet.call("POST", "/v1/leases", {"service": "twice", "instance": "twice-a"})
+        assert (again.status, again.body["id"]) == (200, first["id"])
+        assert "token" not in again.body
+        refused = other.call("POST", "/v1/leases", {"service": "twice", "instance": "twice-a"})
+        assert (refused.status, refused.code, refused.body["pointer"]) == (409, "port_taken", "/instance")
+        assert str(puppet.pid) in refused.body["detail"]
+
+
+def test_a_sticky_instance_gets_its_port_back_across_its_own_and_the_daemons_restarts(own_daemon: Daemon) -> None:
+    with Puppet(own_daemon) as puppet:
+        port = puppet.lease("sticky", instance="sticky-a")["port"]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        wait_for(lambda: not own_daemon.leases(), "the lease ends")
+        own_daemon.lease("filler", ttl=3600)
+        own_daemon.restart(number)
+        with Puppet(own_daemon) as puppet:
+            assert puppet.lease("sticky", instance="sticky-a")["port"] == port
+        for lease in own_daemon.leases().values():
+            own_daemon.call("DELETE", f"/v1/leases/{lease['id']}")
