@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from portd.clocks import LeaseClocks
 from portd.core import announcing
 from portd.core.allocator import Allocator
 from portd.core.errors import (
@@ -26,7 +27,6 @@ from portd.core.errors import (
     PortTaken,
     Refusal,
 )
-from portd.core.expiry import Deadlines
 from portd.core.model import Event, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
 from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
 from portd.core.rights import Caller, check_change
@@ -38,10 +38,6 @@ from portd.journal import Entry, Journal, end
 from portd.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
 
 logger = logging.getLogger(__name__)
-
-
-HOLD_AGAIN_S: Final = 5.0
-"""Seconds between two tries to hold a port that somebody had bound, and not listened on, when portd started."""
 
 
 class Granted(NamedTuple):
@@ -69,15 +65,10 @@ class LeaseService:
         self._holds = holds
         self._processes = processes
         self.clock = clock
-        self._deadlines: Deadlines[str] = Deadlines()
-        self._renewed: dict[str, float] = {}
+        self._clocks = LeaseClocks(table, allocator, journal, holds, clock)
         self._granting: dict[str, Entry] = {}
         self._moving: dict[str, Lease] = {}
         self._exited: set[ProcessId] = set()
-        self._without_hold: set[str] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._fires_at = 0.0
-        self._hold_again_at = 0.0
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
         journal.subscribe(self._on_event)
 
@@ -141,12 +132,12 @@ class LeaseService:
         same_uid = caller.uid is not None and caller.uid == lease.owner.uid
         if lease.process is not None and identity == lease.process:
             if lease.lifetime == "ttl":
-                self._restart_clock(lease, now)
+                self._clocks.restart(lease, now)
             return []
         orphaned = lease.lifetime == "ttl" and (lease.process is None or not self._processes.is_alive(lease.process))
         shows_token = caller.token_hash is not None and caller.token_hash == lease.token_hash
         if request.ttl is not None and orphaned and (same_uid or shows_token):
-            self._restart_clock(lease, now)
+            self._clocks.restart(lease, now)
             if process is None:
                 return []
             return [Change(lease.id, "updated", {"owner": process.owner, "process": process.id})]
@@ -187,7 +178,7 @@ class LeaseService:
                                  pointer="/seconds")
         if seconds is not None and seconds != lease.ttl:
             lease = await self._commit(Change(lease.id, "updated", {"ttl": seconds}))
-        self._restart_clock(lease, self.clock.now())
+        self._clocks.restart(lease, self.clock.now())
         return lease
 
     async def decline(self, lease_id: str, caller: Caller) -> Lease:
@@ -297,79 +288,32 @@ class LeaseService:
         if event.type == "granted":
             self._granting.pop(lease.id, None)
             if lease.ttl is not None:
-                self._restart_clock(lease, self.clock.now())
+                self._clocks.restart(lease, self.clock.now())
             elif lease.process in self._exited:
                 self.journal.observe(end(lease.id, "owner_exited", event.at))
         elif event.type == "declined":
             self.allocator.vacate(self._moving.pop(lease.id))
-            self._without_hold.discard(lease.id)
-            self._arm()
-        elif event.type == "unbound" and lease.id in self._without_hold:
-            self._restore_hold(lease)
+            self._clocks.has_moved(lease.id)
+        elif event.type == "unbound" and self._clocks.lacks_hold(lease.id):
+            self._clocks.hold_again(lease)
         elif event.type == "ended":
             self._holds.drop(lease.id)
             self.allocator.cool(lease, self.clock.now().tick)
-            self._deadlines.discard(lease.id)
-            self._renewed.pop(lease.id, None)
-            self._without_hold.discard(lease.id)
+            self._clocks.forget(lease.id)
             self._forget_process(lease.process)
-            self._arm()
+            self._clocks.arm()
 
     # --- clocks ---
 
     def view(self, lease: Lease, *, cmdline: bool, token: str | None = None) -> LeaseView:
         """Show a lease with its running clock."""
-        expires_at = None
-        tick = self._deadlines.at(lease.id)
-        if tick is not None and lease.state != "ended":
-            now = self.clock.now()
-            expires_at = now.at + (tick - now.tick)
-        return view_lease(lease, cmdline=cmdline, renewed_at=self._renewed.get(lease.id), expires_at=expires_at,
+        renewed_at, expires_at = self._clocks.times(lease)
+        return view_lease(lease, cmdline=cmdline, renewed_at=renewed_at, expires_at=expires_at,
                           token=UNSET if token is None else token)
 
     def tend(self) -> None:
         """Do what is due: end leases whose time has run out, look at quarantined ports. May be called at any time."""
-        now = self.clock.now()
-        for lease_id in self._deadlines.pop_due(now.tick):
-            renewed_at = self._renewed.get(lease_id)
-            change = end(lease_id, "expired", now.at)
-            if renewed_at is not None:
-                change.fields["renewed_at"] = renewed_at
-            self.journal.observe(change)
-        for quarantine in self.allocator.due_looks(now.tick):
-            place = quarantine.place
-            free = self._holds.is_free(place.protocol, place.address, place.port)
-            self.allocator.seen(quarantine, free, now.tick)
-        if now.tick >= self._hold_again_at:
-            self._hold_again_at = now.tick + HOLD_AGAIN_S
-            for lease_id in tuple(self._without_hold):
-                lease = self.table.get(lease_id)
-                if lease is not None and lease.state == "held":
-                    self._restore_hold(lease)
-        self._arm()
-
-    def _restart_clock(self, lease: Lease, now: Now) -> None:
-        assert lease.ttl is not None
-        if lease.id in self._deadlines:
-            self._renewed[lease.id] = now.at
-        self._deadlines.set(lease.id, now.tick + lease.ttl)
-        self._arm()
-
-    def _arm(self) -> None:
-        """Set the timer to what is due next."""
-        hold_again_at = self._hold_again_at if self._without_hold else None
-        due = (self._deadlines.next_tick(), self.allocator.next_look(), hold_again_at)
-        ticks = [tick for tick in due if tick is not None]
-        loop = asyncio.get_running_loop()
-        if not ticks:
-            return
-        when = loop.time() + max(0.0, min(ticks) - self.clock.now().tick)
-        if self._timer is not None:
-            if loop.time() < self._fires_at <= when:
-                return  # it fires early enough, and arms itself anew
-            self._timer.cancel()
-        self._timer = loop.call_at(when, self.tend)
-        self._fires_at = when
+        self._clocks.tend()
 
     # --- start and stop ---
 
@@ -388,11 +332,11 @@ class LeaseService:
             self.allocator.use(lease)
         for lease in loaded.live:
             self._restore_lease(lease, boot_id, now)
-        self._arm()
+        self._clocks.arm()
 
     def _restore_lease(self, lease: Lease, boot_id: str, now: Now) -> None:
         if lease.lifetime == "ttl":
-            self._restart_clock(lease, now)
+            self._clocks.restart(lease, now)
         elif lease.process is None or lease.process.boot_id != boot_id:
             self.journal.observe(end(lease.id, "host_rebooted", now.at))
             return
@@ -407,23 +351,16 @@ class LeaseService:
                 return
             except Busy as error:  # rather leak the port until the next start than end a living owner's lease
                 logger.error("the exit of %s can't be waited for: %s", describe(lease.owner), error.detail)
-        self._restore_hold(lease)
-
-    def _restore_hold(self, lease: Lease) -> None:
-        if self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold):
-            self._without_hold.discard(lease.id)
-        else:
-            self._without_hold.add(lease.id)  # its owner listens: the port is safe, and is held again when it stops
+        self._clocks.hold_again(lease)
 
     def close(self) -> None:
         """Stop the timer; leases stay for the next start."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._clocks.close()
 
     @property
     def without_hold_count(self) -> int:
-        """Return how many leases have no hold because their owner's socket was in the way at the start."""
-        return len(self._without_hold)
+        """Return how many leases have no hold because somebody's socket was in the way at the start."""
+        return self._clocks.without_hold_count
 
     # --- parts ---
 

@@ -10,7 +10,7 @@ import pytest
 import portd
 
 ROOT = Path(portd.__file__).parent
-SERVICE_ROOMS = {"portd.service", "portd.grants", "portd.journal", "portd.feed"}
+SERVICE_ROOMS = {"portd.service", "portd.grants", "portd.journal", "portd.feed", "portd.clocks"}
 IMPURE = {"asyncio", "datetime.now", "os", "pathlib", "random", "secrets", "select", "socket", "subprocess",
           "threading", "time", "aiohttp", "aiosqlite", "sqlite3", "zeroconf"}
 """What the core must not touch: I/O, clocks, chance."""

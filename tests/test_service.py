@@ -7,8 +7,8 @@ import functools
 
 import pytest
 
+import portd.clocks
 import portd.journal
-import portd.service
 from portd.core.allocator import Place, StaticPort
 from portd.core.errors import (
     AnnounceUnreachable,
@@ -444,7 +444,7 @@ async def test_a_hold_that_a_stranger_stood_against_at_the_start_is_taken_when_i
     assert world.holds.held == {}
     assert world.service.without_hold_count == 1
     world.strangers.discard(place)
-    world.pass_time(portd.service.HOLD_AGAIN_S)
+    world.pass_time(portd.clocks.HOLD_AGAIN_S)
     assert world.holds.held[lease.id][0] == place
     assert world.service.without_hold_count == 0
 
