@@ -11,6 +11,8 @@ import os
 import sqlite3
 import sys
 from collections.abc import Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,6 +22,7 @@ from portd.core.model import Event, Lease, encode_lease
 logger = logging.getLogger(__name__)
 
 Durability = Literal["full", "fast"]
+Row = tuple[Any, ...]
 
 BUSY_TIMEOUT_S: Final = 2.0
 """Seconds to wait for a lock that another program (a backup, a curious shell) has on the database."""
@@ -33,12 +36,16 @@ CAP_FRAMES: Final = 16 * FOLD_FRAMES
 PRUNE_STEP: Final = 50
 """Rows that go at a time: a millisecond or two between two commits, in a history of 200,000 leases."""
 
+ROWS_MAX: Final = 64
+"""Rows in one statement. Each statement gives the GIL up and waits to have it back, while the loop's thread wants it
+too, so a statement a row costs both. More rows than this gain nothing."""
+
 _UPSERT: Final = """
     INSERT INTO leases (id, service, instance, endpoint, protocol, address, port, state, uid, created_at, ended_at,
-        revision, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        revision, body) VALUES {rows}
     ON CONFLICT (id) DO UPDATE SET address = excluded.address, port = excluded.port, state = excluded.state,
         uid = excluded.uid, ended_at = excluded.ended_at, revision = excluded.revision, body = excluded.body"""
-_INSERT_EVENT: Final = "INSERT INTO events (revision, at, type, lease_id, body) VALUES (?, ?, ?, ?, ?)"
+_INSERT_EVENT: Final = "INSERT INTO events (revision, at, type, lease_id, body) VALUES {rows}"
 FORGET_LEASES: Final = f"""
     DELETE FROM leases WHERE rowid IN
         (SELECT rowid FROM leases WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
@@ -114,8 +121,8 @@ class Writer:
             # Of several changes of one lease in a batch the last is what the lease is now.
             leases = {event.lease.id: _row(event.lease, body) for event, body in bodies}
             database.execute("BEGIN IMMEDIATE")
-            database.executemany(_UPSERT, leases.values())
-            database.executemany(_INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
+            _insert(database, _UPSERT, list(leases.values()))
+            _insert(database, _INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
             committing = True
             database.execute("COMMIT")
         except (sqlite3.Error, ValueError, OverflowError) as error:  # the latter two: a value that can't be stored
@@ -204,6 +211,21 @@ class Writer:
         self.log_frames = frames
 
 
+def _insert(database: sqlite3.Connection, statement: str, rows: Sequence[Row]) -> None:
+    start = 0
+    while left := len(rows) - start:
+        count = min(ROWS_MAX, 1 << left.bit_length() - 1)  # powers of two: few statements to be compiled, and kept
+        some = rows[start:start + count]
+        database.execute(_for_rows(statement, len(some[0]), count), tuple(chain.from_iterable(some)))
+        start += count
+
+
+@cache
+def _for_rows(statement: str, width: int, count: int) -> str:
+    row = f"({', '.join('?' * width)})"
+    return statement.format(rows=", ".join([row] * count))
+
+
 def _reason(error: Exception) -> str | None:
     return next((text for prefix, text in _NOTHING_WRITTEN.items() if _name(error).startswith(prefix)), None)
 
@@ -212,7 +234,7 @@ def _name(error: Exception) -> str:
     return getattr(error, "sqlite_errorname", None) or type(error).__name__
 
 
-def _row(lease: Lease, body: bytes) -> tuple[Any, ...]:
+def _row(lease: Lease, body: bytes) -> Row:
     assert (lease.ended_at is None) == (lease.state != "ended"), "the store tells live leases by their open end"
     return (lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol, lease.address, lease.port,
             lease.state, lease.owner.uid, lease.created_at, lease.ended_at, lease.revision, body)
