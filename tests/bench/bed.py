@@ -128,6 +128,8 @@ class Portd:
         began = time.perf_counter()
         with running(sys.executable, "-m", "portd", "serve", "--config", str(self._config), core=core) as process:
             wait_for(lambda: process.poll() is not None or is_open(self.socket), "portd listens", pause_s=0.001)
+            if process.poll() is not None:
+                raise RuntimeError(f"portd exited with {process.returncode}: see its message above")
             self.ask("GET", "/healthz")
             self.ready_s = time.perf_counter() - began
             yield process
