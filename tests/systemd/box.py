@@ -1,4 +1,4 @@
-"""A box: a real systemd, booted in namespaces over a throw-away copy of this machine's tree, with portd's Python in /opt.
+"""A box: a real systemd, booted in namespaces over a throw-away copy of this machine's tree, with portd in /opt.
 
 The box has no network but its own loopback, and can't reach the host. Commands run in it as root unless told otherwise.
 """
@@ -14,19 +14,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
 ENVIRONMENT = {"PATH": "/opt/portd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "dumb",
                "LC_ALL": "C.UTF-8", "HOME": "/"}
 DEADLINE_S = 30.0
+TOOLS = ("/lib/systemd/systemd", "/usr/bin/systemd-analyze", "/usr/bin/nsenter", "/usr/bin/unshare", "/usr/bin/setpriv",
+         "/usr/bin/python3", "/usr/bin/curl", "/usr/bin/pkill", "/usr/sbin/useradd")
 
 
 def missing() -> str | None:
     """Say what this machine lacks for a box; None when it has all."""
     if os.geteuid() != 0:
         return "a box needs root"
-    for tool in ("/lib/systemd/systemd", "/usr/bin/nsenter", "/usr/bin/unshare", "/usr/bin/setpriv", "/usr/bin/python3"):
+    for tool in TOOLS:
         if not os.access(tool, os.X_OK):
             return f"a box needs {tool}"
     return None if _control_groups() else "a box needs a writable cgroup2 hierarchy"
@@ -139,8 +142,21 @@ class Box:
         """Call the daemon over its unix socket."""
         data = f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}" if body is not None else ""
         verb = f"-X {method}" if method else ""
-        out = self.run(f"curl -sS --fail-with-body --unix-socket /run/portd/portd.sock {verb} {data} http://portd{path}")
+        url = shlex.quote(f"http://portd{path}")
+        out = self.run(f"curl -sS --fail-with-body --unix-socket /run/portd/portd.sock {verb} {data} {url}")
         return json.loads(out) if out else None
+
+    def leases(self, service: str = "") -> list[dict[str, Any]]:
+        """Return all live leases, of one service or of all."""
+        found: list[dict[str, Any]] = []
+        cursor = ""
+        for _ in range(100):
+            page = self.api(f"/v1/leases?limit=1000{service and f'&service={service}'}{cursor}")
+            found += page["leases"]
+            if page["next"] is None:
+                return found
+            cursor = f"&cursor={quote(str(page['next']))}"
+        raise AssertionError("the list of leases has no end")
 
     def show(self, name: str, unit: str = "portd.service") -> str:
         """Return a property of a unit."""

@@ -1,0 +1,73 @@
+"""Run in the box, with the standard library only. Both commands print what came of them as JSON.
+
+`load.py grants COUNT PER_SECOND` asks for leases, each on a connection of its own; `load.py grab SECONDS PORT…` tries
+to bind ports that are held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import socket
+import sys
+import time
+
+SOCKET = "/run/portd/portd.sock"
+REQUEST = (b"POST /v1/leases HTTP/1.1\r\nHost: portd\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+           b"Connection: close\r\n\r\n%s")
+
+
+async def ask(index: int, answers: list[tuple[int, str]]) -> None:
+    """Ask for one lease; whatever goes wrong is an answer too."""
+    body = json.dumps({"service": "load", "instance": f"load-{index}", "ttl": 600}).encode()
+    try:
+        async with asyncio.timeout(20):
+            reader, writer = await asyncio.open_unix_connection(SOCKET)
+            writer.write(REQUEST % (len(body), body))
+            answer = await reader.read()
+            writer.close()
+        answers.append((int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2].decode()))
+    except (OSError, IndexError, ValueError, TimeoutError) as error:
+        answers.append((0, repr(error)))
+
+
+async def grants(count: int, per_second: float) -> None:
+    """Ask at a steady rate, however long answers take."""
+    answers: list[tuple[int, str]] = []
+    start = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        for index in range(count):
+            await asyncio.sleep(max(0.0, start + index / per_second - time.monotonic()))
+            tasks.create_task(ask(index, answers))
+            if index == 20:
+                print("under way", flush=True)
+    print(json.dumps({"granted": [json.loads(text)["port"] for status, text in answers if status == 201],
+                      "lost": [(status, text) for status, text in answers if status != 201],
+                      "seconds": time.monotonic() - start}))
+
+
+def grab(seconds: float, ports: list[int]) -> None:
+    """Try to bind each port as a plain program does, over and over."""
+    end = time.monotonic() + seconds
+    tries, grabbed = 0, []
+    print("under way", flush=True)
+    while time.monotonic() < end:
+        for port in ports:
+            tries += 1
+            with socket.socket() as stranger:
+                try:
+                    stranger.bind(("127.0.0.1", port))
+                    grabbed.append(port)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+        time.sleep(0.001)
+    print(json.dumps({"tries": tries, "grabbed": grabbed}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "grants":
+        asyncio.run(grants(int(sys.argv[2]), float(sys.argv[3])))
+    else:
+        grab(float(sys.argv[2]), [int(word) for word in sys.argv[3:]])

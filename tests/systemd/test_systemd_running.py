@@ -1,0 +1,222 @@
+"""portd under a real systemd: start, crash, hang, restart under load, reload, stop, reboot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from box import wait_for
+
+pytestmark = pytest.mark.systemd
+LOAD = Path(__file__).with_name("load.py").read_text()
+
+
+def lease(box, service="orders", **wishes):
+    return box.api("/v1/leases", {"service": service, "ttl": 600, **wishes})
+
+
+def leases(box):
+    return {one["id"]: one["port"] for one in box.leases()}
+
+
+def restarted(box, pid):
+    """Wait until another process than `pid` has said that it is ready; returns its pid."""
+    return wait_for(lambda: box.show("ActiveState") == "active" and box.show("MainPID") not in (pid, "0")
+                    and box.show("MainPID"), "portd is ready again")
+
+
+def under_way(process):
+    assert process.stdout.readline() == "under way\n"
+
+
+def result_of(process):
+    with process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    return json.loads(out.splitlines()[-1])
+
+
+def start_load(box, *words, user="stranger"):
+    box.run(f"cat >/opt/load.py <<'EOF'\n{LOAD}\nEOF")
+    return box.start(f"exec setpriv --reuid {user} --regid {user} --clear-groups /usr/bin/python3 /opt/load.py "
+                     + " ".join(map(str, words)), stdout=subprocess.PIPE)
+
+
+def test_ready_is_said_only_when_it_answers(box):
+    box.run("systemctl stop portd.service portd.socket")
+    box.run("systemctl start portd.socket")
+    box.run("systemctl start --no-block portd.service")
+    assert box.api("/healthz") == {"status": "ok"}  # whoever comes while it starts waits in the socket's line
+    box.run("systemctl restart portd.service")
+    status, out, _ = box.ask("curl -sS -m 1 http://127.0.0.1:7783/healthz")
+    assert (status, json.loads(out)) == (0, {"status": "ok"})
+
+
+def test_a_caller_starts_a_portd_that_is_not_running(box):
+    box.run("systemctl stop portd.service")
+    assert box.api("/healthz") == {"status": "ok"}
+    assert box.show("ActiveState") == "active"
+
+
+def test_a_crash_is_mended_and_every_lease_is_there_again(box):
+    before = lease(box)
+    pid = box.show("MainPID")
+    box.run(f"kill -KILL {pid}")
+    assert leases(box)[before["id"]] == before["port"]  # asked in the gap: the socket's line, no refusal
+    restarted(box, pid)
+
+
+def test_a_daemon_whose_loop_hangs_is_killed_by_the_watchdog_and_started_anew(box):
+    box.run("mkdir -p /run/systemd/system/portd.service.d && printf '[Service]\\nWatchdogSec=1\\nTimeoutAbortSec=1\\n' "
+            ">/run/systemd/system/portd.service.d/hang.conf && systemctl daemon-reload && systemctl restart portd")
+    pid = box.show("MainPID")
+    before = lease(box)
+    box.run(f"kill -STOP {pid}")
+    restarted(box, pid)
+    assert leases(box)[before["id"]] == before["port"]
+    box.run("rm -r /run/systemd/system/portd.service.d && systemctl daemon-reload")
+    assert "watchdog" in box.run("journalctl -b -u portd.service --no-pager -o cat").lower()
+
+
+def test_restarts_under_load_lose_no_request_and_no_held_port(box):
+    held = [lease(box, "held", instance=f"held-{n}")["port"] for n in range(60)]
+    pid = box.show("MainPID")
+    load, grabber = start_load(box, "grants", 1200, 200), start_load(box, "grab", 6, *held)
+    under_way(load)
+    under_way(grabber)
+    for _ in range(3):
+        box.run("systemctl restart portd.service")
+    grants, grabs = result_of(load), result_of(grabber)
+    assert box.show("MainPID") != pid
+    assert grants["lost"] == []
+    assert len(set(grants["granted"])) == 1200
+    assert set(grants["granted"]) <= {one["port"] for one in box.leases("load")}
+    assert grabs["tries"] > 1000
+    assert grabs["grabbed"] == []
+
+
+def test_a_port_that_nobody_holds_is_grabbed_at_once_so_the_test_above_can_fail(box):
+    grabber = start_load(box, "grab", 0.1, 31999)
+    under_way(grabber)
+    assert set(result_of(grabber)["grabbed"]) == {31999}
+
+
+def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
+    owner = box.start("exec portd run brief -- sleep 1000")
+    kept = wait_for(lambda: box.leases("brief"), "it has its port")[0]
+    box.run(f"systemctl restart --no-block portd.service; kill {kept['owner']['pid']}")
+    owner.wait(10)
+    wait_for(lambda: box.api(f"/v1/leases/{kept['id']}")["state"] == "ended", "its lease has ended")
+    grabber = start_load(box, "grab", 0.1, kept["port"])
+    under_way(grabber)
+    assert kept["port"] in result_of(grabber)["grabbed"]
+
+
+def test_reload_takes_up_what_can_change_and_names_what_can_not(box):
+    pid = box.show("MainPID")
+    box.run("cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[leases]\\nmax_ttl = 700\\n[pools.default]\\n"
+            "ranges = [\"21000-21999\"]\\n' >/etc/portd/portd.toml && systemctl reload portd.service")
+    warning = wait_for(lambda: [line for line in box.journal("PRIORITY=4") if "need a restart" in line["MESSAGE"]],
+                       "what needs a restart is said")
+    assert warning[-1]["MESSAGE"].endswith(": pools")
+    status, out, _ = box.ask("portd lease orders --ttl 701")
+    box.run("mv /etc/portd/before.toml /etc/portd/portd.toml && systemctl reload portd.service")
+    assert (status, out) == (2, "")
+    assert box.show("MainPID") == pid
+
+
+def test_a_broken_configuration_stops_the_tries_and_says_where(box):
+    box.run("cp /etc/portd/portd.toml /etc/portd/before.toml && echo 'rubbish = 1' >/etc/portd/portd.toml")
+    status, _, _ = box.ask("systemctl restart portd.service")
+    tries = box.show("NRestarts")
+    box.run("mv /etc/portd/before.toml /etc/portd/portd.toml")
+    assert (status, tries) == (1, "0")
+    assert "/etc/portd/portd.toml:1: rubbish" in box.run("journalctl -b -u portd.service --no-pager -o cat")
+
+
+def test_a_stop_ends_long_polls_cleanly_within_two_seconds_and_keeps_every_lease(box):
+    before = lease(box)
+    revision = box.api("/v1/services/orders")["revision"]
+    poll = box.start("curl -sS -o /dev/null -w '%{http_code}' --unix-socket /run/portd/portd.sock "
+                     f"'http://portd/v1/services/orders?after={revision}&wait=60'", stdout=subprocess.PIPE)
+    wait_for(lambda: box.api("/v1/status")["counts"]["connections"] >= 2, "the poll is under way")
+    took_us = stop_us(box)
+    with poll:
+        assert poll.communicate(timeout=10)[0] == "200"
+    assert took_us < 2_000_000
+    assert leases(box)[before["id"]] == before["port"]
+
+
+def stop_us(box):
+    """Stop the service; returns the microseconds from the signal to the exit, by the kernel's clock."""
+    box.run("systemctl stop portd.socket portd.service")
+    assert box.show("Result") == "success"
+    box.run("systemctl start portd.socket")
+    return int(box.show("InactiveEnterTimestampMonotonic")) - int(box.show("ActiveExitTimestampMonotonic"))
+
+
+def test_the_journal_finds_what_happened_to_a_port(box):
+    brief = lease(box, "brief", instance="brief-7", ttl=0.2)
+    found = wait_for(lambda: box.journal(f"PORT={brief['port']}", f"LEASE={brief['id']}"), "the journal has it")
+    assert {key: found[-1][key] for key in ("SERVICE", "INSTANCE", "EVENT", "PRIORITY", "SYSLOG_IDENTIFIER")} == {
+        "SERVICE": "brief", "INSTANCE": "brief-7", "EVENT": "ended", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "portd"}
+    assert "expired" in found[-1]["MESSAGE"]
+
+
+def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
+    box.run("mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
+            ">/etc/portd/run/web.env && systemctl start portd-run@web.service")
+    port = wait_for(lambda: bound_port(box, "web"), "the service listens")
+    pid = box.show("MainPID", "portd-run@web.service")
+    box.run(f"kill -KILL {pid}")
+    wait_for(lambda: box.show("MainPID", "portd-run@web.service") not in (pid, "0"), "systemd starts it again")
+    assert wait_for(lambda: bound_port(box, "web"), "the service listens again") == port
+    listed = box.api("/v1/leases?service=web")["leases"][0]
+    box.run("systemctl stop portd-run@web.service")
+    assert listed["owner"]["unit"] == "portd-run@web.service"
+
+
+def bound_port(box, service):
+    return next((one["port"] for one in box.leases(service) if one["state"] == "bound"), None)
+
+
+def test_another_users_process_is_named_by_the_hardened_unit(box):
+    server = box.start("exec setpriv --reuid stranger --regid stranger --clear-groups /usr/bin/python3 -m http.server "
+                       "--bind 127.0.0.1 31888 2>/dev/null")
+    listener = wait_for(lambda: box.api("/v1/ports/31888")["listeners"], "the server listens")[0]
+    box.run("pkill -u stranger -f 'http.server --bind 127.0.0.1 31888'")
+    server.wait(10)
+    assert (listener["user"], listener["exe"]) == ("stranger", box.run("readlink -f /usr/bin/python3").strip())
+
+
+def test_a_user_has_a_portd_of_their_own(box):
+    alice = ("exec setpriv --reuid alice --regid alice --init-groups env HOME=/home/alice "
+             "XDG_RUNTIME_DIR=/run/user/$(id -u alice) ")
+    box.run("systemctl start user@$(id -u alice).service")
+    box.run(alice + "portd install --user")
+    said = box.run(alice + "portd status")
+    box.run(alice + "portd uninstall --user --purge")
+    assert "/portd/portd.sock" in said
+    assert "/run/user/" in said
+    assert box.ask("ls /home/alice/.config/systemd/user/portd.service /home/alice/.local/state/portd")[1] == ""
+
+
+def test_after_a_reboot_process_leases_have_ended_and_instances_get_their_ports_back(make_box):
+    box = make_box()
+    # The unit's own /proc would show the kernel's boot id, which is the same for every boot of a box.
+    box.run("mkdir -p /etc/systemd/system/portd.service.d && printf '[Service]\\nProtectProc=default\\n' "
+            ">/etc/systemd/system/portd.service.d/boot-id.conf && portd install")
+    box.run("mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
+            "| tee /etc/portd/run/web.env >/etc/portd/run/api.env")
+    box.run("systemctl enable --now portd-run@web portd-run@api")
+    ports = {name: wait_for(lambda name=name: bound_port(box, name), f"{name} listens") for name in ("web", "api")}
+    ids = set(leases(box))
+    clocked = lease(box)
+    box.power_off()
+    box.boot()
+    assert {name: wait_for(lambda name=name: bound_port(box, name), f"{name} listens") for name in ports} == ports
+    assert {box.api(f"/v1/leases/{one}")["ended_because"] for one in ids} <= {"host_rebooted", "owner_exited"}
+    assert not ids & set(leases(box))
+    assert leases(box)[clocked["id"]] == clocked["port"]
