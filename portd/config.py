@@ -18,9 +18,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from portd.core.errors import ConfigError
-from portd.core.model import HoldKind, Label, PortNumber, Protocol
+from portd.core.model import LABEL_PATTERN, HoldKind, Label, PortNumber, Protocol
 
-EPHEMERAL_RANGE_FILE: Final = "/proc/sys/net/ipv4/ip_local_port_range"
+ZONE_MAX_CHARACTERS: Final = 61
+"""Three labels of 63 (an endpoint, an instance, a service) fit before it in a name of 255 octets."""
 
 
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -287,6 +288,9 @@ def _problems(settings: Settings) -> list[tuple[str, str]]:
                     ("both" in (static.protocol, other_static.protocol) or static.protocol == other_static.protocol):
                 found.append((f"static.{name}.port", f"{static.port} is static for {other_name} already"))
     found.extend(_listen_problems(settings))
+    zone = settings.dns.zone.removesuffix(".")
+    if len(zone) > ZONE_MAX_CHARACTERS or not all(re.match(LABEL_PATTERN, label) for label in zone.lower().split(".")):
+        found.append(("dns.zone", f"{zone!r} is not a domain name of 1 to {ZONE_MAX_CHARACTERS} characters"))
     found.extend(("health.allow_commands", f"{command!r} is not an absolute path")
                  for command in settings.health.allow_commands if not command.startswith("/"))
     return found

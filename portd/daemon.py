@@ -124,7 +124,9 @@ class Daemon:
         self._service.report_to_probes = self._prober.reported
         self._dns = DnsServer([split_host_port(settings.dns.listen)] if settings.dns.listen else [],
                               settings.dns.zone, settings.dns.ttl, self._metrics.query)
-        watchers = [self._metrics.apply, self._feed.apply, self._dns.apply, self._prober.apply, self._on_event]
+        watchers = [self._metrics.apply, self._feed.apply, self._prober.apply, self._on_event]
+        if settings.dns.listen:
+            watchers.append(self._dns.apply)
         if settings.mdns.enabled:
             watchers.append(self._announcer.apply)
         for watcher in watchers:
@@ -270,8 +272,10 @@ class Daemon:
 
     async def _prune(self) -> None:
         while True:
-            with suppress(StoreUnavailable):
+            try:
                 await self._store.prune(time.time() - self._settings.store.history_days * DAY_S, EVENTS_KEPT)
+            except StoreUnavailable as error:
+                self._journal.doubt(error.detail)
             await asyncio.sleep(PRUNE_EVERY_S)
 
     def _reload(self) -> None:

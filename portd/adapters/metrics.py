@@ -40,6 +40,7 @@ class Metrics:
         self._queries = Counter("portd_dns_queries", "DNS queries by type and answer.", ["qtype", "rcode"],
                                 registry=self._registry)
         self._event_counters: dict[str, Any] = {}
+        self._query_counters: dict[tuple[str, str], Any] = {}
         self._registry.register(_Live(gauges))
 
     def apply(self, event: Event) -> None:
@@ -65,7 +66,10 @@ class Metrics:
 
     def query(self, qtype: str, rcode: str) -> None:
         """Count a DNS query."""
-        self._queries.labels(qtype, rcode).inc()
+        counter = self._query_counters.get((qtype, rcode))
+        if counter is None:
+            counter = self._query_counters[qtype, rcode] = self._queries.labels(qtype, rcode)
+        counter.inc()
 
     def render(self) -> bytes:
         """Render the text format."""

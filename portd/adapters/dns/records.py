@@ -1,8 +1,9 @@
-"""The records of one lease, and of the zone itself, packed when they change, never at a query.
+"""The records of one lease, and of the zone itself, rendered once for all the queries that follow, never for each.
 
-A record is kept from its type on, without its owner's name, so that an answer can be put together by joining. Packed
-by hand: dnspython takes 45 µs a lease, about as long as the grant, and the layouts are a line each. It is the oracle of
-the tests instead. This room must not know which leases are shown, or where in a message a record ends up.
+dnspython renders them. That takes 45 µs a lease, about as long as a grant, so it happens when somebody first asks after
+a change, and nobody waits for it who only wants a port. A record is kept from its type on, without its owner's name, so
+that an answer can be put together by joining. This room must not know which leases are shown, or where in a message a
+record ends up.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import dns.exception
 import dns.name
+import dns.rdata
 from dns.rdataclass import IN
-from dns.rdatatype import AAAA, HINFO, NS, SOA, SRV, TXT, A
+from dns.rdatatype import AAAA, HINFO, NS, SOA, SRV, TXT, A, RdataType
 
 from portd.core.addresses import ANY, ANY_V4
 from portd.core.model import MAIN_ENDPOINT, Lease
@@ -47,19 +50,49 @@ class Record(NamedTuple):
 
 
 class Endpoint:
-    """A lease as DNS shows it."""
+    """A lease as DNS shows it; each kind of record is rendered when it is first asked for.
 
-    __slots__ = ("a", "aaaa", "lease", "srv", "txt")
+    Raises OSError for an address that is none.
+    """
 
     def __init__(self, lease: Lease, zone: bytes, ttl: int, hosts: Sequence[str]) -> None:
         self.lease = lease
-        self.a, self.aaaa = address_records(stands_for(lease.address, hosts), ttl)
-        target = label(lease.instance) + label(lease.service) + zone
+        self._zone = zone
+        self._ttl = ttl
+        self._at = stands_for(lease.address, hosts)
+        for address in self._at:  # what can't be shown is known now, not at a query
+            socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+
+    @cached_property
+    def a(self) -> tuple[Record, ...]:
+        """Return the A records."""
+        return self._addresses[0]
+
+    @cached_property
+    def aaaa(self) -> tuple[Record, ...]:
+        """Return the AAAA records."""
+        return self._addresses[1]
+
+    @cached_property
+    def srv(self) -> Record:
+        """Return the SRV record."""
+        lease = self.lease
+        target = label(lease.instance) + label(lease.service) + self._zone
         if lease.endpoint != MAIN_ENDPOINT:
             target = label(lease.endpoint) + target
-        self.srv = pointing(SRV, struct.pack("!HHH", PRIORITY, WEIGHT, lease.port), target, (*self.a, *self.aaaa), ttl)
-        strings = b"".join(bytes((len(string),)) + string for string in txt_strings(lease))
-        self.txt = (Record(_pack(TXT, ttl, strings)),) if strings else ()
+        text = f"{PRIORITY} {WEIGHT} {lease.port} {_text(target)}"
+        return _pointing(SRV, text, target, (*self.a, *self.aaaa), self._ttl)
+
+    @cached_property
+    def txt(self) -> tuple[Record, ...]:
+        """Return the TXT record, if there is anything to say."""
+        # In the presentation format any octet may be written as its number (RFC 1035 section 5.1).
+        quoted = ['"' + "".join(f"\\{octet:03}" for octet in string) + '"' for string in txt_strings(self.lease)]
+        return (Record(_render(TXT, " ".join(quoted), self._ttl)),) if quoted else ()
+
+    @cached_property
+    def _addresses(self) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+        return address_records(self._at, self._ttl)
 
     def follow(self, lease: Lease) -> bool:
         """Take the lease's next version over; False, and nothing is done, where its records must be packed anew."""
@@ -76,8 +109,8 @@ class StartOfAuthority:
 
     def __init__(self, zone: bytes, server: bytes, ttl: int) -> None:
         # RFC 2308 section 4: "no" is kept for the lesser of the record's own TTL and its last number, so for `ttl`.
-        numbers = struct.pack("!IIIII", 0, REFRESH_S, RETRY_S, EXPIRE_S, ttl)
-        record = _pack(SOA, ttl, server + label("hostmaster") + zone + numbers)
+        text = f"{_text(server)} {_text(label('hostmaster') + zone)} 0 {REFRESH_S} {RETRY_S} {EXPIRE_S} {ttl}"
+        record = _render(SOA, text, ttl)
         self._before, self._after = record[:-20], record[-16:]
 
     def at(self, revision: int) -> Record:
@@ -86,30 +119,19 @@ class StartOfAuthority:
 
 
 def name_server(target: bytes, addresses: Iterable[Record], ttl: int) -> Record:
-    """Pack who serves the zone."""
-    return pointing(NS, b"", target, addresses, ttl)
+    """Render who serves the zone."""
+    return _pointing(NS, _text(target), target, addresses, ttl)
 
 
 def minimal_any() -> Record:
-    """Pack what an ANY query is told instead of everything (RFC 8482 section 4.2)."""
-    return Record(_pack(HINFO, ANY_TTL_S, b"\7RFC8482\0"))
+    """Render what an ANY query is told instead of everything (RFC 8482 section 4.2)."""
+    return Record(_render(HINFO, 'RFC8482 ""', ANY_TTL_S))
 
 
-def pointing(rdtype: int, data: bytes, target: bytes, addresses: Iterable[Record], ttl: int) -> Record:
-    """Pack a record that ends in the name `target`, which these are the address records of."""
-    return Record(_pack(rdtype, ttl, data + target), target, tuple(record.data for record in addresses))
-
-
-def address_records(addresses: Iterable[str], ttl: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Pack A and AAAA records; raises OSError for what is no address."""
-    a: list[Record] = []
-    aaaa: list[Record] = []
-    for address in addresses:
-        if ":" in address:
-            aaaa.append(Record(_pack(AAAA, ttl, socket.inet_pton(socket.AF_INET6, address))))
-        else:
-            a.append(Record(_pack(A, ttl, socket.inet_pton(socket.AF_INET, address))))
-    return tuple(a), tuple(aaaa)
+def address_records(addresses: Sequence[str], ttl: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Render A and AAAA records; raises dns.exception.SyntaxError for what is no address."""
+    return (tuple(Record(_render(A, address, ttl)) for address in addresses if ":" not in address),
+            tuple(Record(_render(AAAA, address, ttl)) for address in addresses if ":" in address))
 
 
 def stands_for(address: str, hosts: Sequence[str]) -> Sequence[str]:
@@ -146,5 +168,18 @@ def zone_name(text: str) -> bytes:
     return wire
 
 
-def _pack(rdtype: int, ttl: int, data: bytes) -> bytes:
-    return struct.pack("!HHIH", rdtype, IN, ttl, len(data)) + data
+def _pointing(rdtype: RdataType, text: str, target: bytes, addresses: Iterable[Record], ttl: int) -> Record:
+    """Render a record that ends in the name `target`, which these are the address records of."""
+    return Record(_render(rdtype, text, ttl), target, tuple(record.data for record in addresses))
+
+
+def _render(rdtype: RdataType, text: str, ttl: int) -> bytes:
+    """Render a record's data from its presentation format, behind its type, class, TTL and length."""
+    wire = dns.rdata.from_text(IN, rdtype, text).to_wire()
+    assert wire is not None  # it is None only where a file is given to write to
+    return struct.pack("!HHIH", rdtype, IN, ttl, len(wire)) + wire
+
+
+def _text(name: bytes) -> str:
+    """Return a packed name in its presentation format."""
+    return dns.name.from_wire(name, 0)[0].to_text()
