@@ -38,6 +38,7 @@ class _Journal(logging.Handler):
         super().__init__()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._lines = _Prefixed()
 
     def emit(self, record: logging.LogRecord) -> None:

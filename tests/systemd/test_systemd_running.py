@@ -162,7 +162,7 @@ def test_the_journal_finds_what_happened_to_a_port(box):
     found = wait_for(lambda: box.journal(f"PORT={brief['port']}", f"LEASE={brief['id']}"), "the journal has it")
     assert {key: found[-1][key] for key in ("SERVICE", "INSTANCE", "EVENT", "PRIORITY", "SYSLOG_IDENTIFIER")} == {
         "SERVICE": "brief", "INSTANCE": "brief-7", "EVENT": "ended", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "portd"}
-    assert "expired" in found[-1]["MESSAGE"]
+    assert found[-1]["MESSAGE"] == f"brief-7 (main) on port {brief['port']}: ended: expired"
 
 
 def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
