@@ -111,6 +111,8 @@ class Daemon:
              for name, static in settings.static.items()],
             settings.own_block, settings.leases.cooldown)
         self._journal = Journal(self._table, self._store, self._clock)
+        if problem := self._store.condition()["problem"]:
+            self._journal.doubt(problem)
         granter = Granter(self._table, self._allocator, self._holds, self._processes, policy(settings))
         self._service = LeaseService(self._table, self._allocator, self._journal, granter, self._store, self._holds,
                                      self._processes, self._clock)

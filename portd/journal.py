@@ -37,7 +37,7 @@ PATIENCE_S: Final = 5.0
 """Seconds that requests wait for one commit. A disk that hangs is answered as one that fails, and what it writes late
 is taken back."""
 RETRY_S: Final = 0.5
-"""Seconds between two tries to write observations while the store is unavailable."""
+"""Seconds between two tries to write while the store is unavailable."""
 
 Undo = Callable[[], None]
 
@@ -114,18 +114,24 @@ class Journal:
         self._observed.append(change)
         self._apply_observations()
 
+    def doubt(self, problem: str) -> None:
+        """Take the store for one that takes no writes, for this reason, until a write shows otherwise."""
+        self.problem = problem
+        self._wake.set()
+
     async def run(self) -> None:
         """Write batches for ever; raises StoreLost when an outcome is unknown."""
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._entries or self._unwritten:
+            while self._entries or self._unwritten or self.problem:
                 if len(self._unwritten) > UNWRITTEN_MAX:
                     raise StoreLost(f"{len(self._unwritten)} events wait for a disk that does not take them")
                 await self._write_batch()
+                if not self._entries and not self._unwritten:
+                    self._idle.set()
                 if self.problem and not self._entries:
                     await self._wait_for_entry(RETRY_S)
-            self._idle.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until everything that came in is on the disk, for at most `timeout_s` seconds."""
@@ -146,8 +152,8 @@ class Journal:
         observed = len(self._unwritten)
         sequenced = self._sequence(batch)
         events = self._unwritten + [event for _, made in sequenced for event in made]
-        if not events:
-            return
+        if not events and self.problem is None:
+            return  # else an empty batch tries the store: nobody may be asking for anything, and the problem is over
         # From here until the batch is applied or given up nothing else is applied: `observe` queues.
         self._committing = bool(sequenced)
         loop = asyncio.get_running_loop()

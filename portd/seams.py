@@ -107,7 +107,8 @@ class LeaseStore(Protocol):
         """
 
     async def commit(self, events: Sequence[Event]) -> None:
-        """Write events and the leases they leave, all or none, durable when it returns.
+        """Write events and the leases they leave, all or none, durable when it returns. No events at all only try
+        whether the store takes writes.
 
         Raises StoreUnavailable when surely nothing was written (it may be tried again), StoreLost when nobody knows.
         """

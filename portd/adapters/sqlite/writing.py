@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from portd.adapters.sqlite.schema import MIGRATIONS
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, encode_lease
 
@@ -110,7 +111,7 @@ class Writer:
         return self.log_frames >= self._fold_at and self.sealed is None
 
     def write(self, database: sqlite3.Connection, events: Sequence[Event]) -> None:
-        """Write events and the leases that they leave, in one transaction.
+        """Write events and the leases that they leave, in one transaction; without any, a page as it was.
 
         Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows, and ever after.
         """
@@ -123,6 +124,8 @@ class Writer:
             database.execute("BEGIN IMMEDIATE")
             _insert(database, _UPSERT, list(leases.values()))
             _insert(database, _INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
+            if not events:
+                database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             committing = True
             database.execute("COMMIT")
         except (sqlite3.Error, ValueError, OverflowError) as error:  # the latter two: a value that can't be stored
