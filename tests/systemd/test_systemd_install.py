@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def test_systemd_finds_nothing_wrong_in_the_installed_units(box):
 
 
 def test_systemd_finds_nothing_wrong_in_the_drop_in_for_a_leased_port(box):
-    box.run("mkdir -p /run/systemd/system/portd-run@orders.service.d && cp "
-            f"{UNITS}/bind-only-leased-port.conf /run/systemd/system/portd-run@orders.service.d/port.conf")
+    text = (UNITS / "bind-only-leased-port.conf").read_text()  # the checkout itself may not be seen from in there
+    box.run("mkdir -p /run/systemd/system/portd-run@orders.service.d && "
+            f"printf %s {shlex.quote(text)} >/run/systemd/system/portd-run@orders.service.d/port.conf")
     status, out, err = box.ask("systemd-analyze verify --man=no portd-run@orders.service")
     box.run("rm -r /run/systemd/system/portd-run@orders.service.d && systemctl daemon-reload")
     assert (status, out, err) == (0, "", "")
