@@ -88,23 +88,22 @@ class EventCalls:
                 transport.write(chunk)
 
         self._streams.add(gone)
-        gone.add_done_callback(self._streams.discard)
-        with self._feed.following(forward):  # from here on nothing is missed, and `past` ends where this begins
-            response.enable_chunked_encoding()
-            await response.prepare(call.request)
-            try:
+        try:
+            with self._feed.following(forward):  # from here on nothing is missed, and `past` ends where this begins
+                response.enable_chunked_encoding()
+                await response.prepare(call.request)
                 async with asyncio.timeout(CATCH_UP_S):
                     for event in past:
                         await response.write(self._text(event, call.caller))
                     await response.write(b": following\n\n")
-            except TimeoutError:
-                self.dropped_count += 1
-            else:
                 for chunk in backlog:
                     transport.write(chunk)
                 caught_up = True
                 await self._until_gone(gone, transport)
-        self._streams.discard(gone)
+        except TimeoutError:
+            self.dropped_count += 1
+        finally:
+            self._streams.discard(gone)
         transport.abort()  # a stream has no end but this one: what follows would wait for a buffer that nobody empties
         return response
 

@@ -95,7 +95,8 @@ class Connection(RequestHandler):
             refusal = InvalidRequest(f"this is not HTTP: {(message or 'bad request').splitlines()[0][:200]}")
             response = problem_response(problem_of(refusal))
         else:
-            logger.error("a request failed: %s %s", request.method, request.rel_url, exc_info=exc)
+            if not isinstance(exc, ConnectionError):  # a client that goes in the middle of its answer is no fault
+                logger.error("a request failed: %s %s", request.method, request.rel_url, exc_info=exc)
             response = internal_error()
         response.force_close()
         return response
@@ -175,9 +176,11 @@ class _Runner(web.AppRunner):
         self._fast_lane = fast_lane
 
     async def _make_server(self) -> web.Server:
+        # With cancellation nobody waits for a change, or the disk, on behalf of a client that has gone; the service
+        # sees to it that the work goes on.
         stock = await super()._make_server()
         return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory,
-                      access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
+                      handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
 
 
 class HttpServer:
