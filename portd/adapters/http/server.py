@@ -39,6 +39,9 @@ ANSWER_TIMEOUT_S: Final = 30.0
 """Seconds for a client to take an answer; one that does not read is cut off."""
 KEEPALIVE_S: Final = 75.0
 """Seconds that an idle connection stays: longer than common proxies keep theirs, so that they close first."""
+LINGER_S: Final = 1.0
+"""Seconds to go on reading what was refused as too large or too late: a client that is still sending would find the
+connection reset, and never read why."""
 CONNECTIONS_MAX: Final = 8_192
 """Connections at once; the next one is closed. Leaves descriptors for holds and pidfds at a limit of 20,000."""
 
@@ -49,13 +52,15 @@ FIRST_REQUEST_S: Final = 0.05
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_fast", "_head_timer", "_is_partial", "_last_head", "_late", "guest")
+    __slots__ = ("_abort_timer", "_fast", "_head_timer", "_is_partial", "_last_head", "_late", "_wire", "guest")
 
     guest: Guest
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Find out who is there; turn away what is too much."""
+        self._wire: Any = transport
         self._head_timer: asyncio.TimerHandle | None = None
+        self._abort_timer: asyncio.TimerHandle | None = None
         self._fast: asyncio.Task[None] | None = None
         self._is_partial = False
         self._last_head = b""
@@ -84,9 +89,29 @@ class Connection(RequestHandler):
             self._head_timer = self._loop.call_later(REQUEST_TIMEOUT_S, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Forget the timer."""
+        """Forget the timers."""
+        self._wire = None
         self._stop_head_timer()
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
         super().connection_lost(exc)
+
+    async def start(self) -> None:
+        """Serve one request after the other until the end."""
+        try:
+            await super().start()
+        finally:
+            self._bound_closing()
+
+    def force_close(self) -> None:
+        """Close without another request."""
+        self._bound_closing()
+        super().force_close()
+
+    def _bound_closing(self) -> None:
+        """Give a client that is still to read something a while for it: a transport would wait for ever to close."""
+        if self._wire is not None and self._abort_timer is None and self._wire.get_write_buffer_size():
+            self._abort_timer = self._loop.call_later(ANSWER_TIMEOUT_S, self._wire.abort)
 
     def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                      message: str | None = None) -> web.StreamResponse:
@@ -107,7 +132,8 @@ class Connection(RequestHandler):
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await super().finish_response(request, resp, start_time)
         except TimeoutError:
-            self.force_close()
+            if self._wire is not None:
+                self._wire.abort()
             return resp, True
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
@@ -117,10 +143,10 @@ class Connection(RequestHandler):
         await super().shutdown(timeout)
 
     def _is_idle(self) -> bool:
-        """Tell whether aiohttp waits for the first byte of a request."""
+        """Tell whether aiohttp waits for the first byte of a request, and the client takes its answers."""
         waiter = self._waiter
         return waiter is not None and not waiter.done() and not self._messages and not self._is_partial \
-            and not self._close and not self._force_close
+            and not self._close and not self._force_close and not self.writing_paused
 
     def _take_fast(self, data: bytes) -> bool:
         server = self._manager
@@ -180,7 +206,8 @@ class _Runner(web.AppRunner):
         # sees to it that the work goes on.
         stock = await super()._make_server()
         return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory,
-                      handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S, lingering_time=0.0)
+                      handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S,
+                      lingering_time=LINGER_S)
 
 
 class HttpServer:
