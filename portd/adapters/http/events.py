@@ -21,9 +21,9 @@ from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import EventView, view_event
 from portd.feed import Feed
 
-BUFFER_MAX_BYTES: Final = 1 << 20
-"""What may wait for one follower: about a thousand events. With FOLLOWERS_MAX it bounds the memory at 4 GB in theory
-and, since the kernel takes 200 KB first, at nothing in practice; a follower past it is cut off."""
+BUFFER_MAX_BYTES: Final = 2 << 20
+"""What may wait for one follower: two thousand events, so that a thousand owners that exit at once cut nobody off. The
+chunks are shared among followers: a thousand that are slow hold one copy. A follower past it is cut off."""
 FOLLOWERS_MAX: Final = 4_096
 CATCH_UP_S: Final = 10.0
 """Seconds that a follower may take to read the past; one that does not is cut off."""
@@ -43,7 +43,7 @@ class EventCalls:
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._rendered = (0, b"", b"")
+        self._rendered: tuple[int, dict[bool, bytes]] = (0, {})
         self._streams: set[asyncio.Future[None]] = set()
         self.dropped_count = 0
 
@@ -126,11 +126,14 @@ class EventCalls:
             transport.write(_chunk(b": alive\n\n"))
 
     def _render(self, event: Event, caller: Caller) -> bytes:
-        if self._rendered[0] != event.revision:
-            plain, full = (_chunk(_render(event, cmdline=cmdline)) for cmdline in (False, True))
-            self._rendered = (event.revision, plain, full)
-        _, plain, full = self._rendered
-        return full if sees_cmdline(caller, event.lease.owner.uid) else plain
+        revision, chunks = self._rendered
+        if revision != event.revision:
+            chunks = {}
+            self._rendered = (event.revision, chunks)
+        cmdline = sees_cmdline(caller, event.lease.owner.uid)
+        if cmdline not in chunks:
+            chunks[cmdline] = _chunk(_render(event, cmdline=cmdline))
+        return chunks[cmdline]
 
     @staticmethod
     def _text(event: Event, caller: Caller) -> bytes:
