@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import signal
 import sys
 from typing import Any
 
@@ -34,6 +35,7 @@ def main() -> int:
     if unknown := [name for name in options.names if name not in ROOMS and name not in rooms]:
         parser.error(f"there is no measurement {', '.join(unknown)}")
     wanted = dict.fromkeys(room for name in options.names or ROOMS for room in ROOMS.get(name, (name,)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     results = {}
     for room in wanted:
         module = importlib.import_module(f"tests.bench.{room}")

@@ -21,7 +21,7 @@ from typing import Any, Final
 from tests.bench import bed
 
 OWNER_COUNTS: Final = (1, 1_000)
-ROUNDS: Final = 5
+ROUNDS: Final = 3
 OWNERS: Final = """
 import os, signal, socket, sys
 path, count = sys.argv[1], int(sys.argv[2])
@@ -115,7 +115,9 @@ class _Watch:
                     self._loop.unregister(key.fileobj)
 
     def _read(self, ports: set[int]) -> None:
-        *lines, self._text = (self._text + self._stream.recv(1 << 20)).split(b"\n")
+        data = self._stream.recv(1 << 20)
+        assert data, "the stream of events ended: its follower was too slow"
+        *lines, self._text = (self._text + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and (event := json.loads(line[6:]))["type"] == "ended":
                 self._bind(event["lease"]["port"])
