@@ -3,6 +3,7 @@ document read the same table."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -74,6 +75,7 @@ class Reader:
         self._query_type = route.query or NoQuery
         self._lists = {field.encode_name for field in msgspec.structs.fields(self._query_type)
                        if isinstance(field.default, tuple)}
+        self._type = route.body
         self._decode = None if route.body is None else msgspec.json.Decoder(route.body).decode
         self._required = route.body_required
         self._no_body = None if route.body is None or route.body_required else route.body()
@@ -89,10 +91,13 @@ class Reader:
             else:
                 raw[name] = value
         try:
-            return msgspec.convert(raw, self._query_type, strict=False)
+            query = msgspec.convert(raw, self._query_type, strict=False)
         except msgspec.ValidationError as error:
             what, pointer = pointer_of(error)
             raise InvalidQuery(what, pointer=pointer) from None
+        if null := next((given for given in raw if getattr(query, given) is None), None):
+            raise InvalidQuery("a query has no null: leave the parameter out", pointer=f"/{null}")
+        return query
 
     async def body(self, request: web.Request, timeout_s: float) -> Any:
         """Read and validate the body; raises what is wrong with it."""
@@ -104,13 +109,19 @@ class Reader:
         content_type = request.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise UnsupportedMediaType(f"the body is {content_type}: send JSON as application/json")
-        return decode_body(self._decode, data)
+        return decode_body(self._decode, self._type, data)
 
 
-def decode_body(decode: Callable[[bytes], Any], data: bytes) -> Any:
+def decode_body(decode: Callable[[bytes], Any], kind: Any, data: bytes) -> Any:
     """Decode JSON; raises InvalidRequest with a pointer to the field at fault."""
     try:
-        return decode(data)
+        try:
+            return decode(data)
+        except msgspec.ValidationError:
+            if b".0" not in data:
+                raise
+            # 158.0 is an integer by JSON Schema (draft 2020-12, validation, section 6.1.1), and none to msgspec.
+            return msgspec.convert(_with_integers(msgspec.json.decode(data)), kind)
     except msgspec.ValidationError as error:
         what, pointer = pointer_of(error)
         raise InvalidRequest(what, pointer=pointer) from None
@@ -118,10 +129,17 @@ def decode_body(decode: Callable[[bytes], Any], data: bytes) -> Any:
         raise InvalidRequest(f"the body is not JSON: {error}", pointer="") from None
 
 
+def _with_integers(value: Any) -> Any:
+    """Turn numbers without a fraction into integers, wherever in the value they are."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    return [_with_integers(item) for item in value] if isinstance(value, list) else value
+
+
 async def read_body(request: web.Request, timeout_s: float) -> bytes:
     """Read the whole body, within bounds of size and time."""
-    import asyncio
-
     if (request.content_length or 0) > BODY_MAX_BYTES:
         raise TooLarge(f"the body has {request.content_length} bytes; {BODY_MAX_BYTES} are allowed")
     try:
