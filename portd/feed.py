@@ -33,7 +33,7 @@ class Feed:
         self._changed: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0  # the newest last change among the services that are no longer remembered
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._followers: set[Follower] = set()
+        self._followers: dict[str | None, set[Follower]] = {}
         self.wakeup_count = 0
 
     def restore(self, events: Iterable[Event], leases: Iterable[Lease], revision: int) -> None:
@@ -62,7 +62,7 @@ class Feed:
             if not waiter.done():
                 self.wakeup_count += 1
                 waiter.set_result(None)
-        for follower in tuple(self._followers):
+        for follower in (*self._followers.get(None, ()), *self._followers.get(service, ())):
             follower(event)
 
     def since(self, revision: int, service: str | None = None) -> Iterator[Event]:
@@ -78,18 +78,21 @@ class Feed:
                 if event.revision > revision and service in (None, event.lease.service))
 
     @contextlib.contextmanager
-    def following(self, follower: Follower) -> Iterator[None]:
-        """Call `follower` with every event while the context is open; it must neither wait nor raise."""
-        self._followers.add(follower)
+    def following(self, follower: Follower, service: str | None = None) -> Iterator[None]:
+        """Call `follower` with every event of a service (None: of all) while the context is open; it must neither wait
+        nor raise. Followers of other services cost an event nothing."""
+        self._followers.setdefault(service, set()).add(follower)
         try:
             yield
         finally:
-            self._followers.discard(follower)
+            self._followers[service].discard(follower)
+            if not self._followers[service]:
+                del self._followers[service]
 
     @property
     def follower_count(self) -> int:
         """Return how many follow now."""
-        return len(self._followers)
+        return sum(map(len, self._followers.values()))
 
     def changed_since(self, service: str, revision: int) -> bool:
         """Tell whether the service changed after the revision; True as well when that can't be known."""

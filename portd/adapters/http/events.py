@@ -75,8 +75,6 @@ class EventCalls:
         caught_up = False
 
         def forward(event: Event) -> None:
-            if service not in (None, event.lease.service):
-                return
             chunk = self._render(event, call.caller)
             if not caught_up:
                 backlog.append(chunk)  # the past has not been sent yet
@@ -89,7 +87,7 @@ class EventCalls:
 
         self._streams.add(gone)
         try:
-            with self._feed.following(forward):  # from here on nothing is missed, and `past` ends where this begins
+            with self._feed.following(forward, service):  # nothing is missed from here on: `past` ends where this begins
                 response.enable_chunked_encoding()
                 await response.prepare(call.request)
                 async with asyncio.timeout(CATCH_UP_S):
