@@ -87,7 +87,7 @@ class EventCalls:
 
         self._streams.add(gone)
         try:
-            with self._feed.following(forward, service):  # nothing is missed from here on: `past` ends where this begins
+            with self._feed.following(forward, service):  # nothing is missed: `past` ends where this begins
                 response.enable_chunked_encoding()
                 await response.prepare(call.request)
                 async with asyncio.timeout(CATCH_UP_S):
