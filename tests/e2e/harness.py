@@ -352,6 +352,8 @@ def claim_ports(count: int) -> tuple[int, list[socket.socket]]:
             continue
         if len(claims) * POOL_BLOCKS.step >= count:
             return first - (len(claims) - 1) * POOL_BLOCKS.step, claims
+    for one in claims:
+        one.close()
     raise AssertionError("no ports are left to claim")
 
 
