@@ -322,7 +322,7 @@ class Daemon:
 
     def _facts(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "uptime": round(time.monotonic() - self._started_at, 3), "counts": {
-            "connections": self._http.connection_count, "followers": self._feed.follower_count,
+            "connections": self._http.connection_count, "followers": self._events.stream_count,
             "processes": self._processes.watched_count}}
 
     def _warnings(self) -> list[str]:
@@ -343,7 +343,7 @@ class Daemon:
              {none: float(self._processes.watched_count)}),
             ("portd_http_connections", "Open connections.", none, {none: float(self._http.connection_count)}),
             ("portd_event_followers", "Followers of the event stream.", none,
-             {none: float(self._feed.follower_count)}),
+             {none: float(self._events.stream_count)}),
             ("portd_uptime_seconds", "Since the start.", none, {none: time.monotonic() - self._started_at}),
         ]
 

@@ -7,7 +7,6 @@ of the service that it waits for, by nothing else. This room must not know how e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -21,6 +20,7 @@ SERVICES_KEPT: Final = 100_000
 """Services whose last change is remembered; a watcher of a forgotten one is answered at once, not left to wait."""
 
 Follower = Callable[[Event], None]
+_NOBODY: dict[object, Follower] = {}
 
 
 class Feed:
@@ -33,7 +33,7 @@ class Feed:
         self._changed: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0  # the newest last change among the services that are no longer remembered
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._followers: dict[str | None, set[Follower]] = {}
+        self._followers: dict[str | None, dict[object, Follower]] = {}
         self.wakeup_count = 0
 
     def restore(self, events: Iterable[Event], leases: Iterable[Lease], revision: int) -> None:
@@ -62,8 +62,9 @@ class Feed:
             if not waiter.done():
                 self.wakeup_count += 1
                 waiter.set_result(None)
-        for follower in (*self._followers.get(None, ()), *self._followers.get(service, ())):
-            follower(event)
+        for wanted in (None, service):
+            for follower in tuple(self._followers.get(wanted, _NOBODY).values()):
+                follower(event)
 
     def since(self, revision: int, service: str | None = None) -> Iterator[Event]:
         """Yield the events after a revision, oldest first.
@@ -77,22 +78,19 @@ class Feed:
         return (event for event in tuple(self._events)
                 if event.revision > revision and service in (None, event.lease.service))
 
-    @contextlib.contextmanager
-    def following(self, follower: Follower, service: str | None = None) -> Iterator[None]:
-        """Call `follower` with every event of a service (None: of all) while the context is open; it must neither wait
-        nor raise. Followers of other services cost an event nothing."""
-        self._followers.setdefault(service, set()).add(follower)
-        try:
-            yield
-        finally:
-            self._followers[service].discard(follower)
-            if not self._followers[service]:
-                del self._followers[service]
+    def follow(self, follower: Follower, key: object, service: str | None = None) -> None:
+        """Call `follower` with every event of a service (None: of all) until `unfollow`.
 
-    @property
-    def follower_count(self) -> int:
-        """Return how many follow now."""
-        return sum(map(len, self._followers.values()))
+        It must neither wait nor raise. Followers of other services cost an event nothing.
+        """
+        self._followers.setdefault(service, {})[key] = follower
+
+    def unfollow(self, key: object, service: str | None = None) -> None:
+        """Call this follower no longer."""
+        followers = self._followers[service]
+        del followers[key]
+        if not followers:
+            del self._followers[service]
 
     def changed_since(self, service: str, revision: int) -> bool:
         """Tell whether the service changed after the revision; True as well when that can't be known."""
