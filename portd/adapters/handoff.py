@@ -127,7 +127,7 @@ class HandoffServer:
         except msgspec.ValidationError as error:
             what, pointer = pointer_of(error)
             raise InvalidRequest(what, pointer=pointer) from None
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"the message is not JSON: {error}", pointer="") from None
         if (wish.lease is None) == (wish.request is None):
             raise InvalidRequest("give either 'lease' or 'request'", pointer="/lease")

@@ -86,7 +86,7 @@ def headers_of(refusal: Refusal) -> dict[str, str]:
     return {}
 
 
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>[^`]*)`)?$", re.DOTALL)
+_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`(?P<where>[^`]*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"(?:missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
 
 
@@ -95,7 +95,7 @@ def pointer_of(error: msgspec.ValidationError) -> tuple[str, str]:
     found = _AT.match(str(error))
     assert found is not None
     what, where = found["what"], found["where"] or "$"
-    steps = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]|\[(?:\.\.\.)\]", where.removeprefix("key in ").removeprefix("$"))
+    steps = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]|\[(?:\.\.\.)\]", where.removeprefix("$"))
     pointer = "".join(f"/{name or index}" for name, index in steps if name or index)
     if field := _FIELD.search(what):
         pointer += "/" + field["name"].replace("~", "~0").replace("/", "~1")

@@ -180,7 +180,7 @@ class EventCalls:
         last = call.request.headers.get("Last-Event-ID")
         if last is None:
             return self._feed.revision
-        if not last.isdecimal() or len(last) > 16:
+        if not (last.isascii() and last.isdecimal()) or len(last) > 16:
             raise InvalidQuery("Last-Event-ID is no revision", pointer="/Last-Event-ID")
         return int(last)
 

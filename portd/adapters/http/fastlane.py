@@ -58,7 +58,7 @@ class FastLane:
             return None
         try:
             decoded = self._decode(body)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None  # the long way finds the words for it
         caller, _ = self._gate.caller(guest, {}, self._hash_token)
         return decoded, caller, head

@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
@@ -223,7 +223,7 @@ class HttpServer:
     def add(self, routes: Iterable[Route]) -> None:
         """Serve these routes; only before the start."""
         for route in routes:
-            self._app.router.add_route(route.method, route.path, self._handler(route))
+            self._app.router.add_route(route.method, route.path, self._handler(route), expect_handler=_expect)
 
     async def start(self, fast_lane: FastLane | None = None) -> None:
         """Get ready to serve; sockets come after."""
@@ -314,6 +314,13 @@ async def _refuse_unknown(request: web.Request, handler: Any) -> web.StreamRespo
         logger.exception("%s %s failed", request.method, request.rel_url)
         return internal_error()
     return response
+
+
+async def _expect(request: web.Request) -> None:
+    """Ask for the body where the client waits for that; any other expectation may be ignored (RFC 9110, 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer's head is still to be written
 
 
 def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> web.Response:
