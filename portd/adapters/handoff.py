@@ -22,7 +22,7 @@ from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.problems import pointer_of, problem_of
 from portd.core.requests import LeaseRequest
-from portd.core.rights import Caller, check_change
+from portd.core.rights import Caller, check_change, sees_cmdline
 from portd.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class HandoffServer:
             sockets = self._open(lease, wish)
         except Refusal as refusal:
             return None, [], msgspec.json.encode({"problem": problem_of(refusal)})
-        view = self._service.view(lease, cmdline=True, token=token)
+        view = self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
         return lease, sockets, msgspec.json.encode({"lease": view})
 
     def _read(self, message: bytes) -> Wish:
