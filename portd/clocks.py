@@ -81,6 +81,7 @@ class LeaseClocks:
 
     def tend(self) -> None:
         """Do what is due; may be called at any time."""
+        self.close()  # else a timer that has fired a hair too early (uvloop rounds to milliseconds) counts as set
         now = self._clock.now()
         for lease_id in self._deadlines.pop_due(now.tick):
             change = end(lease_id, "expired", now.at)
@@ -118,3 +119,4 @@ class LeaseClocks:
         """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None

@@ -402,6 +402,7 @@ class Stream:
         self.status = self.response.status
         self.revision = int(self.response.headers.get("X-Portd-Revision", -1))
         self.comments: list[str] = []
+        self._deadline = float("inf")
 
     def __enter__(self) -> Stream:
         return self
@@ -413,6 +414,7 @@ class Stream:
     def lines(self) -> Iterator[str]:
         """Yield lines as they come; ends with the stream."""
         while line := self.response.readline():
+            assert time.monotonic() < self._deadline, "what was waited for did not come, heartbeats did"
             yield line.decode().rstrip("\n")
 
     def __iter__(self) -> Iterator[Event]:
@@ -428,7 +430,8 @@ class Stream:
                 fields = {}
 
     def until(self, wanted: Callable[[Event], bool]) -> list[Event]:
-        """Read up to and with the first event that is wanted."""
+        """Read up to and with the first event that is wanted; fails at the deadline."""
+        self._deadline = time.monotonic() + DEADLINE_S
         seen = []
         for event in self:
             seen.append(event)
