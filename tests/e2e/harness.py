@@ -100,7 +100,9 @@ class Connection(http.client.HTTPConnection):
 def dial(place: Path | tuple[str, int], timeout_s: float | None = DEADLINE_S) -> socket.socket:
     """Open a stream to a unix socket or a TCP address."""
     if not isinstance(place, Path):
-        return socket.create_connection(place, timeout_s)
+        connection = socket.create_connection(place, timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        return connection
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
     try:
