@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from portd_client.errors import DaemonUnavailable as DaemonUnavailable
     from portd_client.errors import InvalidUrl as InvalidUrl
     from portd_client.errors import LeaseLost as LeaseLost
+    from portd_client.errors import NoAnswerInTime as NoAnswerInTime
     from portd_client.errors import NotOwner as NotOwner
     from portd_client.errors import PoolExhausted as PoolExhausted
     from portd_client.errors import PortdError as PortdError
@@ -40,8 +41,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "aio": ("AsyncClient",),
     "client": ("Client",),
-    "errors": ("DaemonUnavailable", "InvalidUrl", "LeaseLost", "NotOwner", "PoolExhausted", "PortTaken", "PortdError",
-               "Problem", "ProtocolError", "TryAgain"),
+    "errors": ("DaemonUnavailable", "InvalidUrl", "LeaseLost", "NoAnswerInTime", "NotOwner", "PoolExhausted",
+               "PortTaken", "PortdError", "Problem", "ProtocolError", "TryAgain"),
     "finding": ("Instance", "NobodyThere", "resolve", "resolve_all", "watch"),
     "leasing": ("Lease", "lease", "listen"),
 }

@@ -19,7 +19,7 @@ from typing import Any, Literal, Unpack
 from portd_client import calls, endpoints, steps
 from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
 from portd_client.endpoints import Endpoint
-from portd_client.errors import DaemonUnavailable, PortdError, PortTaken, ProtocolError, TryAgain
+from portd_client.errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, TryAgain
 from portd_client.finding import WAIT_S, Instance, Memory, pick, shown, watch_filters
 from portd_client.holding import Held
 from portd_client.leasing import RELEASE_TIMEOUT_S
@@ -87,7 +87,7 @@ class AsyncClient:
                     parts.append(part)
                     reader.check_size()
         except TimeoutError:
-            raise DaemonUnavailable([(self.url, f"no answer within {limit_s:g} s")]) from None
+            raise NoAnswerInTime(self.url, limit_s) from None
         return result(reader.status, reader.headers.get("content-type", ""), b"".join(parts))
 
     async def events(self, after: int | None = None, service: str | None = None) -> AsyncIterator[ServerEvent]:
@@ -103,7 +103,7 @@ class AsyncClient:
                     for event in events.feed(part):
                         yield event
         except TimeoutError:
-            raise DaemonUnavailable([(self.url, f"silent for {SILENCE_S:g} s")]) from None
+            raise NoAnswerInTime(self.url, SILENCE_S) from None
         if reader.status != 200:
             result(reader.status, reader.headers.get("content-type", ""), problem)
 
@@ -233,7 +233,7 @@ class AsyncLease(Held):
         if self._reserved is not None:
             opened, self._reserved = [self._reserved], None
         else:
-            opened = passed(self.endpoint)
+            opened = passed(self)
         declines = 0
         while not opened:
             try:

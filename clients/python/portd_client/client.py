@@ -10,7 +10,7 @@ import os
 from time import monotonic
 
 from portd_client import calls, endpoints
-from portd_client.errors import DaemonUnavailable, ProtocolError
+from portd_client.errors import DaemonUnavailable, NoAnswerInTime, ProtocolError
 from portd_client.protocol import EventReader, Request, ResponseReader, result
 
 TYPE_CHECKING = False
@@ -117,7 +117,7 @@ class Client:
                 if part := reader.take():
                     yield part
         except TimeoutError:
-            raise DaemonUnavailable([(endpoint.url, f"no answer within {timeout_s:g} s")]) from None
+            raise NoAnswerInTime(endpoint.url, timeout_s) from None
         except OSError as error:
             raise ProtocolError(f"{endpoint.url}: the connection broke: {error}") from error
         finally:

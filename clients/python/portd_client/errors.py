@@ -26,6 +26,13 @@ class DaemonUnavailable(PortdError):
                          "or name a running one in PORTD_URL")
 
 
+class NoAnswerInTime(DaemonUnavailable):
+    """A daemon is there, and says nothing. Whether it did what it was asked to is not known."""
+
+    def __init__(self, url: str, limit_s: float) -> None:
+        super().__init__([(url, f"no answer within {limit_s:g} s")])
+
+
 class ProtocolError(PortdError):
     """What answered does not speak the protocol: cut off in the middle, or something else listens there."""
 

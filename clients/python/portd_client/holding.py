@@ -23,6 +23,8 @@ class Held:
             "state": "held", "health": "unknown", "drain": False}
         self.token: str | None = None
         self.is_adopted = False
+        self.is_passed = False
+        """Whether its sockets came from portd, bound and never free in between."""
 
     def __repr__(self) -> str:
         return f"<portd lease {self.service}/{self.instance} on {self.address}:{self.port}>"

@@ -46,7 +46,7 @@ class LeasedSocket(socket.socket):
 
 def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = None) -> list[LeasedSocket]:
     """Open the lease's sockets, TCP before UDP, TCP listening. `reserved` is bound already."""
-    opened = [reserved] if reserved is not None else passed(lease.endpoint)
+    opened = [reserved] if reserved is not None else passed(lease)
     declines = 0
     while not opened:
         try:
@@ -73,14 +73,15 @@ def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
     return sorted(sockets, key=lambda one: one.type != socket.SOCK_STREAM)
 
 
-def passed(endpoint: str) -> list[socket.socket]:
+def passed(lease: Held) -> list[socket.socket]:
     """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process."""
     environ = os.environ
     if environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
         return []
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == endpoint} - _taken
+    wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == lease.endpoint} - _taken
     _taken.update(wanted)
+    lease.is_passed = bool(wanted)
     for fd in wanted:
         os.set_inheritable(fd, False)
     return [socket.socket(fileno=fd) for fd in sorted(wanted)]
@@ -106,6 +107,7 @@ def _handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
         lease.document, descriptors = handoff.receive(place, {"lease": lease.id, "listen": True, "backlog": backlog})
     except handoff.NoHandoff:
         return []
+    lease.is_passed = bool(descriptors)
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]
 
 
