@@ -1,0 +1,297 @@
+/**
+ * The calls of the daemon's API, and how they travel: one connection a call, so that a daemon's restart between two
+ * calls is nothing to recover from. It must not know what a lease means to this process.
+ */
+
+import http from "node:http";
+
+import { candidates, parse } from "./endpoints.js";
+import { DaemonUnavailable, NoAnswerInTime, problem, ProtocolError } from "./errors.js";
+import { serverSentEvents } from "./events.js";
+
+/** Milliseconds that a call may take: twice what the daemon itself gives its disk. */
+const TIMEOUT_MS = 10_000;
+/** Milliseconds without a byte after which a stream of events counts as dead: the daemon breaks the silence every 15 s. */
+const SILENCE_MS = 60_000;
+/** The longest body that is gathered in memory: 10,000 leases are about 10 MB. Streams are not gathered. */
+const BODY_MAX_BYTES = 64 * 1024 * 1024;
+
+/**
+ * Speaks to one daemon. Every call rejects with Problem when the daemon says no, DaemonUnavailable when none answers.
+ *
+ * `url` is what PORTD_URL may say; without it the client looks where every client looks. `token` is a bearer token, by
+ * default PORTD_TOKEN, unless that belongs to the lease of PORTD_LEASE. `timeoutMs` bounds a whole call.
+ *
+ * The last argument of a call may have `signal` (an AbortSignal), `timeoutMs`, a lease's `token`, and `ref: false`: do
+ * not keep the process alive for it.
+ */
+export class Client {
+  #candidates;
+  #token;
+  #timeoutMs;
+
+  constructor({ url, token, timeoutMs = TIMEOUT_MS } = {}) {
+    const environ = process.env;
+    this.#candidates = url ? [parse(url)] : candidates(environ, process.getuid());
+    this.#token = token ?? ("PORTD_LEASE" in environ ? undefined : environ.PORTD_TOKEN);
+    this.#timeoutMs = timeoutMs;
+  }
+
+  /** The place that answered last, or that is tried first, as PORTD_URL writes it. */
+  get url() {
+    return this.#candidates[0].url;
+  }
+
+  // --- the calls of the API ---
+
+  /** Lease one port. The answer carries the lease's `token`, this once. */
+  grant(wish, options) {
+    return this.call("POST", "/v1/leases", { ...options, body: wish });
+  }
+
+  /** Lease several ports, all or none. */
+  grantAll(wishes, options) {
+    return this.call("POST", "/v1/leases", { ...options, body: wishes });
+  }
+
+  /** Iterate over the leases that fit all filters, page after page. */
+  async *leases(filters = {}, options = {}) {
+    let cursor = filters.cursor;
+    do {
+      const page = await this.call("GET", "/v1/leases", { ...options, query: { ...filters, cursor } });
+      yield* page.leases;
+      cursor = page.next;
+    } while (cursor !== null);
+  }
+
+  /** Show one lease. */
+  lease(id, options) {
+    return this.call("GET", leasePath(id), options);
+  }
+
+  /** Restart the clock of a ttl lease, with a new period where `seconds` gives one. */
+  renew(id, { seconds, ...options } = {}) {
+    return this.call("POST", leasePath(id, "/renew"), seconds === undefined ? options : { ...options, body: { seconds } });
+  }
+
+  /** Ask for another port under the same lease: somebody else has this one. */
+  decline(id, options) {
+    return this.call("POST", leasePath(id, "/decline"), options);
+  }
+
+  /** Take no new work, or take it again. */
+  drain(id, on = true, options = {}) {
+    return this.call("POST", leasePath(id, "/drain"), { ...options, body: { drain: on } });
+  }
+
+  /** Replace tags, metadata, check or announce. */
+  change(id, fields, options) {
+    return this.call("PATCH", leasePath(id), { ...options, body: fields });
+  }
+
+  /** Report the result of a `report` check. */
+  report(id, status, note = "", options = {}) {
+    return this.call("PUT", leasePath(id, "/health"), { ...options, body: { status, note } });
+  }
+
+  /** Release; a lease that is released already stays so. */
+  release(id, options) {
+    return this.call("DELETE", leasePath(id), options);
+  }
+
+  /** Ask who has a port. */
+  port(number, query, options) {
+    return this.call("GET", `/v1/ports/${number}`, { ...options, query });
+  }
+
+  /** Return a service's instances; with `after` and `wait` (seconds), once something changes. */
+  service(name, query = {}, options = {}) {
+    const timeoutMs = (options.timeoutMs ?? this.#timeoutMs) + (query.wait ?? 0) * 1000;
+    return this.call("GET", `/v1/services/${encodeURIComponent(name)}`, { ...options, query, timeoutMs });
+  }
+
+  /** Iterate over `{name, data, id}` until the daemon hangs up. `after` is the last revision that is known. */
+  async *events({ after, service } = {}, options = {}) {
+    const limit = new Limit(SILENCE_MS, options);
+    try {
+      const response = await this.#open("GET", "/v1/events", { ...options, query: { after, service } }, limit,
+        "text/event-stream");
+      if (response.statusCode !== 200) await answered(response);
+      yield* serverSentEvents(parts(response, () => limit.extend()));
+    } catch (error) {
+      throw limit.explained(error, this.url);
+    } finally {
+      limit.end();
+    }
+  }
+
+  /** Make any call of the API, and return its decoded body; null where there is none. */
+  async call(method, path, options) {
+    return (await this.request(method, path, options)).body;
+  }
+
+  /** Make any call of the API, and return `{status, headers, body}`. */
+  async request(method, path, options = {}) {
+    const limit = new Limit(options.timeoutMs ?? this.#timeoutMs, options);
+    try {
+      const response = await this.#open(method, path, options, limit, "application/json");
+      return await answered(response);
+    } catch (error) {
+      throw limit.explained(error, this.url);
+    } finally {
+      limit.end();
+    }
+  }
+
+  // --- the way there ---
+
+  /** Send a request to the first place that can be connected to, and return the response when its head is there. */
+  async #open(method, path, { query, body, token, ref = true }, limit, accept) {
+    const bearer = token ?? this.#token;
+    const data = body === undefined ? undefined : JSON.stringify(body);
+    const headers = {
+      Accept: accept,
+      ...(bearer && { Authorization: `Bearer ${bearer}` }),
+      ...(data && { "Content-Type": "application/json" }),
+      ...((data || method !== "GET") && { "Content-Length": Buffer.byteLength(data ?? "") }),
+    };
+    const request = { method, path: path + queryString(query), headers, agent: false, signal: limit.signal };
+    const tried = [];
+    for (const place of this.#candidates) {
+      try {
+        const response = await exchange(place, request, data, ref);
+        this.#candidates = [place, ...this.#candidates.filter((other) => other !== place)];
+        return response;
+      } catch (error) {
+        if (!(error instanceof Unreached)) throw error;
+        tried.push({ url: place.url, reason: error.message });
+      }
+    }
+    throw new DaemonUnavailable(tried);
+  }
+}
+
+/** No connection came about: the next place may be tried. */
+class Unreached extends Error {}
+
+/** Make one request at one place; rejects with Unreached when nobody is there, ProtocolError when it breaks off. */
+async function exchange({ url, socketPath, host, port, isTls }, request, data, ref) {
+  const { request: begin } = isTls ? await import("node:https") : http;
+  return new Promise((resolve, reject) => {
+    // over a unix socket "localhost" stands for the daemon
+    const outgoing = begin({ ...request, ...(socketPath ? { socketPath, host: "localhost" } : { host, port }) });
+    let isConnected = false;
+    outgoing.on("socket", (socket) => {
+      if (!ref) socket.unref();
+      socket.once(isTls ? "secureConnect" : "connect", () => { isConnected = true; });
+    });
+    outgoing.on("response", resolve);
+    outgoing.on("error", (error) => reject(isConnected ? new ProtocolError(`${url}: ${broken(error)}`, { cause: error })
+      : new Unreached(reason(error), { cause: error })));
+    outgoing.end(data);
+  });
+}
+
+function reason(error) {
+  return { ENOENT: "no such file or directory", ECONNREFUSED: "connection refused", EACCES: "permission denied" }[error.code]
+    ?? (error.message || error.code);
+}
+
+function broken(error) {
+  return error.code?.startsWith("HPE_") ? "what answers does not speak HTTP/1.1" : `the connection broke: ${error.message}`;
+}
+
+/** How long a call may take, and who may break it off: its deadline, or the caller's signal. */
+class Limit {
+  #controller = new AbortController();
+  #ms;
+  #timer;
+  #isOver = false;
+  #theirs;
+  #onAbort = () => this.#controller.abort(this.#theirs.reason);
+
+  constructor(ms, { signal, ref = true }) {
+    signal?.throwIfAborted();
+    this.#ms = ms;
+    this.#timer = setTimeout(() => {
+      this.#isOver = true;
+      this.#controller.abort();
+    }, ms);
+    if (!ref) this.#timer.unref();
+    this.#theirs = signal;
+    signal?.addEventListener("abort", this.#onAbort, { once: true });
+  }
+
+  get signal() {
+    return this.#controller.signal;
+  }
+
+  /** Give the call its whole time again. */
+  extend() {
+    this.#timer.refresh();
+  }
+
+  /** Return the error to throw for `error`: breaking off comes out of the request as any odd error. */
+  explained(error, url) {
+    if (this.#isOver) return new NoAnswerInTime([{ url, reason: `no answer within ${this.#ms / 1000} s` }]);
+    if (this.#theirs?.aborted) return this.#theirs.reason;
+    return error;
+  }
+
+  end() {
+    clearTimeout(this.#timer);
+    this.#theirs?.removeEventListener("abort", this.#onAbort);
+    this.#controller.abort(); // an unfinished stream's connection must not outlive its reader
+  }
+}
+
+/** Iterate over a body's parts; `onPart` is told of each. */
+async function* parts(response, onPart = () => {}) {
+  try {
+    for await (const part of response) {
+      onPart();
+      yield part;
+    }
+  } catch (error) {
+    throw new ProtocolError(`the connection was closed in the middle of an answer: ${error.message}`, { cause: error });
+  }
+}
+
+/** Read a whole answer: JSON as values, no body as null; throws the Problem that it is. */
+async function answered(response) {
+  const { statusCode: status, headers } = response;
+  const chunks = [];
+  let size = 0;
+  for await (const part of parts(response)) {
+    chunks.push(part);
+    size += part.length;
+    if (size > BODY_MAX_BYTES) throw new ProtocolError(`the answer is longer than ${BODY_MAX_BYTES} bytes`);
+  }
+  const text = Buffer.concat(chunks).toString();
+  const isJson = headers["content-type"]?.includes("json") ?? false;
+  const body = isJson && text ? parsed(text) : text || null;
+  if (status >= 400) throw problem(isJson && typeof body === "object" ? body ?? {} : {}, status);
+  return { status, headers, body };
+}
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new ProtocolError(`an answer that should be JSON is none: ${error.message}`);
+  }
+}
+
+/** Write a query: undefined and null leave a field out, a list repeats it. */
+function queryString(fields = {}) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(fields)) {
+    for (const item of [value ?? []].flat()) query.append(name, item);
+  }
+  const text = query.toString();
+  return text && `?${text}`;
+}
+
+function leasePath(id, rest = "") {
+  return `/v1/leases/${encodeURIComponent(id)}${rest}`;
+}

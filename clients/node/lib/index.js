@@ -1,0 +1,16 @@
+/**
+ * The client of portd: a port for this process, and the working instances of others.
+ *
+ *     import { listen, resolve } from "portd-client";
+ *
+ *     await listen(server, "orders", { check: "http:/healthz" });   // server listens on a leased port
+ *     const billing = await resolve("billing");                     // billing.host, billing.port
+ */
+
+export { Client } from "./client.js";
+export {
+  DaemonUnavailable, HandoffNeeded, InvalidUrl, LeaseLost, NoAnswerInTime, NobodyThere, NotOwner, PoolExhausted,
+  PortdError, PortTaken, Problem, ProtocolError, TryAgain,
+} from "./errors.js";
+export { Instance, resolve, resolveAll, watch } from "./finding.js";
+export { Lease, lease, listen } from "./lease.js";

@@ -1,0 +1,234 @@
+/**
+ * A lease of this process: adopted from `portd run` or leased anew, kept in the background, and given back at exit.
+ *
+ * One timer keeps each lease; it does not keep the process alive, and ends with the lease.
+ */
+
+import { EventEmitter } from "node:events";
+
+import { Client } from "./client.js";
+import { DaemonUnavailable, HandoffNeeded, isPassing, PortdError } from "./errors.js";
+import { adopt, blank, CHECK_MS, given, keep, pauseMs, RETRY_MS, wishOf } from "./keeping.js";
+import { forget, releaseAtExit } from "./leaving.js";
+import { ephemeralPort, opened, passed } from "./listening.js";
+
+/** Milliseconds that giving a lease back may take: a process that hangs because a daemon does is worse. */
+const RELEASE_TIMEOUT_MS = 2000;
+/** Ports that are given back in a row before listening gives up: then something else is wrong than a busy port. */
+const DECLINES_MAX = 8;
+
+/**
+ * Lease a port for this process, or adopt the one that `portd run` leased for it.
+ *
+ * `fallback: "ephemeral"` takes a port of the kernel's choice where no daemon answers, and warns. Rejects with
+ * DaemonUnavailable or the Problem.
+ */
+export function lease(service, options) {
+  return Lease.open(service, options);
+}
+
+/**
+ * Make a net.Server (http, https, http2) listen, or a dgram.Socket bind, on a leased port; returns the lease, which is
+ * given back when the server closes, or at exit. A port that turns out to be taken is given back for another.
+ */
+export async function listen(target, service, { backlog, ...options } = {}) {
+  const made = await Lease.open(service, options);
+  try {
+    await made.listen(target, { backlog });
+  } catch (error) {
+    await made.release();
+    throw error;
+  }
+  return made;
+}
+
+/**
+ * A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it.
+ *
+ * Emits `changed` (lease, document before) when the daemon had lost the lease and gave it again; with a listener for it
+ * the port may be another one then, without never. Emits `lost` (error) when it can't be had again, which is tried on
+ * and on; without a listener that is a warning.
+ */
+export class Lease extends EventEmitter {
+  #token;
+  #timer;
+  #keeping = Promise.resolve();
+  #patience = new AbortController();
+  #released;
+  #isLost = false;
+
+  constructor(client, wish) {
+    super();
+    this.client = client;
+    this.wish = wish;
+    this.document = blank(wish);
+    /** Whether `portd run` leased it, and this process took it over. */
+    this.isAdopted = false;
+    /** Whether it listens on a socket that `portd run --socket` passed. */
+    this.isPassed = false;
+  }
+
+  /** Lease or adopt; see `lease`. */
+  static async open(service, { client = new Client(), fallback, ...options } = {}) {
+    const made = new Lease(client, wishOf(service, options));
+    try {
+      await made.#acquire();
+    } catch (error) {
+      if (!(error instanceof DaemonUnavailable) || fallback !== "ephemeral") throw error;
+      await made.#fallBack(error);
+    }
+    return made;
+  }
+
+  get id() { return this.document.id; }
+  get service() { return this.document.service; }
+  get instance() { return this.document.instance; }
+  get endpoint() { return this.document.endpoint; }
+  get protocol() { return this.document.protocol; }
+  get address() { return this.document.address; }
+  get port() { return this.document.port; }
+  /** Where no daemon answered, and the port is of the kernel's choice. */
+  get isFallback() { return !this.id; }
+
+  /**
+   * Make a net.Server listen, or a dgram.Socket bind, on this lease; for a lease of `both` protocols once with each.
+   * When it closes the lease is given back. `backlog` is the length of the queue of connections, Node's default without.
+   */
+  async listen(target, { backlog } = {}) {
+    const fd = passed(this, target);
+    this.isPassed = fd !== undefined;
+    if (this.isPassed) await opened(target, { fd, backlog });
+    else if (this.document.hold === "exclusive") throw new HandoffNeeded(this.service, this.port);
+    else await this.#bind(target, backlog);
+    target.once("close", () => this.release());
+  }
+
+  /** Give the port back as taken by somebody else; afterwards `port` is another. */
+  async decline() {
+    if (this.isFallback) this.document.port = await ephemeralPort(this);
+    else this.document = await this.client.decline(this.id, { token: this.#token });
+  }
+
+  /** Report health ("passing", "warning", "critical"), for a lease whose check is `report`. */
+  async report(status, note = "") {
+    if (this.id) await this.client.report(this.id, status, note, { token: this.#token });
+  }
+
+  /** Leave look-ups and keep the port; `drain(false)` comes back. */
+  async drain(on = true) {
+    if (this.id) this.document = await this.client.drain(this.id, on, { token: this.#token });
+  }
+
+  /** Renew now, or look whether the lease is there; it is done in the background as well. */
+  async renew() {
+    if (this.id) this.#take(await keep(this.client, this.#kept));
+  }
+
+  /** Give the lease back; may be called twice, and never rejects: no daemon is no error here. */
+  release() {
+    this.#released ??= this.#release();
+    return this.#released;
+  }
+
+  [Symbol.asyncDispose ?? Symbol.for("Symbol.asyncDispose")]() {
+    return this.release();
+  }
+
+  // --- having ---
+
+  async #acquire() {
+    const found = given(process.env, this.wish.endpoint);
+    const adopted = found && await adopt(this.client, found, this.wish);
+    this.isAdopted = Boolean(adopted);
+    this.#token = adopted ? found.token : undefined;
+    this.#hold(adopted || await this.client.grant(this.wish));
+    releaseAtExit(this);
+    this.#keepAfter(pauseMs(this.document));
+  }
+
+  async #fallBack(error) {
+    if (this.address === "own" || this.protocol === "both") throw error;
+    this.document.port = await ephemeralPort(this);
+    process.emitWarning(`${error.message}; taking a port of the kernel's choice for ${this.service}`,
+      { type: "PortdWarning", code: "PORTD_FALLBACK" });
+  }
+
+  async #bind(target, backlog) {
+    for (let declines = 0; ; declines += 1) {
+      try {
+        // in a worker of node:cluster an own lease is the worker's own, and what the primary leased is shared
+        return await opened(target, { host: this.address, port: this.port, backlog, exclusive: !this.isAdopted });
+      } catch (error) {
+        if (error.code !== "EADDRINUSE" || declines === DECLINES_MAX) throw error;
+        await this.decline();
+      }
+    }
+  }
+
+  // --- keeping ---
+
+  get #kept() {
+    return {
+      document: this.document, token: this.#token, wish: this.wish, mayMove: this.listenerCount("changed") > 0,
+    };
+  }
+
+  #hold(document) {
+    this.document = document;
+    this.#token = document.token ?? this.#token;
+  }
+
+  #keepAfter(ms) {
+    this.#timer = setTimeout(() => { this.#keeping = this.#keep(); }, ms).unref();
+  }
+
+  async #keep() {
+    let pause;
+    try {
+      this.#take(await keep(this.client, this.#kept, { ref: false, signal: this.#patience.signal }));
+      pause = pauseMs(this.document);
+    } catch (error) {
+      if (!(error instanceof PortdError)) throw error;
+      if (!isPassing(error)) this.#miss(error);
+      pause = isPassing(error) ? RETRY_MS : CHECK_MS;
+    }
+    if (!this.#released) this.#keepAfter(pause);
+  }
+
+  #take(document) {
+    const before = this.document;
+    this.#hold(document);
+    this.#isLost = false;
+    // on the next tick: what a listener throws is the program's, and must not end the keeping
+    if (before.id !== document.id) process.nextTick(() => this.emit("changed", this, before));
+  }
+
+  #miss(error) {
+    if (this.#isLost) return;
+    this.#isLost = true;
+    if (this.listenerCount("lost")) process.nextTick(() => this.emit("lost", error));
+    else {
+      process.emitWarning(`the lease of ${this.service} on port ${this.port} is lost, and can't be had again: `
+        + error.message, { type: "PortdWarning", code: "PORTD_LOST" });
+    }
+  }
+
+  // --- giving back ---
+
+  /** Whether it is this process' to give back: an adopted one may belong to a parent that serves on. */
+  get #isMine() {
+    return this.isAdopted ? this.document.owner?.pid === process.pid : Boolean(this.id);
+  }
+
+  async #release() {
+    clearTimeout(this.#timer);
+    if (!this.id) return;
+    const limit = setTimeout(() => this.#patience.abort(), RELEASE_TIMEOUT_MS);
+    await this.#keeping.catch(() => {}); // it may be about to lease again: what it gets is to be given back
+    clearTimeout(limit);
+    if (this.#isMine) {
+      await this.client.release(this.id, { token: this.#token, timeoutMs: RELEASE_TIMEOUT_MS }).catch(() => {});
+    } // the daemon ends the lease when this process is gone, or when its clock runs out
+    forget(this);
+  }
+}
