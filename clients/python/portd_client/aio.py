@@ -9,23 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import ssl
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from random import random
 from typing import Any, Literal, Unpack
 
-from portd_client import calls, endpoints, steps
+from portd_client import calls, endpoints, leasing, steps
 from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
 from portd_client.endpoints import Endpoint
 from portd_client.errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, TryAgain
-from portd_client.finding import WAIT_S, Instance, Memory, pick, shown, watch_filters
+from portd_client.finding import Instance, Memory, lookup, pick, shown, wait_s
 from portd_client.holding import Held
-from portd_client.leasing import RELEASE_TIMEOUT_S
 from portd_client.listening import acquired, ephemeral, is_taken, passed, ready
 from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
-from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Status
+from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Scope, Status
 
 logger = logging.getLogger("portd_client")
 
@@ -107,24 +108,29 @@ class AsyncClient:
         if reader.status != 200:
             result(reader.status, reader.headers.get("content-type", ""), problem)
 
-    async def resolve(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = ()) -> Instance:
-        """Return one working instance, by chance; raises NobodyThere when there is none."""
-        question = (service, endpoint, *tags)
-        try:
-            found = await self.service(service, **watch_filters(endpoint, tags))
-        except (DaemonUnavailable, ProtocolError, TryAgain) as error:
-            return pick(service, self._memory.recall(question, error))
-        return pick(service, self._memory.keep(question, found))
+    async def resolve(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+                      scope: Scope | None = None) -> Instance:
+        """Return one working instance, by chance; raises NobodyThere when there is none; see `finding.resolve`."""
+        return pick(service, await self.resolve_all(service, endpoint=endpoint, tags=tags, scope=scope))
 
-    async def watch(self, service: str, *, endpoint: str = "main",
-                    tags: Sequence[str] = ()) -> AsyncIterator[list[Instance]]:
+    async def resolve_all(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+                          scope: Scope | None = None) -> list[Instance]:
+        """Return all working instances, perhaps none."""
+        question = (service, endpoint, scope, *tags)
+        try:
+            return self._memory.keep(question, await self.service(service, **lookup(endpoint, tags, scope)))
+        except (DaemonUnavailable, ProtocolError, TryAgain) as error:
+            return self._memory.recall(question, error)
+
+    async def watch(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+                    scope: Scope | None = None) -> AsyncIterator[list[Instance]]:
         """Yield the working instances now and whenever they change, without end; see `finding.watch`."""
-        filters = watch_filters(endpoint, tags)
+        filters = lookup(endpoint, tags, scope)
         found = await self.service(service, **filters)
         yield [Instance(document) for document in found["instances"]]
         while True:
             try:
-                newer = await self.service(service, **filters, after=found["revision"], wait=WAIT_S)
+                newer = await self.service(service, **filters, after=found["revision"], wait=wait_s(scope))
             except (DaemonUnavailable, ProtocolError, TryAgain):
                 await asyncio.sleep(steps.RETRY_S)
                 found["revision"] = 0
@@ -186,23 +192,25 @@ async def drive(client: AsyncClient, sequence: steps.Steps) -> Any:
 
 
 def lease(service: str, *, client: AsyncClient | None = None, fallback: Literal["ephemeral"] | None = None,
-          on_change: Callable[[AsyncLease], object] | None = None, **options: Unpack[LeaseOptions]) -> AsyncLease:
+          on_change: Callable[[AsyncLease], object] | None = None, drain_s: float = 0.0,
+          **options: Unpack[LeaseOptions]) -> AsyncLease:
     """Return a lease to enter: `async with lease("orders") as lease`. The arguments are those of `portd_client.lease`;
     `on_change` is called on the event loop."""
-    return AsyncLease(client or AsyncClient(), steps.wish(service, options), fallback, on_change)
+    return AsyncLease(client or AsyncClient(), steps.wish(service, options), fallback, on_change, drain_s)
 
 
 class AsyncLease(Held):
     """A lease of this process, from entering to leaving; one task keeps it meanwhile."""
 
     def __init__(self, client: AsyncClient, wish: LeaseWish, fallback: str | None,
-                 on_change: Callable[[AsyncLease], object] | None) -> None:
-        super().__init__(wish)
+                 on_change: Callable[[AsyncLease], object] | None, drain_s: float) -> None:
+        super().__init__(wish, drain_s)
         self.client = client
         self._fallback = fallback
         self._on_change = on_change
         self._reserved: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
+        self._leaving = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncLease:
         given = steps.given(os.environ, self.wish.get("endpoint", "main"))
@@ -219,6 +227,8 @@ class AsyncLease(Held):
             self._reserved = ephemeral(self, error)
             return self
         self._task = asyncio.create_task(self._keep_on(), name=f"portd {self.service}")
+        _open.add(self)
+        _mind_sigterm()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -256,18 +266,26 @@ class AsyncLease(Held):
             self.document = await self.client.call(calls.drain(self.id, on, self.token))
 
     async def release(self) -> None:
-        """Give the lease back; may be called twice. No daemon is no error here."""
+        """Give the lease back, drained if it is to be; may be called twice. No daemon is no error here."""
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
-        if self._task is None:
-            return
-        task, self._task = self._task, None
+        async with self._leaving:  # at SIGTERM it may be under way already
+            task, self._task = self._task, None
+            if task is not None:
+                await self._give_back(task)
+
+    async def _give_back(self, task: asyncio.Task[None]) -> None:
+        with suppress(PortdError):  # nobody can be told, so there is nothing to wait for
+            if self.drain_s and self.is_mine:
+                await self.drain()
+                await asyncio.sleep(self.drain_s)
         task.cancel()
         await asyncio.wait([task])
+        _open.discard(self)
         if self.is_mine:
             with suppress(PortdError):
-                await self.client.call(calls.release(self.id, self.token), timeout_s=RELEASE_TIMEOUT_S)
+                await self.client.call(calls.release(self.id, self.token), timeout_s=leasing.RELEASE_TIMEOUT_S)
 
     async def _keep_on(self) -> None:
         pause_s = steps.pause_s(self.document, random())
@@ -286,3 +304,42 @@ class AsyncLease(Held):
             if self.keep(found) and self._on_change is not None:
                 self._on_change(self)
             pause_s = steps.pause_s(found, random())
+
+
+# --- SIGTERM ---
+
+_open: set[AsyncLease] = set()
+
+
+def _mind_sigterm() -> None:
+    """Give back at SIGTERM what is held, where nobody else minds it: asyncio would die of it without a word.
+
+    The handler is a plain one: whoever sets another, by `signal` or `add_signal_handler`, replaces it without a trace.
+    """
+    if threading.current_thread() is threading.main_thread() and \
+            signal.getsignal(signal.SIGTERM) in {signal.SIG_DFL, leasing.on_sigterm}:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, frame: object) -> None:
+    """Have the running loop give everything back, then die of the signal; the second one does not wait."""
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # between two loops, or after the last
+        leasing.on_sigterm(number, frame)
+    else:
+        loop.call_soon_threadsafe(_leave, loop)  # threadsafe: it wakes a loop that waits
+
+
+def _leave(loop: asyncio.AbstractEventLoop) -> None:
+    async def leave() -> None:
+        await asyncio.gather(*(one.release() for one in _open), asyncio.to_thread(leasing.release_all),
+                             return_exceptions=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _tasks.add(loop.create_task(leave(), name="portd leaves"))
+
+
+_tasks: set[asyncio.Task[None]] = set()
+"""The task of leaving, which the loop itself would not keep alive."""

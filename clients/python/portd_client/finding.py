@@ -17,12 +17,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from portd_client.types import Instances, LeaseDocument
+    from portd_client.types import Instances, LeaseDocument, Scope
 
 STALE_MAX_S = 300.0
 """Seconds that an answer is good for while no daemon answers; ports of processes that live do not change by then."""
 WAIT_S = 55.0
 """Seconds of one long poll: proxies cut what is silent for a minute."""
+LAN_WAIT_S = 5.0
+"""Seconds of one long poll that looks at the LAN too: the daemon is woken by changes of its own leases alone."""
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -105,35 +107,38 @@ class Memory:
 _memory = Memory()
 
 
-def resolve(service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+def resolve(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
             client: Client | None = None) -> Instance:
-    """Return one working instance, by chance; raises NobodyThere when there is none, DaemonUnavailable."""
-    return pick(service, resolve_all(service, endpoint=endpoint, tags=tags, client=client))
+    """Return one working instance, by chance; raises NobodyThere when there is none, DaemonUnavailable.
+
+    `scope` says how far to look: "local", "cluster", "lan" or "all"; None is this host, or its cluster if it has one.
+    """
+    return pick(service, resolve_all(service, endpoint=endpoint, tags=tags, scope=scope, client=client))
 
 
-def resolve_all(service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+def resolve_all(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
                 client: Client | None = None) -> list[Instance]:
     """Return all working instances, perhaps none."""
     client = client or Client()
-    question = (client.url, service, endpoint, *tags)
+    question = (client.url, service, endpoint, scope, *tags)
     try:
-        return _memory.keep(question, client.service(service, passing=True, endpoint=endpoint, tag=list(tags) or None))
+        return _memory.keep(question, client.service(service, **lookup(endpoint, tags, scope)))
     except (DaemonUnavailable, ProtocolError, TryAgain) as error:
         return _memory.recall(question, error)
 
 
-def watch(service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
+def watch(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
           client: Client | None = None) -> Iterator[list[Instance]]:
     """Yield the working instances now, and again whenever they change, without end; a daemon's absence is waited out.
 
-    Raises DaemonUnavailable only when none answers at first.
+    What comes and goes on the LAN is seen within LAN_WAIT_S. Raises DaemonUnavailable only when none answers at first.
     """
-    client, filters = client or Client(), watch_filters(endpoint, tags)
+    client, filters = client or Client(), lookup(endpoint, tags, scope)
     found = client.service(service, **filters)
     yield [Instance(document) for document in found["instances"]]
     while True:
         try:
-            newer = client.service(service, **filters, after=found["revision"], wait=WAIT_S)
+            newer = client.service(service, **filters, after=found["revision"], wait=wait_s(scope))
         except (DaemonUnavailable, ProtocolError, TryAgain):
             sleep(steps.RETRY_S)
             found["revision"] = 0  # a daemon that lost its memory counts anew: ask for what is, then compare
@@ -150,9 +155,14 @@ def pick(service: str, instances: Sequence[Instance]) -> Instance:
     return choice(instances)
 
 
-def watch_filters(endpoint: str, tags: Sequence[str]) -> dict[str, object]:
-    """Return the filters of a watch."""
-    return {"passing": True, "endpoint": endpoint, "tag": list(tags) or None}
+def lookup(endpoint: str, tags: Sequence[str], scope: Scope | None) -> dict[str, object]:
+    """Return the filters of a look-up."""
+    return {"passing": True, "endpoint": endpoint, "tag": list(tags) or None, "scope": scope}
+
+
+def wait_s(scope: Scope | None) -> float:
+    """Return the seconds of one long poll."""
+    return LAN_WAIT_S if scope in {"lan", "all"} else WAIT_S
 
 
 def shown(answer: Instances) -> list[tuple[object, ...]]:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class Held:
     """A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it."""
 
-    def __init__(self, wish: LeaseWish) -> None:
+    def __init__(self, wish: LeaseWish, drain_s: float = 0.0) -> None:
         self.wish = wish
+        self.drain_s = drain_s
+        """Seconds between leaving look-ups and giving back: whoever found this instance before still comes."""
         self.document: LeaseDocument = {
             "id": "", "service": wish["service"], "instance": wish.get("instance", ""),
             "endpoint": wish.get("endpoint", "main"), "protocol": wish.get("protocol", "tcp"),

@@ -9,6 +9,7 @@ One daemon thread keeps each lease; it ends with the lease. A crash needs nothin
 from __future__ import annotations
 
 import os
+from time import monotonic, sleep
 
 from portd_client import calls, steps
 from portd_client.client import Client
@@ -32,14 +33,15 @@ _open: set[Lease] = set()
 
 
 def lease(service: str, *, client: Client | None = None, fallback: Literal["ephemeral"] | None = None,
-          on_change: OnChange | None = None, **options: Unpack[LeaseOptions]) -> Lease:
+          on_change: OnChange | None = None, drain_s: float = 0.0, **options: Unpack[LeaseOptions]) -> Lease:
     """Lease a port for this process, or adopt the one that `portd run` leased for it.
 
     `fallback="ephemeral"` takes a port of the kernel's choice where no daemon answers, and logs that once. `on_change`
     is called, in another thread, when the lease had to be taken again on another port: bind that one then. Without it
-    the port never changes. Raises DaemonUnavailable or the Problem.
+    the port never changes. With `drain_s` it leaves look-ups that many seconds before it is given back, at exit too:
+    the main thread waits, the others serve on. Raises DaemonUnavailable or the Problem.
     """
-    made = Lease(client or Client(), steps.wish(service, options), on_change)
+    made = Lease(client or Client(), steps.wish(service, options), on_change, drain_s)
     given = steps.given(os.environ, made.endpoint)
     try:
         found = None if given is None else drive(made.client, steps.adopt(given, made.wish))
@@ -57,14 +59,14 @@ def lease(service: str, *, client: Client | None = None, fallback: Literal["ephe
 
 
 def listen(service: str, *, backlog: int = 128, client: Client | None = None,
-           fallback: Literal["ephemeral"] | None = None, on_change: OnChange | None = None,
+           fallback: Literal["ephemeral"] | None = None, on_change: OnChange | None = None, drain_s: float = 0.0,
            **options: Unpack[LeaseOptions]) -> LeasedSocket:
     """Return a listening socket on a leased port; its `lease` is given back when it is closed, or at exit.
 
     asyncio, uvicorn, gunicorn, aiohttp and socketserver take it as it is. For `udp` it is bound, for nothing listens
     there. What else there is to say: see `lease`.
     """
-    made = lease(service, client=client, fallback=fallback, on_change=on_change, **options)
+    made = lease(service, client=client, fallback=fallback, on_change=on_change, drain_s=drain_s, **options)
     try:
         return made.listen(backlog)
     except BaseException:
@@ -90,13 +92,15 @@ def drive(client: Client, sequence: steps.Steps) -> Any:
 class Lease(Held):
     """A lease of this process. Made by `lease`; `release`, or leaving the `with` block, gives it back."""
 
-    def __init__(self, client: Client, wish: LeaseWish, on_change: OnChange | None = None) -> None:
-        super().__init__(wish)
+    def __init__(self, client: Client, wish: LeaseWish, on_change: OnChange | None = None,
+                 drain_s: float = 0.0) -> None:
+        super().__init__(wish, drain_s)
         self.client = client
         self.is_released = False
         self._on_change = on_change
         self._reserved: Any = None
         self._pid = os.getpid()
+        self._leaves_at: float | None = None
         self._stop: Any = None
         self._thread: Any = None
 
@@ -136,9 +140,13 @@ class Lease(Held):
             self.document = self.client.call(calls.drain(self.id, on, self.token))
 
     def release(self) -> None:
-        """Give the lease back; may be called twice, and does nothing in a forked child. No daemon is no error here."""
+        """Give the lease back, drained if it is to be; may be called twice. No daemon is no error here.
+
+        Does nothing in a forked child.
+        """
         if self.is_released or os.getpid() != self._pid:
             return
+        self.drain_out()
         self.is_released = True
         if self._reserved is not None:
             self._reserved.close()
@@ -156,6 +164,22 @@ class Lease(Held):
             self.client.call(calls.release(self.id, self.token), timeout_s=RELEASE_TIMEOUT_S)
         except PortdError:
             pass  # the daemon ends the lease when this process is gone, or when its clock runs out
+
+    def start_leaving(self) -> float:
+        """Drain, if `drain_s` asks for that, the first time; returns the monotonic second from which on it may go."""
+        if self._leaves_at is None:
+            self._leaves_at = 0.0
+            if self.drain_s and self.is_mine and os.getpid() == self._pid:
+                try:
+                    self.client.call(calls.drain(self.id, True, self.token), timeout_s=RELEASE_TIMEOUT_S)
+                    self._leaves_at = monotonic() + self.drain_s
+                except PortdError:
+                    pass  # nobody can be told, so there is nothing to wait for
+        return self._leaves_at
+
+    def drain_out(self) -> None:
+        """Leave look-ups and wait `drain_s`, once; the sockets stay open meanwhile."""
+        sleep(max(self.start_leaving() - monotonic(), 0.0))
 
     # --- keeping ---
 
@@ -216,19 +240,23 @@ def _release_at_exit() -> None:
     import signal
     import threading
 
-    atexit.register(_release_all)
+    atexit.register(release_all)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _release_all() -> None:
+def release_all() -> None:
+    """Give back everything that is held; all are drained at the same time."""
+    for one in list(_open):
+        one.start_leaving()
     for one in list(_open):
         one.release()
 
 
-def _on_sigterm(number: int, frame: object) -> None:
+def on_sigterm(number: int, frame: object) -> None:
+    """Give everything back and die of the signal, as without us: whoever waits sees why. A second one does not wait."""
     import signal
 
-    _release_all()
-    signal.signal(number, signal.SIG_DFL)  # die of the signal, as without us: whoever waits sees why
+    signal.signal(number, signal.SIG_DFL)
+    release_all()
     os.kill(os.getpid(), number)

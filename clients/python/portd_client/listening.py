@@ -39,7 +39,8 @@ class LeasedSocket(socket.socket):
         self.lease = lease
 
     def close(self) -> None:
-        """Close the socket and release the lease."""
+        """Close the socket and release the lease; it is drained before, if it is to be."""
+        self.lease.drain_out()
         super().close()
         self.lease.release()
 

@@ -210,4 +210,5 @@ def main() -> None:
             tell(id=message["id"], error=failure(error))
 
 
-main()
+if __name__ == "__main__":
+    main()
