@@ -1,0 +1,3 @@
+module github.com/portd/portd/clients/go
+
+go 1.19

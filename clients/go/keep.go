@@ -1,0 +1,140 @@
+// The background's work on a lease: renewing it, and having it again where the daemon lost it.
+
+package portd
+
+import (
+	"context"
+	"errors"
+	"log"
+	"math/rand"
+	"time"
+)
+
+const (
+	// lookEvery is the time between looks at a lease without a clock: how long it goes unnoticed that a daemon lost its
+	// memory.
+	lookEvery = 30 * time.Second
+	// retryAfter is the time between tries while no daemon answers; a restart takes about as long.
+	retryAfter = time.Second
+	// jitter is the share of a period by which looks are early, by chance: a thousand services must not renew in step.
+	jitter = 0.2
+)
+
+// openLeases are those of this process that are kept, for ReleaseOnSignal.
+var openLeases leaseSet
+
+// startKeeping keeps the lease in a goroutine from now on.
+func (l *Lease) startKeeping() {
+	var ctx context.Context
+	ctx, l.impatient = context.WithCancel(context.Background())
+	l.done = make(chan struct{})
+	openLeases.add(l)
+	go func() {
+		defer close(l.done)
+		l.keepOn(ctx)
+	}()
+}
+
+// stopKeeping ends that. A call on its way is waited for, for a while: it may be the grant of what is to be given back.
+func (l *Lease) stopKeeping() {
+	if l.done == nil {
+		return
+	}
+	openLeases.remove(l)
+	close(l.stop)
+	timer := time.AfterFunc(releaseTimeout, l.impatient)
+	<-l.done
+	timer.Stop()
+	l.impatient()
+}
+
+func (l *Lease) keepOn(ctx context.Context) {
+	pause := l.period()
+	for l.sleep(pause) {
+		now, err := l.keepOnce(ctx)
+		switch {
+		case err == nil:
+			if l.update(now) && l.settings.onChange != nil {
+				go l.settings.onChange(l)
+			}
+			pause = l.period()
+		case isAway(err) || ctx.Err() != nil:
+			pause = l.client.wait
+		default:
+			l.tellLost(err)
+			pause = l.client.lookEvery
+		}
+	}
+}
+
+// sleep waits, and returns whether there is still a lease to keep.
+func (l *Lease) sleep(pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-l.stop:
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// keepOnce renews the lease, or looks whether it is there, and has it again with the same wish where it is lost. The port
+// stays the same unless the program said what to do about another one.
+func (l *Lease) keepOnce(ctx context.Context) (Document, error) {
+	now, err := l.look(ctx)
+	if !errors.Is(err, ErrLeaseLost) {
+		return now, err
+	}
+	again := l.settings.wish
+	again.Port, again.Exact, again.Instance = l.Port(), true, l.Instance()
+	now, err = l.grantAgain(ctx, again)
+	if errors.Is(err, ErrPortTaken) && l.settings.onChange != nil {
+		again.Exact = false
+		now, err = l.grantAgain(ctx, again)
+	}
+	return now, err
+}
+
+// look returns the lease as it is, renewed; ErrLeaseLost where it has ended.
+func (l *Lease) look(ctx context.Context) (Document, error) {
+	method, what := "GET", ""
+	if l.Document().Lifetime == "ttl" {
+		method, what = "POST", "/renew"
+	}
+	var now Document
+	_, err := l.client.call(ctx, l.request(method, what, nil), &now)
+	if err == nil && now.State == "ended" {
+		err = ErrLeaseLost
+	}
+	return now, err
+}
+
+func (l *Lease) grantAgain(ctx context.Context, again wish) (Document, error) {
+	var now Document
+	_, err := l.client.call(ctx, request{method: "POST", path: "/v1/leases", body: again, at: l.at}, &now)
+	return now, err
+}
+
+// tellLost tells the program that there is no lease for now.
+func (l *Lease) tellLost(err error) {
+	if l.settings.onLost != nil {
+		go l.settings.onLost(l, err)
+		return
+	}
+	log.Printf("portd: the lease of %s is lost, and can't be had again: %v", l, err)
+}
+
+// period returns the time until the next look: a third of the ttl, or lookEvery, less some jitter.
+func (l *Lease) period() time.Duration {
+	now := l.Document()
+	period := l.client.lookEvery
+	if now.Lifetime == "ttl" && now.ExpiresAt != nil {
+		started := now.CreatedAt
+		if now.RenewedAt != nil {
+			started = *now.RenewedAt
+		}
+		period = now.ExpiresAt.Sub(started) / 3
+	}
+	return time.Duration(float64(period) * (1 - jitter*rand.Float64()))
+}
