@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from clients.conformance.daemons import HTTP_PORT, Stage
 from clients.conformance.drivers import DEADLINE_S, GREETING, SIGNAL_STATUSES, Driver
 from clients.conformance.matching import filled, mismatch
+from clients.conformance.standin import StandIn
 
 CASES = Path(__file__).parent / "cases"
 NOWHERE = "unix:///nonexistent/portd.sock"
@@ -34,6 +35,11 @@ class Case(NamedTuple):
     def spoils_its_daemon(self) -> bool:
         """Tell whether it ends or stops the daemon, so that it may not be everybody's."""
         return any("daemon" in step for step in self.steps)
+
+    @property
+    def needs_a_standin(self) -> bool:
+        """Tell whether the stand-in plays in it."""
+        return "$standin" in str((self.environment, self.steps))
 
 
 def cases() -> dict[str, Case]:
@@ -61,8 +67,13 @@ class Play:
         self._pending = 0  # the number of a call whose answer was not read yet
         self._answer: dict[str, Any] = {}
         self._variables: dict[str, Any] = {
-            "url": stage.url, "http": f"http://127.0.0.1:{HTTP_PORT}", "directory": str(stage.directory),
+            "url": stage.url, "http": f"http://127.0.0.1:{HTTP_PORT}", "runtime": str(stage.directory.parent),
             "nowhere": NOWHERE}
+        if case.needs_a_standin:
+            self._standin_there = StandIn(stage.directory / "portd.sock", stage.directory / "standin.sock")
+            stack.callback((stage.directory / "standin.sock").unlink)
+            stack.callback(self._standin_there.close)
+            self._variables["standin"] = self._standin_there.url
         words = [sys.executable, "-m", "portd", "run", *case.run, "--", *command] if case.run else command
         environ = {**stage.environ, **filled(case.environment, self._variables)}
         self._driver = Driver(words, environ)
@@ -146,6 +157,12 @@ class Play:
                 return
             assert time.monotonic() < end, f"{difference}; the answer is {answer}"
             time.sleep(0.01)
+
+    def _standin(self, step: dict[str, Any]) -> None:
+        self._standin_there.do(step["standin"])
+
+    def _heard(self, step: dict[str, Any]) -> None:
+        self._standin_there.wait_to_hear(step["heard"])
 
     # --- the host ---
 

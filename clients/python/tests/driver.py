@@ -114,7 +114,8 @@ class Calls:
 
     def listen(self, arguments: Arguments) -> Any:
         backlog = arguments.pop("backlog", 128)
-        handle, held = self._lease(arguments)
+        handle = arguments.get("handle") or self._lease(arguments)[0]
+        held = self._handles[handle]
         try:
             self._listeners[handle] = held.sockets(backlog)
         except BaseException:

@@ -53,7 +53,8 @@ class Calls:
 
     async def listen(self, arguments: Arguments) -> Any:
         backlog = arguments.pop("backlog", 128)
-        handle, held = await self._lease(arguments)
+        handle = arguments.get("handle") or (await self._lease(arguments))[0]
+        held = self._handles[handle]
         try:
             listeners = await held.sockets(backlog)
         except BaseException:
