@@ -26,6 +26,8 @@ PROGRAM_IN_UNITS = "/opt/portd/bin/portd"
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """What a unit with ProtectHome= and PrivateTmp= does not see (systemd.exec(5))."""
 UNITS = ("portd.socket", "portd.service")
+PACKAGED = Path("/usr/lib/systemd/system/portd.service")
+"""Where a package puts the unit; one in /etc would win over it (systemd.unit(5)), at its next upgrade too."""
 STATE = ("/var/lib/portd", "/etc/portd")
 
 
@@ -206,6 +208,9 @@ def _check_host(*, user: bool) -> None:
         raise PortdError("systemd does not run this host: start 'portd serve' from what does")
     if not user and os.geteuid() != 0:
         raise PortdError("only root can install for the whole host: use sudo, or --user for yourself")
+    if not user and PACKAGED.exists():
+        raise PortdError(f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
+                         "the package, or remove that first (apt remove portd; leases and configuration stay)")
     if user and not os.environ.get("XDG_RUNTIME_DIR"):
         raise PortdError("XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
                          "user's own service manager can be reached")

@@ -1,4 +1,4 @@
-"""A box: a real systemd, booted in namespaces over a throw-away copy of this machine's tree, with portd in /opt.
+"""A box: a real systemd, booted in namespaces over a throw-away copy of this machine's tree, or of another root.
 
 The box has no network but its own loopback, and can't reach the host. Commands run in it as root unless told otherwise.
 """
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
+LOAD = (HERE / "load.py").read_text()
 ENVIRONMENT = {"PATH": "/opt/portd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "dumb",
                "LC_ALL": "C.UTF-8", "HOME": "/"}
 DEADLINE_S = 30.0
@@ -45,24 +46,21 @@ def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE
     raise AssertionError(f"{what}: not within {deadline_s} s")
 
 
-def build_venv(place: Path, tree: Path) -> None:
-    """Install the tree with the system's Python, as it will stand at /opt/portd."""
-    subprocess.run(["/usr/bin/python3", "-m", "venv", place], check=True)
-    subprocess.run([place / "bin/pip", "install", "--quiet", "--disable-pip-version-check", "--no-warn-script-location",
-                    tree], check=True, capture_output=True)
-    program = place / "bin/portd"
-    program.write_text(program.read_text().replace(str(place), "/opt/portd"))
-
-
 class Box:
-    """One machine. `boot` may be called again after `power_off`: the disk is the same."""
+    """One machine. `boot` may be called again after `power_off`: the disk is the same.
 
-    def __init__(self, directory: Path, venv: Path, seed: str = ":") -> None:
+    `seed` is a shell script, run once in the new root before the first boot; `venv` becomes /opt/portd (None: nothing
+    does); `root` is the tree that the box starts from.
+    """
+
+    def __init__(self, directory: Path, *, seed: str = ":", venv: Path | None = None, root: Path = Path("/")) -> None:
         self.directory = directory
         groups = _control_groups()
         assert groups is not None
         self._cgroup = groups / f"portd-box-{os.getpid()}-{directory.name}"
-        (directory / "venv").symlink_to(venv)
+        if venv is not None:
+            (directory / "venv").symlink_to(venv)
+        (directory / "root").symlink_to(root)
         (directory / "seed").write_text(seed)
         self._cgroup.mkdir()
         self._outer = subprocess.Popen([HERE / "box.sh", directory, self._cgroup], stdin=subprocess.PIPE,
@@ -168,6 +166,17 @@ class Box:
         out = self.run(shlex.join(["journalctl", "-b", "-o", "json", "--no-pager", "-u", "portd.service", *matches]))
         return [json.loads(line) for line in out.splitlines()]
 
+    def load(self, *words: object, user: str = "stranger") -> Load:
+        """Start load.py in the box as a user; returns when it is under way."""
+        self.run(f"cat >/opt/load.py <<'EOF'\n{LOAD}\nEOF")
+        command = f"exec setpriv --reuid {user} --regid {user} --clear-groups /usr/bin/python3 /opt/load.py"
+        return Load(self.start(" ".join([command, *map(str, words)]), stdout=subprocess.PIPE))
+
+    def written(self) -> set[str]:
+        """Return the paths on the box's disk that it has written itself (or touched) and that are still there."""
+        upper = Path(f"/proc/{self._outer.pid}/root{self.directory}/disk/upper")
+        return {str(path.relative_to(upper)) for path in upper.rglob("*") if not path.is_char_device()}  # a whiteout
+
     # --- with the script outside ---
 
     def _tell(self, word: str) -> None:
@@ -181,6 +190,23 @@ class Box:
         console = self.directory / "console"
         assert said[:1] == [word], f"the box said {said}: {console.read_text() if console.exists() else ''}"
         return said[-1]
+
+
+class Load:
+    """A load.py that runs in a box."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == "under way\n"
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end, and return what came of it."""
+        with self._process as process:
+            out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, out
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return found
 
 
 def _control_groups() -> Path | None:

@@ -1,7 +1,8 @@
 #!/bin/bash
-# box.sh DIRECTORY CGROUP: a systemd of its own as PID 1, over a throw-away overlay of this machine's tree. Reads lines from
-# stdin: each `boot` boots it (the disk stays from boot to boot); says `booting PID`, then `down`; the end of stdin is its end.
-# DIRECTORY/seed is a shell script that is run once in the new root, before the first boot; DIRECTORY/venv becomes /opt/portd.
+# box.sh DIRECTORY CGROUP: a systemd of its own as PID 1, over a throw-away overlay of the tree at DIRECTORY/root. Reads lines
+# from stdin: each `boot` boots it (the disk stays from boot to boot); says `booting PID`, then `down`; the end of stdin is its
+# end. DIRECTORY/seed is a shell script that is run once in the new root, before the first boot; DIRECTORY/venv, where it is
+# there, becomes /opt/portd.
 # Nothing on the host changes: mounts, pids, network and control groups are namespaces. What is not one is given up first:
 # the clock, modules, the reboot of the machine.
 [ -n "${BOX_INSIDE:-}" ] || BOX_INSIDE=1 exec setpriv \
@@ -15,7 +16,7 @@ boot() {
   echo $BASHPID >"$cgroup/cgroup.procs"
   exec unshare --cgroup --pid --mount --uts --ipc --net --fork --kill-child --propagation private bash -euc '
     directory=$1; hostname box; ip link set lo up
-    mount -t overlay box -o lowerdir=/,upperdir=upper,workdir=work root; cd root
+    mount -t overlay box -o lowerdir="$(readlink -f "$directory/root")",upperdir=upper,workdir=work root; cd root
     mount -t proc -o nosuid,nodev,noexec proc proc; mount -t sysfs -o ro,nosuid,nodev,noexec sysfs sys
     mount -t cgroup2 -o nosuid,nodev,noexec cgroup sys/fs/cgroup
     mount -t tmpfs -o mode=755,nosuid,nodev run run; mount -t tmpfs -o mode=755,nosuid dev dev
@@ -30,7 +31,7 @@ boot() {
     done
     if [ ! -e ../seeded ]; then
       rm -rf etc/systemd/system/*.wants usr/sbin/policy-rc.d etc/machine-id var/log/journal; : >etc/machine-id
-      rm -rf opt/portd; mkdir opt/portd; cp -a "$directory/venv/." opt/portd
+      rm -rf opt/portd; [ ! -e "$directory/venv" ] || { mkdir opt/portd; cp -a "$directory/venv/." opt/portd; }
       (. "$directory/seed"); touch ../seeded
     fi
     pivot_root . mnt; umount -l /mnt

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from box import Box, build_venv, missing
+from box import Box, missing
+from builds import build_package, build_venv
 
-TREE = Path(__file__).parents[2]
 SEED = """\
 chroot . useradd --system --no-create-home stranger
 mkdir -p etc/portd
@@ -30,17 +31,24 @@ def venv(tmp_path_factory) -> Path:
     if reason := missing():
         pytest.skip(reason)
     place = tmp_path_factory.mktemp("opt") / "portd"
-    build_venv(place, TREE)
+    build_venv(place)
     return place
 
 
 @pytest.fixture(scope="session")
-def make_box(venv, tmp_path_factory) -> Iterator[Callable[[], Box]]:
-    """Make booted boxes; all are gone at the end."""
+def packages(venv, tmp_path_factory) -> list[Path]:
+    """Build the Debian package twice, the second with a higher version."""
+    place = tmp_path_factory.mktemp("packages")
+    return [build_package(place, version, venv) for version in ("0.9.1", "0.9.2")]
+
+
+@pytest.fixture(scope="session")
+def make_box(venv, tmp_path_factory) -> Iterator[Callable[..., Box]]:
+    """Make booted boxes, with portd in /opt unless told otherwise; all are gone at the end."""
     boxes: list[Box] = []
 
-    def make() -> Box:
-        box = Box(tmp_path_factory.mktemp("box"), venv, SEED)
+    def make(**options: Any) -> Box:
+        box = Box(tmp_path_factory.mktemp("box"), **{"venv": venv, "seed": SEED, **options})
         boxes.append(box)
         box.boot()
         return box

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 from box import wait_for
 
 pytestmark = pytest.mark.systemd
-LOAD = Path(__file__).with_name("load.py").read_text()
 
 
 def lease(box, service="orders", **wishes):
@@ -25,23 +23,6 @@ def restarted(box, pid):
     """Wait until another process than `pid` has said that it is ready; returns its pid."""
     return wait_for(lambda: box.show("ActiveState") == "active" and box.show("MainPID") not in (pid, "0")
                     and box.show("MainPID"), "portd is ready again")
-
-
-def under_way(process):
-    assert process.stdout.readline() == "under way\n"
-
-
-def result_of(process):
-    with process:
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    return json.loads(out.splitlines()[-1])
-
-
-def start_load(box, *words, user="stranger"):
-    box.run(f"cat >/opt/load.py <<'EOF'\n{LOAD}\nEOF")
-    return box.start(f"exec setpriv --reuid {user} --regid {user} --clear-groups /usr/bin/python3 /opt/load.py "
-                     + " ".join(map(str, words)), stdout=subprocess.PIPE)
 
 
 def test_ready_is_said_only_when_it_answers(box):
@@ -83,12 +64,10 @@ def test_a_daemon_whose_loop_hangs_is_killed_by_the_watchdog_and_started_anew(bo
 def test_restarts_under_load_lose_no_request_and_no_held_port(box):
     held = [lease(box, "held", instance=f"held-{n}")["port"] for n in range(60)]
     pid = box.show("MainPID")
-    load, grabber = start_load(box, "grants", 1200, 200), start_load(box, "grab", 6, *held)
-    under_way(load)
-    under_way(grabber)
+    load, grabber = box.load("grants", 1200, 200), box.load("grab", 6, *held)
     for _ in range(3):
         box.run("systemctl restart portd.service")
-    grants, grabs = result_of(load), result_of(grabber)
+    grants, grabs = load.result(), grabber.result()
     assert box.show("MainPID") != pid
     assert grants["lost"] == []
     assert len(set(grants["granted"])) == 1200
@@ -98,9 +77,7 @@ def test_restarts_under_load_lose_no_request_and_no_held_port(box):
 
 
 def test_a_port_that_nobody_holds_is_grabbed_at_once_so_the_test_above_can_fail(box):
-    grabber = start_load(box, "grab", 0.1, 31999)
-    under_way(grabber)
-    assert set(result_of(grabber)["grabbed"]) == {31999}
+    assert set(box.load("grab", 0.1, 31999).result()["grabbed"]) == {31999}
 
 
 def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
@@ -109,9 +86,7 @@ def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
     box.run(f"systemctl restart --no-block portd.service; kill {kept['owner']['pid']}")
     owner.wait(10)
     wait_for(lambda: box.api(f"/v1/leases/{kept['id']}")["state"] == "ended", "its lease has ended")
-    grabber = start_load(box, "grab", 0.1, kept["port"])
-    under_way(grabber)
-    assert kept["port"] in result_of(grabber)["grabbed"]
+    assert kept["port"] in box.load("grab", 0.1, kept["port"]).result()["grabbed"]
 
 
 def test_reload_takes_up_what_can_change_and_names_what_can_not(box):
