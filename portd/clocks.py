@@ -103,17 +103,13 @@ class LeaseClocks:
         """Set the timer to what is due next."""
         hold_again_at = self._hold_again_at if self._without_hold else None
         due = (self._deadlines.next_tick(), self._allocator.next_look(), hold_again_at)
-        ticks = [tick for tick in due if tick is not None]
-        if not ticks:
-            return
+        first = min((tick for tick in due if tick is not None), default=None)
+        if first is None or (self._timer is not None and self._fires_at <= first):
+            return  # a timer that is set fires early enough, and arms itself anew
+        self.close()
         loop = asyncio.get_running_loop()
-        when = loop.time() + max(0.0, min(ticks) - self._clock.now().tick)
-        if self._timer is not None:
-            if loop.time() < self._fires_at <= when:
-                return  # it fires early enough, and arms itself anew
-            self._timer.cancel()
-        self._timer = loop.call_at(when, self.tend)
-        self._fires_at = when
+        self._timer = loop.call_later(max(0.0, first - self._clock.now().tick), self.tend)
+        self._fires_at = first
 
     def close(self) -> None:
         """Stop the timer."""

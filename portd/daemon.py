@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvloop
-from msgspec import json
 
 from portd.adapters import systemd
 from portd.adapters.clock import LeaseClock
@@ -33,7 +32,7 @@ from portd.adapters.http.events import EventCalls
 from portd.adapters.http.fastlane import FastLane
 from portd.adapters.http.gate import Gate
 from portd.adapters.http.lan import LanCalls
-from portd.adapters.http.leases import Grants, LeaseCalls
+from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.openapi import openapi_route
 from portd.adapters.http.ports import PortCalls
 from portd.adapters.http.server import HttpServer
@@ -182,8 +181,7 @@ class Daemon:
             "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
         }, self._facts, self._metrics.render, self._warnings)
         leases = LeaseCalls(self._service)
-        self._fast_lane = FastLane(gate, json.Decoder(Grants).decode, leases.grant_to, lambda: self._table.revision,
-                                   hash_token)
+        self._fast_lane = FastLane(gate, self._service, leases, hash_token)
         routes = [route for calls in (
             leases, ServiceCalls(self._service, self._feed, self._announcer.lan), self._events,
             PortCalls(self._service, self._sockets), LanCalls(self._announcer.lan), status)

@@ -213,6 +213,8 @@ class Granter:
 
     def check_check(self, check: Check | None, protocol: Protocol) -> None:
         """Refuse a check that can't be made here; raises InvalidRequest."""
+        if check is None:
+            return
         if isinstance(check, HttpCheck | TcpCheck | GrpcCheck) and protocol == "udp":
             raise InvalidRequest("this check needs TCP: use 'listen', 'report' or 'command' for a udp lease",
                                  pointer="/check/kind")

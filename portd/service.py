@@ -52,6 +52,13 @@ class Granted(NamedTuple):
         return any(token is not None for token in self.tokens)
 
 
+class Decision(NamedTuple):
+    """A call for leases that has been decided, and is on its way to the disk: `entry`, None where nothing changes."""
+
+    answers: list[Grant | Lease]
+    entry: Entry | None
+
+
 class LeaseService:
     """All that can be done with leases. Methods raise a Refusal where they don't do it; then nothing has changed."""
 
@@ -74,15 +81,29 @@ class LeaseService:
 
     # --- granting ---
 
-    async def grant(self, requests: Sequence[LeaseRequest], caller: Caller,
-                    known: Process | None = None) -> Granted:
+    async def grant(self, requests: Sequence[LeaseRequest], caller: Caller) -> Granted:
         """Grant leases, all or none, durably.
 
-        `known` is the caller's process where it has been read before. The same live owner that asks again for a name
-        gets the lease that it has, and no token: that was shown once. Raises the refusal of the first request that
-        can't be granted, with a pointer into the array when there are several.
+        The same live owner that asks again for a name gets the lease that it has, and no token: that was shown once.
+        Raises the refusal of the first request that can't be granted, with a pointer into the array when there are
+        several.
         """
-        await self._names_settle(requests)
+        while unsettled := self.unsettled(requests):
+            await asyncio.wait(unsettled)
+        decision = self.decide(requests, caller)
+        if decision.entry is not None:
+            await wait_for(decision.entry)
+        return self.granted(decision)
+
+    def unsettled(self, requests: Sequence[LeaseRequest]) -> list[asyncio.Future[list[Lease]]]:
+        """Return what to wait for before deciding: grants of the same names on their way. The caller may be asking
+        twice."""
+        claims = [self.table.named(each.service, each.instance, each.endpoint) for each in requests if each.instance]
+        return [self._granting[claim.id].done for claim in claims if claim is not None and claim.id in self._granting]
+
+    def decide(self, requests: Sequence[LeaseRequest], caller: Caller) -> Decision:
+        """Decide a call whose names are settled, and send it to the disk. Raises as `grant` does; once the entry is
+        done, `granted` has the answer."""
         now = self.clock.now()
         grants: list[Grant] = []
         changes: list[Change] = []
@@ -90,7 +111,7 @@ class LeaseService:
         try:
             for index, request in enumerate(requests):
                 try:
-                    answers.append(self._grant_one(request, caller, known, now, grants, changes))
+                    answers.append(self._grant_one(request, caller, now, grants, changes))
                 except Refusal as refusal:
                     if len(requests) > 1:
                         refusal.pointer = f"/{index}{refusal.pointer or ''}"
@@ -102,21 +123,25 @@ class LeaseService:
         if entry is not None:
             for grant in grants:
                 self._granting[grant.lease.id] = entry
-            await wait_for(entry)
-        leases = [self.table.get(a.lease.id) or a.lease if isinstance(a, Grant) else self.table.get(a.id) or a
-                  for a in answers]
-        return Granted(leases, [answer.token if isinstance(answer, Grant) else None for answer in answers])
+        return Decision(answers, entry)
 
-    def _grant_one(self, request: LeaseRequest, caller: Caller, known: Process | None, now: Now,
-                   grants: list[Grant], changes: list[Change]) -> Grant | Lease:
-        process = known if request.pid is None and known is not None else \
-            self.granter.process(request.pid, caller, required=request.ttl is None)
+    def granted(self, decision: Decision) -> Granted:
+        """Return what came of a decision whose entry is done; raises the Refusal that it ended with."""
+        if decision.entry is not None:
+            decision.entry.done.result()
+        leases = [answer.lease if isinstance(answer, Grant) else answer for answer in decision.answers]
+        return Granted([self.table.get(lease.id) or lease for lease in leases],
+                       [answer.token if isinstance(answer, Grant) else None for answer in decision.answers])
+
+    def _grant_one(self, request: LeaseRequest, caller: Caller, now: Now, grants: list[Grant],
+                   changes: list[Change]) -> Grant | Lease:
+        process = self.granter.process(request.pid, caller, required=request.ttl is None)
         if request.instance is not None:
             existing = self.table.named(request.service, request.instance, request.endpoint)
             if existing is not None:
                 changes.extend(self._again(existing, request, caller, process, now))
                 return existing
-        shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service)
+        shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service) if grants else ()
         grant = self.granter.grant(request, caller, process, now, shared)
         grants.append(grant)
         if request.ttl is None and process is not None:
@@ -143,15 +168,6 @@ class LeaseService:
             return [Change(lease.id, "updated", {"owner": process.owner, "process": process.id})]
         raise PortTaken(f"{lease.instance} (endpoint {lease.endpoint}) has port {lease.port} already, for "
                         f"{describe(lease.owner)}: take another instance name, or none", pointer="/instance")
-
-    async def _names_settle(self, requests: Sequence[LeaseRequest]) -> None:
-        """Wait for grants of the same names that are on their way: the caller may be asking twice."""
-        while True:
-            claims = (self.table.named(r.service, r.instance, r.endpoint) for r in requests if r.instance)
-            entries = [self._granting[claim.id].done for claim in claims if claim and claim.id in self._granting]
-            if not entries:
-                return
-            await asyncio.wait(entries)
 
     def _undo_move(self, lease: Lease, moved: Lease) -> None:
         self._moving.pop(lease.id, None)

@@ -45,12 +45,15 @@ class Metrics:
 
     def apply(self, event: Event) -> None:
         """Count an event."""
-        counter = self._event_counters.get(event.type)
-        if counter is None:
-            counter = self._event_counters[event.type] = self._events.labels(event.type)
-        counter.inc()
+        self._count(self._events, event.type)
         if event.lease.ended_because is not None:
-            self._ended.labels(event.lease.ended_because).inc()
+            self._count(self._ended, event.lease.ended_because)
+
+    def _count(self, family: Counter, value: str) -> None:
+        counter = self._event_counters.get(value)  # no type of event is a reason to end as well
+        if counter is None:
+            counter = self._event_counters[value] = family.labels(value)
+        counter.inc()
 
     def commit(self, seconds: float, event_count: int) -> None:
         """Count a commit."""

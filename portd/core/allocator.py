@@ -103,7 +103,7 @@ class Allocator:
         self._sizes = {pool: len(line) for pool, line in self._lines.items()}
         self._uses: dict[int, int] = {}
         self._quarantine: dict[int, list[Quarantine]] = {}
-        self._looks: Deadlines[tuple[int, Quarantine]] = Deadlines()
+        self._looks: Deadlines[Quarantine] = Deadlines()
         self._last: OrderedDict[EndpointName, Place] = OrderedDict()
         self._own = OwnAddresses(own_block)
 
@@ -189,8 +189,9 @@ class Allocator:
 
     def remember(self, lease: Lease) -> None:
         """Keep in mind that the endpoint had this port, so that it gets it again."""
-        self._last[lease.name] = place_of(lease)
-        self._last.move_to_end(lease.name)
+        name = lease.name
+        self._last[name] = place_of(lease)
+        self._last.move_to_end(name)
         if len(self._last) > REMEMBERED_MAX:
             self._last.popitem(last=False)
         if lease.own_address:
@@ -204,7 +205,8 @@ class Allocator:
     def restore_cooling(self, lease: Lease, tick: float, *, age_s: float = 0.0) -> None:
         """Put an ended lease's port into its cooldown, of which `age_s` seconds have passed (a restart)."""
         self.remember(lease)
-        if any(static.service == lease.service for static in self._static_ports.get(lease.port, ())):
+        statics = self._static_ports.get(lease.port)
+        if statics and any(static.service == lease.service for static in statics):
             return  # nobody else may have it anyway
         quarantine = Quarantine(place_of(lease), "cooling", lease.name[:2], 1)
         self._isolate(quarantine, tick + max(0.0, self.cooldown_s - age_s))
@@ -229,7 +231,7 @@ class Allocator:
 
     def due_looks(self, tick: float) -> list[Quarantine]:
         """Take the quarantined ports that are due; each must be answered with `seen`."""
-        return [quarantine for _, quarantine in self._looks.pop_due(tick)]
+        return self._looks.pop_due(tick)
 
     def seen(self, quarantine: Quarantine, free: bool, tick: float) -> None:
         """Tell whether a quarantined port was found unbound; it joins the line when it has been, often enough."""
@@ -292,7 +294,7 @@ class Allocator:
         held = self._quarantine.setdefault(port, [])
         if quarantine not in held:
             held.append(quarantine)
-        self._looks.set((port, quarantine), tick)
+        self._looks.set(quarantine, tick)
         self._leave_line(port)
 
     def _end_quarantines(self, port: int, lease: Lease) -> None:
@@ -302,7 +304,7 @@ class Allocator:
         for quarantine in list(held):
             if meet(quarantine.place, place_of(lease)):
                 held.remove(quarantine)
-                self._looks.discard((port, quarantine))
+                self._looks.discard(quarantine)
         if not held:
             del self._quarantine[port]
 

@@ -29,9 +29,9 @@ class Deadlines(Generic[Key]):
 
     def set(self, key: Key, tick: float) -> None:
         """Give the key this deadline, later or earlier than the one that it had."""
-        earlier = key not in self._due or tick < self._due[key]
+        before = self._due.get(key)
         self._due[key] = tick
-        if earlier:  # a later deadline is found out when the old entry comes up
+        if before is None or tick < before:  # a later deadline is found out when the old entry comes up
             self._push(tick, key)
 
     def discard(self, key: Key) -> None:

@@ -16,7 +16,7 @@ A name exists while a live lease has it, and answers with nothing while none of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from dns.rdatatype import AAAA, ANY, NS, SOA, SRV, TXT, A
 
@@ -32,7 +32,7 @@ from portd.adapters.dns.records import (
     zone_name,
 )
 from portd.core.lookup import serving
-from portd.core.model import MAIN_ENDPOINT, Lease
+from portd.core.model import MAIN_ENDPOINT, Lease, Protocol
 
 HEADER_BYTES: Final = 12
 QUESTION_TAIL_BYTES: Final = 4
@@ -53,9 +53,11 @@ _NOBODY: Final = Source()
 
 
 class Service(Source):
-    """The endpoints of a service's live leases."""
+    """The endpoints of a service's live leases, and the names that they have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, zone: bytes) -> None:
+        self.wire = label(name) + zone
+        self.shared: dict[tuple[str, Protocol], tuple[Node, ...]] = {}  # by endpoint and protocol
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
         self._serving: dict[str, dict[str, Endpoint]] = {}
 
@@ -89,11 +91,12 @@ class Service(Source):
 
 
 class Node:
-    """A name that exists; this kind has no records of its own, only names below it."""
+    """A name, which exists while it has `leases`; this kind has no records of its own, only names below it."""
 
-    __slots__ = ("_answers", "_seen", "_source", "_start", "leases")
+    __slots__ = ("_answers", "_seen", "_source", "_start", "leases", "name")
 
     def __init__(self, name: bytes, source: Source) -> None:
+        self.name = name
         self.leases = 0
         self._start = HEADER_BYTES + len(name) + QUESTION_TAIL_BYTES
         self._source = source
@@ -200,12 +203,13 @@ class Zone(Source):
         self._hosts = hosts
         server = label("ns") + self.wire
         self._authority = StartOfAuthority(self.wire, server, ttl)
-        self.soa = self._authority.at(0)
+        self._soa = (0, self._authority.at(0))
         a, aaaa = address_records(hosts, ttl)
         self.ns = name_server(server, (*a, *aaaa), ttl)
         self._services: dict[str, Service] = {}
         self._endpoints: dict[str, Endpoint] = {}
         self._nodes: dict[bytes, Node] = {}
+        self._below = {protocol: Node(label(f"_{protocol}") + self.wire, _NOBODY) for protocol in ("tcp", "udp")}
         # A service named ns comes before the name that NS points to: its callers are many, and this name's are none.
         self._fixed: dict[bytes, Node] = {self.wire: _ApexNode(self), server: _FixedNode(server, {A: a, AAAA: aaaa})}
 
@@ -221,10 +225,16 @@ class Zone(Source):
         """Return a name's node, or None when there is no such name. `name` is in wire format, lower case."""
         return self._nodes.get(name) or self._fixed.get(name)
 
+    @property
+    def soa(self) -> Record:
+        """Return the zone's SOA record, with the newest revision as its serial."""
+        if self._soa[0] != self.version:
+            self._soa = (self.version, self._authority.at(self.version))
+        return self._soa[1]
+
     def renumber(self, revision: int) -> None:
         """Make the revision the zone's serial."""
         self.version = revision
-        self.soa = self._authority.at(revision)
 
     def apply(self, lease: Lease) -> None:
         """Take over what a lease has become. Raises OSError for an address that is none, and changes nothing then."""
@@ -244,42 +254,51 @@ class Zone(Source):
         lease = endpoint.lease
         service = self._services.get(lease.service)
         if service is None:
-            service = self._services[lease.service] = Service()
+            service = self._services[lease.service] = Service(lease.service, self.wire)
         service.put(endpoint)
         self._endpoints[lease.id] = endpoint
-        for name, kind, *rest in self._names(lease):
-            node = self._nodes.get(name)
-            if node is None:
-                node = self._nodes[name] = kind(name, service, *rest)
+        for node in self._nodes_of(service, lease):
+            if not node.leases:
+                self._nodes[node.name] = node
             node.leases += 1
 
     def _leave(self, lease: Lease) -> None:
-        if self._services[lease.service].remove(lease):
+        service = self._services[lease.service]
+        if service.remove(lease):
             del self._services[lease.service]
         del self._endpoints[lease.id]
-        for name, *_ in self._names(lease):
-            node = self._nodes[name]
+        for node in self._nodes_of(service, lease):
             node.leases -= 1
             if not node.leases:
-                del self._nodes[name]
+                del self._nodes[node.name]
 
-    def _names(self, lease: Lease) -> Iterator[tuple[Any, ...]]:
-        """Yield every name that exists because of a lease, once: the name, its node's kind, and what that one takes."""
-        service = label(lease.service) + self.wire
-        instance = label(lease.instance) + service
-        yield service, _ServiceNode, MAIN_ENDPOINT, None
-        yield instance, _ServiceNode, MAIN_ENDPOINT, lease.instance
+    def _nodes_of(self, service: Service, lease: Lease) -> list[Node]:
+        """Return every name that exists because of a lease, once."""
+        kind = lease.endpoint, lease.protocol
+        shared = service.shared.get(kind)
+        if shared is None:
+            shared = service.shared[kind] = tuple(self._shared(service, lease))
+        instance = label(lease.instance) + service.wire
+        nodes = [*shared, self._nodes.get(instance) or _ServiceNode(instance, service, MAIN_ENDPOINT, lease.instance)]
         if lease.endpoint != MAIN_ENDPOINT:
-            yield label(lease.endpoint) + instance, _ServiceNode, lease.endpoint, lease.instance
+            name = label(lease.endpoint) + instance
+            nodes.append(self._nodes.get(name) or _ServiceNode(name, service, lease.endpoint, lease.instance))
+        return nodes
+
+    def _shared(self, service: Service, lease: Lease) -> Iterator[Node]:
+        """Yield the names that all leases of this service, endpoint and protocol have."""
+        known = {node.name: node for nodes in service.shared.values() for node in nodes}
+        yield known.get(service.wire) or _ServiceNode(service.wire, service, MAIN_ENDPOINT, None)
         for protocol in lease.protocols:
-            below = label(f"_{protocol}") + service
+            below = label(f"_{protocol}") + service.wire
             if name := label(f"_{lease.endpoint}"):
-                yield below, Node
-                yield name + below, _PortNode, lease.endpoint, protocol
-            below = label(f"_{protocol}") + self.wire
+                yield known.get(below) or Node(below, _NOBODY)
+                name += below
+                yield known.get(name) or _PortNode(name, service, lease.endpoint, protocol)
             if lease.endpoint == MAIN_ENDPOINT and (name := label(f"_{lease.service}")):
-                yield below, Node
-                yield name + below, _PortNode, MAIN_ENDPOINT, protocol
+                yield self._below[protocol]
+                name += self._below[protocol].name
+                yield known.get(name) or _PortNode(name, service, MAIN_ENDPOINT, protocol)
 
 
 def _unique(records: Iterable[Record]) -> list[Record]:

@@ -8,18 +8,24 @@ handler, so there is one behaviour; the tests send everything both ways and comp
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from asyncio import Future
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from aiohttp.helpers import rfc822_formatted_time
 
-from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, encode
+from portd.adapters.http.calls import BODY_MAX_BYTES, encode
 from portd.adapters.http.gate import Gate, Guest
+from portd.adapters.http.leases import Grants, LeaseCalls, as_requests
 from portd.core.errors import ForbiddenOrigin, Refusal
 from portd.core.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.rights import Caller
+from portd.service import Decision, LeaseService
+
+logger = logging.getLogger(__name__)
 
 REQUEST_LINE: Final = b"POST /v1/leases HTTP/1.1\r\n"
 _HARMLESS: Final = frozenset({b"host", b"content-type", b"content-length", b"accept", b"user-agent",
@@ -28,51 +34,80 @@ _HARMLESS: Final = frozenset({b"host", b"content-type", b"content-length", b"acc
 _LENGTH = re.compile(rb"[1-9][0-9]{0,6}\Z")
 _REASONS: Final = {200: b"OK", 201: b"Created"}
 
-Grant = Callable[[Any, Caller], Awaitable[Answer]]
+Send = Callable[[bytes | None], None]
+"""Sends a whole response; None closes the connection instead, after a fault of ours."""
+
+
+class Head(NamedTuple):
+    """A request's head that was found to be plain; the next one on its connection is mostly the same."""
+
+    data: bytes
+    body_size: int
+    caller: Caller
 
 
 class FastLane:
-    """Takes plain grants for all connections. `grant` is the handler of the long way."""
+    """Takes plain grants for all connections."""
 
-    def __init__(self, gate: Gate, decode: Callable[[bytes], Any], grant: Grant, revision: Callable[[], int],
+    def __init__(self, gate: Gate, service: LeaseService, calls: LeaseCalls,
                  hash_token: Callable[[str], bytes]) -> None:
         self._gate = gate
-        self._decode = decode
-        self._grant = grant
-        self._revision = revision
+        self._service = service
+        self._calls = calls
         self._hash_token = hash_token
+        self._decode = msgspec.json.Decoder(Grants).decode
 
-    def accept(self, guest: Guest, data: bytes, last_head: bytes) -> tuple[Any, Caller, bytes] | None:
-        """Return (body, caller, head) of a plain grant, or None for what must go the long way.
+    def accept(self, guest: Guest, data: bytes, last: Head | None) -> tuple[Grants, Head] | None:
+        """Return what a plain grant asks for, and its head; None for what must go the long way.
 
-        `last_head` is a head that was accepted on this connection before: the same one need not be read again.
+        `last` is the head that was accepted on this connection before: the same one need not be read again.
         """
-        if guest.peer is None or guest.peer.pid is None:
+        head_size = data.find(b"\r\n\r\n")
+        if head_size < 0:
             return None
-        end = data.find(b"\r\n\r\n")
-        head = data[:end]
-        if end < 0 or (head != last_head and not self._is_plain(guest, head)):
-            return None
-        body = data[end + 4:]
-        if len(body) != _length(head):
+        head = last if last is not None and data[:head_size] == last.data else self._read(guest, data[:head_size])
+        if head is None or len(data) - head_size - 4 != head.body_size:
             return None
         try:
-            decoded = self._decode(body)
+            wish = self._decode(data[head_size + 4:])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None  # the long way finds the words for it
-        caller, _ = self._gate.caller(guest, {}, self._hash_token)
-        return decoded, caller, head
+        if self._service.unsettled(as_requests(wish)):
+            return None  # the long way can wait
+        return wish, head
 
-    async def answer(self, decoded: Any, caller: Caller) -> bytes:
-        """Grant, and return the whole response."""
+    def grant(self, wish: Grants, caller: Caller, send: Send) -> Future[Any] | None:
+        """Grant, and send the answer: at once, or when the future that is returned is done."""
         try:
-            answer = await self._grant(decoded, caller)
+            decision = self._service.decide(as_requests(wish), caller)
         except Refusal as refusal:
-            problem = problem_of(refusal)
-            headers = "".join(f"{name}: {value}\r\n" for name, value in headers_of(refusal).items())
-            return _response(problem.status, b"Refused", PROBLEM_TYPE, headers, encode(problem))
-        revision = f"X-Portd-Revision: {self._revision()}\r\n"
+            send(_refuse(refusal))
+            return None
+        except Exception:  # as on the long way: a fault of ours is logged, and tells the client nothing
+            logger.exception("a grant failed")
+            send(None)
+            return None
+        if decision.entry is None:
+            send(self._respond(decision, wish, caller))
+            return None
+        decision.entry.done.add_done_callback(lambda _: send(self._respond(decision, wish, caller)))
+        return decision.entry.done
+
+    def _respond(self, decision: Decision, wish: Grants, caller: Caller) -> bytes | None:
+        try:
+            answer = self._calls.show_granted(self._service.granted(decision), wish, caller)
+        except Refusal as refusal:
+            return _refuse(refusal)
+        except Exception:
+            logger.exception("a grant failed")
+            return None
+        revision = f"X-Portd-Revision: {self._service.table.revision}\r\n"
         return _response(answer.status, _REASONS[answer.status], "application/json", revision, encode(answer.body))
+
+    def _read(self, guest: Guest, data: bytes) -> Head | None:
+        if guest.peer is None or guest.peer.pid is None or not self._is_plain(guest, data):
+            return None
+        return Head(data, _length(data), self._gate.caller(guest, {}, self._hash_token)[0])
 
     def _is_plain(self, guest: Guest, head: bytes) -> bool:
         if not head.startswith(REQUEST_LINE):
@@ -98,6 +133,12 @@ class FastLane:
 def _length(head: bytes) -> int:
     at = head.lower().find(b"\r\ncontent-length:") + 17
     return int(head[at:].split(b"\r\n", 1)[0])
+
+
+def _refuse(refusal: Refusal) -> bytes:
+    problem = problem_of(refusal)
+    headers = "".join(f"{name}: {value}\r\n" for name, value in headers_of(refusal).items())
+    return _response(problem.status, b"Refused", PROBLEM_TYPE, headers, encode(problem))
 
 
 def _response(status: int, reason: bytes, content_type: str, headers: str, body: bytes) -> bytes:

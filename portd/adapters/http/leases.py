@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -14,11 +14,11 @@ from portd.core.problems import InvalidQuery
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import LeaseView
-from portd.service import LeaseService
+from portd.service import Granted, LeaseService
 
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
-Grants = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
+Grants: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
 
 
 class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +44,11 @@ class LeaseList(Struct, frozen=True):
 
     leases: list[LeaseView]
     next: str | None
+
+
+def as_requests(wish: Grants) -> list[LeaseRequest]:
+    """Return the requests in the body of a call for leases: one or an array."""
+    return wish if isinstance(wish, list) else [wish]
 
 
 class LeaseCalls:
@@ -80,11 +85,11 @@ class LeaseCalls:
 
     async def grant(self, call: Call) -> Answer:
         """POST /v1/leases."""
-        return await self.grant_to(call.body, call.caller)
+        requests = as_requests(call.body)
+        return self.show_granted(await self._service.grant(requests, call.caller), call.body, call.caller)
 
-    async def grant_to(self, wish: LeaseRequest | list[LeaseRequest], caller: Caller) -> Answer:
-        """Grant what the body of a request wishes for."""
-        granted = await self._service.grant(wish if isinstance(wish, list) else [wish], caller)
+    def show_granted(self, granted: Granted, wish: Grants, caller: Caller) -> Answer:
+        """Show what a call for leases brought, in the shape that it was asked for in."""
         views = [self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
                  for lease, token in zip(granted.leases, granted.tokens, strict=True)]
         return Answer(views if isinstance(wish, list) else views[0], 201 if granted.is_new else 200)

@@ -19,7 +19,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
-from portd.adapters.http.fastlane import FastLane
+from portd.adapters.http.fastlane import FastLane, Head
 from portd.adapters.http.gate import Gate, Guest
 from portd.core.errors import InvalidRequest, NotFound, Refusal, Unauthenticated
 from portd.core.problems import (
@@ -29,7 +29,6 @@ from portd.core.problems import (
     headers_of,
     problem_of,
 )
-from portd.core.rights import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +60,9 @@ class Connection(RequestHandler):
         self._wire: Any = transport
         self._head_timer: asyncio.TimerHandle | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
-        self._fast: asyncio.Task[None] | None = None
+        self._fast: asyncio.Future[Any] | None = None
         self._is_partial = False
-        self._last_head = b""
+        self._last_head: Head | None = None
         self._late: list[bytes] = []
         server = self._manager
         assert isinstance(server, Server)
@@ -73,12 +72,24 @@ class Connection(RequestHandler):
             self.force_close()
 
     def data_received(self, data: bytes) -> None:
-        """Take data; a request whose head does not end in time is given up."""
-        if self._fast is not None:
-            self._late.append(data)  # its turn comes when the grant before it is answered
-            if sum(map(len, self._late)) > BODY_MAX_BYTES:
-                self.force_close()
+        """Take data, in its turn: after the grant before it, and when aiohttp waits for the next request again."""
+        is_between = self._waiter is None and not self._request_in_progress and not self._messages
+        if is_between and not self._late:
+            self._loop.call_soon(self._take_late)  # it waits by then; else a connection stays on the long way for good
+        if self._fast is None and not self._late and not is_between:
+            self._take(data)
             return
+        self._late.append(data)
+        if sum(map(len, self._late)) > BODY_MAX_BYTES:
+            self.force_close()
+
+    def _take_late(self) -> None:
+        late, self._late = b"".join(self._late), []
+        if late and self._wire is not None:
+            self._take(late)
+
+    def _take(self, data: bytes) -> None:
+        """Take what is a plain grant as such; a request whose head does not end in time is given up."""
         if self._is_idle() and self._take_fast(data):
             return
         super().data_received(data)
@@ -139,7 +150,7 @@ class Connection(RequestHandler):
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         """Answer a grant that is under way, then close."""
         if self._fast is not None:
-            await asyncio.wait([self._fast], timeout=timeout)
+            await asyncio.wait([self._fast], timeout=timeout)  # its answer is sent by a callback that came before
         await super().shutdown(timeout)
 
     def _is_idle(self) -> bool:
@@ -155,25 +166,21 @@ class Connection(RequestHandler):
         accepted = server.fast_lane.accept(self.guest, data, self._last_head)
         if accepted is None:
             return False
-        decoded, caller, self._last_head = accepted
+        wish, self._last_head = accepted
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        self._fast = self._loop.create_task(self._answer_fast(server.fast_lane, decoded, caller))
+        self._fast = server.fast_lane.grant(wish, self._last_head.caller, self._send)
         return True
 
-    async def _answer_fast(self, lane: FastLane, decoded: Any, caller: Caller) -> None:
-        try:
-            response = await lane.answer(decoded, caller)
-        except Exception:  # as in _refuse_unknown: a fault of ours is logged here, and answered by the end of the line
-            logger.exception("a grant failed")
+    def _send(self, response: bytes | None) -> None:
+        """Send the answer to a plain grant, then take what has come in meanwhile."""
+        self._fast = None
+        if self.transport is None or self.transport.is_closing():
+            return
+        if response is None:
             self.force_close()
             return
-        finally:
-            self._fast = None
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(response)
-            late, self._late = b"".join(self._late), []
-            if late:
-                self.data_received(late)
+        self.transport.write(response)
+        self._take_late()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
