@@ -30,7 +30,7 @@ export class DaemonUnavailable extends PortdError {
   }
 }
 
-/** A daemon was there and did not answer in the time that a call may take. */
+/** A daemon is there, and says nothing. Whether it did what it was asked to is not known. */
 export class NoAnswerInTime extends DaemonUnavailable {}
 
 /** What answered does not speak the protocol: cut off in the middle, or something else listens there. */

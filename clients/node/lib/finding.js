@@ -15,6 +15,8 @@ import { RETRY_MS } from "./keeping.js";
 const STALE_MAX_MS = 300_000;
 /** Seconds of one long poll: proxies cut what is silent for a minute. */
 const WAIT_S = 55;
+/** Seconds of one that looks at the LAN too: the daemon is woken by changes of its own leases alone. */
+const LAN_WAIT_S = 5;
 /** A wildcard listens on loopback as well. */
 const REACHABLE = { "0.0.0.0": "127.0.0.1", "::": "::1" };
 
@@ -63,17 +65,19 @@ export async function resolveAll(service, { client = new Client(), signal, ...fi
 /**
  * Iterate over the working instances: now, and again whenever they change, without end; a daemon's absence is waited out.
  *
- * Throws DaemonUnavailable only when none answers at first, and the signal's reason when that is aborted.
+ * What comes and goes on the LAN is seen within LAN_WAIT_S. With `ref: false` waiting for a change does not keep the
+ * process alive. Throws DaemonUnavailable only when none answers at first, and the signal's reason when that is aborted.
  */
 export async function* watch(service, { client = new Client(), signal, ref = true, ...filters } = {}) {
   const query = queryOf(filters);
-  let found = await client.service(service, query, { signal, ref });
+  const wait = ["lan", "all"].includes(query.scope) ? LAN_WAIT_S : WAIT_S;
+  let found = await client.service(service, query, { signal });
   yield found.instances.map((document) => new Instance(document));
   let after = found.revision;
   while (true) {
     let newer;
     try {
-      newer = await client.service(service, { ...query, after, wait: WAIT_S }, { signal, ref });
+      newer = await client.service(service, { ...query, after, wait }, { signal, ref });
     } catch (error) {
       if (!isPassing(error)) throw error;
       await sleep(RETRY_MS, undefined, { signal, ref });

@@ -45,9 +45,9 @@ export async function listen(target, service, { backlog, ...options } = {}) {
 /**
  * A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it.
  *
- * Emits `changed` (lease, document before) when the daemon had lost the lease and gave it again; with a listener for it
- * the port may be another one then, without never. Emits `lost` (error) when it can't be had again, which is tried on
- * and on; without a listener that is a warning.
+ * Emits `changed` (lease) when the lease had to be taken again on another port: listen there then. Without a listener
+ * for it the port never changes. Emits `lost` (error) when the daemon lost the lease and it can't be had again, which is
+ * tried on and on; without a listener that is a warning.
  */
 export class Lease extends EventEmitter {
   #token;
@@ -87,6 +87,8 @@ export class Lease extends EventEmitter {
   get protocol() { return this.document.protocol; }
   get address() { return this.document.address; }
   get port() { return this.document.port; }
+  /** Whoever shows it may change the lease; undefined where no daemon gave one. */
+  get token() { return this.#token; }
   /** Where no daemon answered, and the port is of the kernel's choice. */
   get isFallback() { return !this.id; }
 
@@ -100,7 +102,10 @@ export class Lease extends EventEmitter {
     if (this.isPassed) await opened(target, { fd, backlog });
     else if (this.document.hold === "exclusive") throw new HandoffNeeded(this.service, this.port);
     else await this.#bind(target, backlog);
-    target.once("close", () => this.release());
+    const { port } = this;
+    target.once("close", () => {
+      if (this.port === port) this.release(); // else it moves: what closed is the old port's listener
+    });
   }
 
   /** Give the port back as taken by somebody else; afterwards `port` is another. */
@@ -117,11 +122,6 @@ export class Lease extends EventEmitter {
   /** Leave look-ups and keep the port; `drain(false)` comes back. */
   async drain(on = true) {
     if (this.id) this.document = await this.client.drain(this.id, on, { token: this.#token });
-  }
-
-  /** Renew now, or look whether the lease is there; it is done in the background as well. */
-  async renew() {
-    if (this.id) this.#take(await keep(this.client, this.#kept));
   }
 
   /** Give the lease back; may be called twice, and never rejects: no daemon is no error here. */
@@ -159,19 +159,14 @@ export class Lease extends EventEmitter {
         // in a worker of node:cluster an own lease is the worker's own, and what the primary leased is shared
         return await opened(target, { host: this.address, port: this.port, backlog, exclusive: !this.isAdopted });
       } catch (error) {
-        if (error.code !== "EADDRINUSE" || declines === DECLINES_MAX) throw error;
+        const isOurs = this.isFallback || this.#isMine; // what a parent leased and listens on is not ours to give back
+        if (error.code !== "EADDRINUSE" || !isOurs || declines === DECLINES_MAX) throw error;
         await this.decline();
       }
     }
   }
 
   // --- keeping ---
-
-  get #kept() {
-    return {
-      document: this.document, token: this.#token, wish: this.wish, mayMove: this.listenerCount("changed") > 0,
-    };
-  }
 
   #hold(document) {
     this.document = document;
@@ -183,9 +178,12 @@ export class Lease extends EventEmitter {
   }
 
   async #keep() {
+    const held = {
+      document: this.document, token: this.#token, wish: this.wish, mayMove: this.listenerCount("changed") > 0,
+    };
     let pause;
     try {
-      this.#take(await keep(this.client, this.#kept, { ref: false, signal: this.#patience.signal }));
+      this.#take(await keep(this.client, held, { ref: false, signal: this.#patience.signal }));
       pause = pauseMs(this.document);
     } catch (error) {
       if (!(error instanceof PortdError)) throw error;
@@ -196,11 +194,11 @@ export class Lease extends EventEmitter {
   }
 
   #take(document) {
-    const before = this.document;
+    const { port } = this;
     this.#hold(document);
     this.#isLost = false;
     // on the next tick: what a listener throws is the program's, and must not end the keeping
-    if (before.id !== document.id) process.nextTick(() => this.emit("changed", this, before));
+    if (port !== this.port && !this.#released) process.nextTick(() => this.emit("changed", this));
   }
 
   #miss(error) {

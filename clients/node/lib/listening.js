@@ -1,5 +1,6 @@
 /** From a lease to a listening server: on the socket that `portd run --socket` passed, or bound here. */
 
+import cluster from "node:cluster";
 import { createSocket, Socket as DatagramSocket } from "node:dgram";
 import { once } from "node:events";
 import { createServer } from "node:net";
@@ -10,10 +11,14 @@ const FIRST_FD = 3;
 /** Passed descriptors that somebody has by now: once closed, their numbers may be anything's. */
 const taken = new Set();
 
-/** Take the descriptor that `portd run --socket` laid out for an endpoint; undefined where this very process has none. */
+/**
+ * Take the descriptor that `portd run --socket` laid out for an endpoint; undefined where this process was given none.
+ * A worker of node:cluster may name what its primary was given: it is the primary that opens it.
+ */
 export function passed({ endpoint, protocol }, target) {
   const { LISTEN_PID, LISTEN_FDNAMES = "", PORTD_LEASE } = process.env;
-  if (LISTEN_PID !== String(process.pid) || !PORTD_LEASE) return undefined;
+  const heir = cluster.isWorker ? process.ppid : process.pid;
+  if (LISTEN_PID !== String(heir) || !PORTD_LEASE) return undefined;
   const named = LISTEN_FDNAMES.split(":").flatMap((name, at) => (name === endpoint ? [FIRST_FD + at] : []));
   const fd = named[protocol === "both" && isDatagram(target) ? 1 : 0]; // of the two, TCP is laid first
   if (fd === undefined || taken.has(fd)) return undefined;

@@ -119,7 +119,7 @@ const calls = {
     }
   },
 
-  renew: ({ handle }) => leases.get(handle).renew(),
+  renew: ({ handle }) => client().renew(leases.get(handle).id, { token: leases.get(handle).token }),
   release: ({ handle }) => released(handle),
   drain: ({ handle }) => leases.get(handle).drain(),
   report: ({ handle, status, output }) => leases.get(handle).report(status, output),
