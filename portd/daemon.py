@@ -302,9 +302,11 @@ class Daemon:
         log_event(event)
 
     def _settle_memory(self) -> None:
-        """What is there now stays: the garbage collector need not look at it again."""
+        """What is there now stays: the garbage collector need not look at it again. What comes later is mostly freed
+        without it, so it looks less often than by default (700, 10, 10): a twentieth of a grant's time."""
         gc.collect()
         gc.freeze()
+        gc.set_threshold(10_000, 20, 20)
 
     # --- what the daemon says of itself ---
 

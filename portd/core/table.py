@@ -8,6 +8,7 @@ refuses what would be wrong.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from portd.core.allocator import Place, meet, place_of
@@ -27,6 +28,7 @@ class LeaseTable:
         self._places: dict[int, dict[str, list[Lease]]] = {}
         self._services: dict[str, dict[str, Lease]] = {}
         self._processes: dict[ProcessId, dict[str, Lease]] = {}
+        self._owners: Counter[ProcessId] = Counter()
         self._uids: dict[int | None, int] = {}
         self._instances: dict[str, _Instances] = {}
         self._moving: dict[str, Lease] = {}
@@ -85,7 +87,7 @@ class LeaseTable:
 
     def is_owner(self, process: ProcessId) -> bool:
         """Tell whether a lease or claim lasts as long as this process does."""
-        return any(lease.lifetime != "ttl" for lease in self._processes.get(process, _NOTHING).values())
+        return process in self._owners
 
     def count_of_uid(self, uid: int | None) -> int:
         """Count the leases and claims of a user."""
@@ -170,6 +172,8 @@ class LeaseTable:
         self._enter_place(lease)
         if lease.process is not None:
             self._processes.setdefault(lease.process, {})[lease.id] = lease
+            if lease.lifetime != "ttl":
+                self._owners[lease.process] += 1
         self._uids[lease.owner.uid] = self._uids.get(lease.owner.uid, 0) + 1
         self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance)
 
@@ -181,6 +185,10 @@ class LeaseTable:
             del of_process[lease.id]
             if not of_process:
                 del self._processes[lease.process]
+            if lease.lifetime != "ttl":
+                self._owners[lease.process] -= 1
+                if not self._owners[lease.process]:
+                    del self._owners[lease.process]
         self._uids[lease.owner.uid] -= 1
         if not self._uids[lease.owner.uid]:
             del self._uids[lease.owner.uid]
