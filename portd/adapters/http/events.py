@@ -31,6 +31,8 @@ FOLLOWERS_MAX: Final = 4_096
 FLUSH_S_A_STREAM: Final = 0.00005
 """Seconds between two rounds of writing, for each stream. A write takes 10 us: a thousand followers get their events
 twenty times a second under load and cost a fifth of the loop, and one that is alone gets each at once."""
+SLICE: Final = 64
+"""Streams that are written to in one turn of the loop: grants go on between two slices of a round."""
 CATCH_UP_S: Final = 10.0
 """Seconds that a follower may take to read the past; one that does not is cut off."""
 HEARTBEAT_S: Final = 15.0
@@ -78,13 +80,11 @@ class _Group:
         self.streams: set[_Stream] = set()
         self.pending: list[bytes] = []
 
-    def flush(self) -> None:
-        """Send what is pending to everybody."""
+    def take_pending(self) -> list[tuple[_Stream, bytes]]:
+        """Return what is pending, for each stream; nothing is pending then."""
         data = b"".join(self.pending)
         self.pending.clear()
-        if data:
-            for stream in tuple(self.streams):
-                stream.send(data)
+        return [(stream, data) for stream in self.streams] if data else []
 
 
 class EventCalls:
@@ -94,7 +94,8 @@ class EventCalls:
         self._feed = feed
         self._groups: dict[tuple[bool, int | None, str | None], _Group] = {}
         self._timer: asyncio.Handle | None = None
-        self._flushed_at = 0.0
+        self._round: list[tuple[_Stream, bytes]] = []  # what is still to be written of a round
+        self._written_at = 0.0
         self.dropped_count = 0
 
     def routes(self) -> list[Route]:
@@ -151,7 +152,8 @@ class EventCalls:
         if group is None:
             group = self._groups[key] = _Group(caller, service)
             self._feed.follow(partial(self._take, group), group, service)
-        group.flush()  # what is pending is in this one's past already
+        self._round += group.take_pending()  # it is in this one's past already
+        self._write(len(self._round))
         group.streams.add(stream)
         try:
             yield
@@ -165,14 +167,30 @@ class EventCalls:
         group.pending.append(_chunk(_render(event, cmdline=sees_cmdline(group.caller, event.lease.owner.uid))))
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            due = self._flushed_at + self.stream_count * FLUSH_S_A_STREAM
-            self._timer = loop.call_soon(self._flush) if due <= loop.time() else loop.call_at(due, self._flush)
+            due = self._written_at + self.stream_count * FLUSH_S_A_STREAM
+            self._timer = loop.call_soon(self._begin_round) if due <= loop.time() else \
+                loop.call_at(due, self._begin_round)
 
-    def _flush(self) -> None:
+    def _begin_round(self) -> None:
+        self._round = [each for group in self._groups.values() for each in group.take_pending()]
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Write a slice of the round; events that come meanwhile go with the next one."""
+        self._write(SLICE)
+        loop = asyncio.get_running_loop()
+        if self._round:
+            self._timer = loop.call_soon(self._go_on)
+            return
+        self._written_at = loop.time()
         self._timer = None
-        for group in tuple(self._groups.values()):
-            group.flush()
-        self._flushed_at = asyncio.get_running_loop().time()
+        if any(group.pending for group in self._groups.values()):
+            self._timer = loop.call_later(self.stream_count * FLUSH_S_A_STREAM, self._begin_round)
+
+    def _write(self, count: int) -> None:
+        slice_, self._round = self._round[:count], self._round[count:]
+        for stream, data in slice_:
+            stream.send(data)
 
     def _start(self, call: Call) -> int:
         if call.query.after is not None:
