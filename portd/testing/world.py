@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from ipaddress import IPv4Network
 from typing import Any
@@ -97,3 +97,21 @@ class World:
     async def settle(self) -> None:
         """Wait until everything that came in is in the store."""
         await self.journal.drain(5.0)
+
+
+def in_world(**options: Any) -> Callable[[Callable[[World], Awaitable[None]]], Callable[[], None]]:
+    """Run a test in a world of its own, made with these options, and end it well."""
+    def decorate(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+        async def inner() -> None:
+            world = await World(**options).start()
+            try:
+                await test(world)
+            finally:
+                await world.kill()
+
+        def run() -> None:
+            asyncio.run(inner())
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__  # by hand: pytest would take a wrapped test's
+        return run                                               # parameter for a fixture
+    return decorate

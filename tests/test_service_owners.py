@@ -1,0 +1,169 @@
+"""LeaseService in a world that the test drives: whose a lease is, who may change it, and how long it lasts."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from portd.core.errors import (
+    InvalidRequest,
+    LeaseEnded,
+    NoClock,
+    NotFound,
+    NotOwner,
+    QuotaExceeded,
+    Unauthenticated,
+)
+from portd.core.requests import LeaseRequest
+from portd.core.rights import Caller
+from portd.grants import hash_token
+from portd.testing.world import in_world
+
+
+@in_world()
+async def test_a_caller_that_is_not_known_must_give_a_ttl(world):
+    with pytest.raises(InvalidRequest) as refused:
+        await world.service.grant([LeaseRequest(service="orders")], Caller(known_by="token"))
+    assert refused.value.pointer == "/ttl"
+
+
+@in_world()
+async def test_a_process_that_is_gone_gets_no_lease(world):
+    with pytest.raises(InvalidRequest) as refused:
+        await world.grant(4242, service="orders")
+    assert refused.value.pointer == "/pid"
+
+
+@in_world()
+async def test_a_process_that_dies_between_request_and_grant_leaves_no_lease(world):
+    world.processes.start(41)
+    world.store.gate.clear()
+    grant = asyncio.create_task(world.grant(41, service="orders"))
+    while not world.processes.watched_count:
+        await asyncio.sleep(0)
+    world.processes.end(41)
+    world.store.gate.set()
+    await grant
+    await world.settle()
+    assert len(world.table) == 0
+    assert [event.type for event in world.events] == ["granted", "ended"]
+    assert world.holds.held == {}
+
+
+@in_world()
+async def test_a_later_process_with_the_same_pid_is_another_owner(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders", instance="orders-1")
+    world.processes.end(41)
+    world.processes.start(41)
+    again = await world.grant(41, service="orders", instance="orders-1")
+    assert again.id != lease.id
+    assert again.port == lease.port
+
+
+@in_world()
+async def test_a_lease_for_another_users_process_is_refused(world):
+    world.processes.start(41, uid=1001)
+    with pytest.raises(NotOwner):
+        await world.ask([LeaseRequest(service="orders", pid=41)], uid=1000)
+    granted = await world.ask([LeaseRequest(service="orders", pid=41)], uid=0, admin=True)
+    assert granted.leases[0].owner.uid == 1001
+
+
+@in_world()
+async def test_a_users_new_process_takes_over_the_ttl_lease_of_the_one_that_died(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders", instance="orders-1", ttl=30.0)
+    world.processes.end(41)
+    assert world.table.get(lease.id) is not None, "a ttl lease outlives the process that asked"
+    world.processes.start(42)
+    again = await world.ask([LeaseRequest(service="orders", instance="orders-1", ttl=30.0)], pid=42)
+    assert again.leases[0].id == lease.id
+    assert not again.is_new
+    assert world.table.get(lease.id).owner.pid == 42
+
+
+@in_world(quota_per_uid=2)
+async def test_a_user_has_no_more_leases_than_the_quota(world):
+    world.processes.start(41)
+    for _ in range(2):
+        await world.grant(41, service="orders")
+    with pytest.raises(QuotaExceeded):
+        await world.grant(41, service="orders")
+    assert len(world.holds.held) == 2
+
+
+@in_world()
+async def test_only_the_owner_a_token_and_admins_change_a_lease(world):
+    world.processes.start(41)
+    granted = await world.ask([LeaseRequest(service="orders")], pid=41)
+    lease, token = granted.leases[0], granted.tokens[0]
+    with pytest.raises(NotOwner):
+        await world.service.drain(lease.id, world.caller(uid=1001), True)
+    with pytest.raises(Unauthenticated):
+        await world.service.drain(lease.id, Caller(), True)
+    for caller in (Caller(token_hash=hash_token(token)), world.caller(uid=1000), world.caller(uid=0, admin=True)):
+        assert (await world.service.drain(lease.id, caller, True)).drain
+        assert not (await world.service.drain(lease.id, caller, False)).drain
+    assert token.encode() not in b"".join(world.store._bodies.values())
+
+
+@in_world()
+async def test_releasing_again_does_nothing_and_an_unknown_id_is_not_found(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders")
+    await world.service.release(lease.id, world.caller(41))
+    revision = world.table.revision
+    await world.service.release(lease.id, world.caller(41))
+    assert world.table.revision == revision
+    assert (await world.service.find(lease.id)).ended_because == "released"
+    with pytest.raises(NotFound):
+        await world.service.release("nope", world.caller(41))
+
+
+@in_world()
+async def test_a_ttl_lease_ends_at_its_time_unless_renewed(world):
+    lease = await world.grant(service="orders", ttl=30.0)
+    world.pass_time(29.0)
+    await world.service.renew(lease.id, world.caller(), None)
+    world.pass_time(29.0)
+    assert world.table.get(lease.id) is not None
+    world.pass_time(1.0)
+    assert world.events[-1].lease.ended_because == "expired"
+    assert world.events[-1].lease.renewed_at is not None
+    with pytest.raises(LeaseEnded):
+        await world.service.renew(lease.id, world.caller(), None)
+
+
+@in_world()
+async def test_renewing_commits_nothing_and_a_new_period_is_durable(world):
+    lease = await world.grant(service="orders", ttl=30.0)
+    commits = world.store.commit_count
+    for _ in range(10):
+        await world.service.renew(lease.id, world.caller(), None)
+    assert world.store.commit_count == commits
+    await world.service.renew(lease.id, world.caller(), 60.0)
+    await world.restart()
+    world.pass_time(59.0)
+    assert world.table.get(lease.id) is not None
+    world.pass_time(1.0)
+    assert world.table.get(lease.id) is None
+
+
+@in_world()
+async def test_time_that_the_daemon_lost_is_given_back(world):
+    lease = await world.grant(service="orders", ttl=30.0)
+    world.clock.lose(3600.0)
+    world.service.tend()
+    assert world.table.get(lease.id) is not None
+    view = world.service.view(lease, cmdline=True)
+    assert (view.expires_at - view.created_at).total_seconds() == pytest.approx(3630.0)
+
+
+@in_world()
+async def test_a_process_lease_has_no_clock(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders")
+    with pytest.raises(NoClock):
+        await world.service.renew(lease.id, world.caller(41), None)
