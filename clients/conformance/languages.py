@@ -33,7 +33,8 @@ NODE = ROOT / "clients/node/test/driver.mjs"
 GO = ROOT / "clients/go/internal/driver/main.go"
 
 LANGUAGES = {name: language for name, language in {
-    "python": Language(PYTHON / "driver.py", [sys.executable, str(PYTHON / "driver.py")]),
+    "python": Language(PYTHON / "driver.py", [sys.executable, str(PYTHON / "driver.py")],
+                       cannot=frozenset({"unwatch"})),
     "asyncio": Language(PYTHON / "driver_aio.py", [sys.executable, str(PYTHON / "driver_aio.py")]),
     "node": Language(NODE, ["node", str(NODE)], "node", frozenset({"handoff"})),
     "go": Language(GO, [], "go"),

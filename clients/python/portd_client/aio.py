@@ -22,7 +22,7 @@ from portd_client import calls, endpoints, leasing, steps
 from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
 from portd_client.endpoints import Endpoint
 from portd_client.errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, TryAgain
-from portd_client.finding import Instance, Memory, lookup, pick, shown, wait_s
+from portd_client.finding import Instance, Memory, follow_up, lookup, pick, shown
 from portd_client.holding import Held
 from portd_client.listening import acquired, ephemeral, is_taken, passed, ready
 from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
@@ -128,13 +128,15 @@ class AsyncClient:
         filters = lookup(endpoint, tags, scope)
         found = await self.service(service, **filters)
         yield [Instance(document) for document in found["instances"]]
+        wait = follow_up(found, scope)
         while True:
             try:
-                newer = await self.service(service, **filters, after=found["revision"], wait=wait_s(scope))
+                newer = await self.service(service, **filters, **wait)
             except (DaemonUnavailable, ProtocolError, TryAgain):
                 await asyncio.sleep(steps.RETRY_S)
-                found["revision"] = 0
+                wait = {}
                 continue
+            wait = follow_up(newer, scope)
             if shown(newer) != shown(found):
                 yield [Instance(document) for document in newer["instances"]]
             found = newer

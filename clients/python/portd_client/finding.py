@@ -136,13 +136,15 @@ def watch(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), sco
     client, filters = client or Client(), lookup(endpoint, tags, scope)
     found = client.service(service, **filters)
     yield [Instance(document) for document in found["instances"]]
+    wait = follow_up(found, scope)
     while True:
         try:
-            newer = client.service(service, **filters, after=found["revision"], wait=wait_s(scope))
+            newer = client.service(service, **filters, **wait)
         except (DaemonUnavailable, ProtocolError, TryAgain):
             sleep(steps.RETRY_S)
-            found["revision"] = 0  # a daemon that lost its memory counts anew: ask for what is, then compare
+            wait = {}  # a daemon that lost its memory counts anew: ask for what is, then compare
             continue
+        wait = follow_up(newer, scope)
         if shown(newer) != shown(found):
             yield [Instance(document) for document in newer["instances"]]
         found = newer
@@ -160,9 +162,9 @@ def lookup(endpoint: str, tags: Sequence[str], scope: Scope | None) -> dict[str,
     return {"passing": True, "endpoint": endpoint, "tag": list(tags) or None, "scope": scope}
 
 
-def wait_s(scope: Scope | None) -> float:
-    """Return the seconds of one long poll."""
-    return LAN_WAIT_S if scope in {"lan", "all"} else WAIT_S
+def follow_up(answer: Instances, scope: Scope | None) -> dict[str, float]:
+    """Return what makes the next question of a watch a long poll from this answer on."""
+    return {"after": answer["revision"], "wait": LAN_WAIT_S if scope in {"lan", "all"} else WAIT_S}
 
 
 def shown(answer: Instances) -> list[tuple[object, ...]]:

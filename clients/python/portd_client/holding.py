@@ -80,8 +80,8 @@ class Held:
         return "owner" in self.document and self.document["owner"]["pid"] == os.getpid()
 
     def take(self, document: LeaseDocument, token: str | None = None, *, adopted: bool = False) -> None:
-        """Begin to hold what was granted, or given by `portd run`."""
-        self.document = document
+        """Begin to hold what was granted, or given by `portd run`; what is not known of it stays as wished."""
+        self.document = {**self.document, **document}
         self.token = token or document.get("token")
         self.is_adopted = adopted
 

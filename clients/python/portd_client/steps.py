@@ -87,7 +87,8 @@ def adopt(given: Given, wish: LeaseWish) -> Steps:
 def keep(document: LeaseDocument, token: str | None, wish: LeaseWish, *, may_move: bool) -> Steps:
     """Renew a lease (or look whether it is there), and lease again with the same wish where it is lost.
 
-    Returns the document as it is now; raises PortTaken when the port is somebody else's by now and may not change.
+    Returns the document as it is now; raises PortTaken when the port is somebody else's by now and may not change:
+    without `may_move`, or where exactly that port was wished for.
     """
     try:
         if document["lifetime"] == "ttl":
@@ -98,12 +99,12 @@ def keep(document: LeaseDocument, token: str | None, wish: LeaseWish, *, may_mov
     except LeaseLost:
         pass
     again: Any = {**wish, "port": document["port"], "exact": True}
-    if "instance" in document:
+    if document.get("instance"):
         again["instance"] = document["instance"]
     try:
         return (yield calls.grant(again))
     except PortTaken:
-        if not may_move:
+        if not may_move or wish.get("exact"):
             raise
     again["exact"] = False
     return (yield calls.grant(again))

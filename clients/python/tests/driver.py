@@ -119,8 +119,8 @@ class Calls:
         try:
             self._listeners[handle] = held.sockets(backlog)
         except BaseException:
-            del self._handles[handle]
-            held.release()
+            if "handle" not in arguments:
+                held.release()
             raise
         for listener in self._listeners[handle]:
             if listener.type == socket.SOCK_STREAM:
@@ -150,11 +150,11 @@ class Calls:
         self._release(arguments["handle"])
 
     def _release(self, handle: str) -> None:
+        self._handles[handle].release()
         for listener in self._listeners.pop(handle, []):
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept()
             listener.close()
-        self._handles[handle].release()
 
     def drain(self, arguments: Arguments) -> Any:
         self._handles[arguments["handle"]].drain()

@@ -31,7 +31,7 @@ class Calls:
     def __init__(self) -> None:
         self._client: aio.AsyncClient | None = None
         self._handles: dict[str, aio.AsyncLease] = {}
-        self._servers: dict[str, list[asyncio.Server]] = {}
+        self._listeners: dict[str, list[asyncio.Server | socket.socket]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         logging.getLogger("portd_client").addHandler(Messages(self._handles))
 
@@ -58,10 +58,11 @@ class Calls:
         try:
             listeners = await held.sockets(backlog)
         except BaseException:
-            await held.release()
+            if "handle" not in arguments:
+                await held.release()
             raise
-        self._servers[handle] = [await asyncio.start_server(greet, sock=one)
-                                 for one in listeners if one.type == socket.SOCK_STREAM]
+        self._listeners[handle] = [
+            await asyncio.start_server(greet, sock=one) if one.type == socket.SOCK_STREAM else one for one in listeners]
         return shown_lease(handle, held)
 
     async def _lease(self, arguments: Arguments) -> tuple[str, aio.AsyncLease]:
@@ -83,10 +84,11 @@ class Calls:
 
     async def release(self, arguments: Arguments) -> Any:
         handle = arguments["handle"]
-        for server in self._servers.pop(handle, []):
-            server.close()
-            await server.wait_closed()
         await self._handles[handle].release()
+        for one in self._listeners.pop(handle, []):
+            one.close()
+            if isinstance(one, asyncio.Server):
+                await one.wait_closed()
 
     async def drain(self, arguments: Arguments) -> Any:
         await self._handles[arguments["handle"]].drain()
