@@ -8,6 +8,7 @@ know the daemon.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 UNITS = ("portd.socket", "portd.service")
 PACKAGED = Path("/usr/lib/systemd/system/portd.service")
 """Where a package puts the unit; one in /etc would win over it (systemd.unit(5)), at its next upgrade too."""
+RESOLVED = "systemd-resolved.service"
+RESOLVED_DROP_IN = Path("/etc/systemd/resolved.conf.d/portd.conf")
 STATE = ("/var/lib/portd", "/etc/portd")
 
 
@@ -61,6 +64,8 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
             raise PortdError(f"{seen} lies under {hidden}, which the hardened unit does not see: install portd outside "
                              "of it, with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
                              "/opt/portd/bin/portd install")
+    if values["resolved"]:
+        _check_resolver()
     files = _system_files(resolved=values["resolved"])
     is_new = False
     for name, place in files.items():
@@ -70,7 +75,7 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
     yield _run("systemd-sysusers", "/etc/sysusers.d/portd.conf")
     yield from _start(["systemctl"], is_new=is_new)
     if values["resolved"]:
-        yield _run("systemctl", "try-restart", "systemd-resolved.service")
+        yield _run("systemctl", "try-restart", RESOLVED)
 
 
 def _install_user() -> Iterator[Step]:
@@ -94,9 +99,12 @@ def _start(systemctl: list[str], *, is_new: bool) -> Iterator[Step]:
 
 def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
     yield from _stop(["systemctl"], Path("/etc/systemd/system"))
+    was_resolved = RESOLVED_DROP_IN.exists()
     for place in _system_files(resolved=True).values():
         yield _remove(place)
     yield _run("systemctl", "daemon-reload")
+    if was_resolved:
+        yield _run("systemctl", "try-restart", RESOLVED)
     yield _remove(Path("/run/portd"))
     yield from (_state_step(Path(place), purge=values["purge"]) for place in STATE)
     if values["purge"]:
@@ -133,7 +141,7 @@ def _system_files(*, resolved: bool) -> dict[str, Path]:
     files = {name: units / name for name in ("portd.service", "portd.socket", "portd-run@.service")}
     files["portd.sysusers"] = Path("/etc/sysusers.d/portd.conf")
     if resolved:
-        files["portd.resolved"] = Path("/etc/systemd/resolved.conf.d/portd.conf")
+        files["portd.resolved"] = RESOLVED_DROP_IN
     return files
 
 
@@ -214,6 +222,22 @@ def _check_host(*, user: bool) -> None:
     if user and not os.environ.get("XDG_RUNTIME_DIR"):
         raise PortdError("XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
                          "user's own service manager can be reached")
+
+
+def _check_resolver() -> None:
+    """Raise PortdError where names of portd's zone would not be found, or others not any more (resolved.conf(5)).
+
+    Servers of the whole host are alternatives to each other: resolved would ask one of them for everything.
+    """
+    resolv_conf = Path("/etc/resolv.conf")
+    if not resolv_conf.resolve().is_relative_to("/run/systemd/resolve"):
+        raise PortdError(f"{resolv_conf} is not systemd-resolved's: names are looked up without it here, or it has its "
+                         "servers from there; see 'Modes of operation' in systemd-resolved(8)")
+    settings = Path("/etc/systemd/resolved.conf")
+    for place in (settings, *sorted(RESOLVED_DROP_IN.parent.glob("*.conf"))):
+        if place != RESOLVED_DROP_IN and place.exists() and re.search(r"(?m)^\s*DNS\s*=\s*\S", place.read_text()):
+            raise PortdError(f"{place} names DNS servers for the whole host: systemd-resolved would ask either those "
+                             "or portd, not each for its own; give them to a network link instead")
 
 
 def _program() -> Path:

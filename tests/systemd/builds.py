@@ -22,7 +22,7 @@ def build_venv(place: Path) -> None:
 
 
 def build_venv_for(python: str, place: Path, pip: Path) -> None:
-    """Lay out an environment for a Python that is not here (such as "3.13"), from wheels alone, with another's pip."""
+    """Lay out the same for a Python that is not here (such as "3.13"), from wheels alone, with the pip of another."""
     packages = place / f"lib/python{python}/site-packages"
     (place / "bin").mkdir(parents=True)
     (place / "bin/python3").symlink_to("/usr/bin/python3")
@@ -32,6 +32,10 @@ def build_venv_for(python: str, place: Path, pip: Path) -> None:
     subprocess.run([pip, *PIP, "install", "--target", packages, "--no-compile", "--only-binary=:all:",
                     "--python-version", python, "--implementation", "cp", *platforms, *wheels.glob("portd-*.whl")],
                    check=True, capture_output=True)
+    (place / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    program = place / "bin/portd"
+    program.write_text((packages / "bin/portd").read_text().replace(str(pip), "/opt/portd/bin/python3"))
+    program.chmod(0o755)
 
 
 def build_package(place: Path, version: str, venv: Path) -> Path:
@@ -43,6 +47,7 @@ def build_package(place: Path, version: str, venv: Path) -> Path:
 
 
 def bootstrap(release: str, packages: list[str], place: Path) -> None:
-    """Unpack a Debian of its own, about 20 s and 210 MB."""
-    subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}", release, place],
-                   check=True, capture_output=True, timeout=240)
+    """Unpack a Debian of its own: about 20 s and 210 MB."""
+    done = subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}", release,
+                           place], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
