@@ -297,7 +297,7 @@ class AsyncLease(Held):
                 found = await drive(self.client, steps.keep(self.document, self.token, self.wish,
                                                             may_move=self._on_change is not None))
             except (DaemonUnavailable, ProtocolError, TryAgain):
-                pause_s = steps.RETRY_S
+                pause_s = min(steps.RETRY_S, pause_s)
                 continue
             except PortdError as error:
                 logger.warning("portd: the lease of %s is lost, and can't be had again: %s", self, error)

@@ -209,7 +209,7 @@ class Lease(Held):
                 self._keep_once()
                 pause_s = steps.pause_s(self.document, random())
             except (DaemonUnavailable, ProtocolError, TryAgain):
-                pause_s = steps.RETRY_S
+                pause_s = min(steps.RETRY_S, pause_s)
             except PortdError as error:
                 _log("portd: the lease of %s is lost, and can't be had again: %s", self, error)
                 pause_s = steps.CHECK_S
@@ -233,14 +233,13 @@ _is_hooked = False
 def _release_at_exit() -> None:
     """Give back what is open at a normal exit, and at SIGTERM where nobody else minds it."""
     global _is_hooked
-    if _is_hooked:
-        return
-    _is_hooked = True
     import atexit
     import signal
     import threading
 
-    atexit.register(release_all)
+    if not _is_hooked:
+        _is_hooked = True
+        atexit.register(release_all)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, on_sigterm)
 

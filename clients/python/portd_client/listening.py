@@ -30,7 +30,10 @@ _taken: set[int] = set()
 
 
 class LeasedSocket(socket.socket):
-    """A socket that gives its lease back when it is closed (a copy of it in a forked child does not)."""
+    """A socket that gives its lease back when it is closed.
+
+    A copy of it in a forked child does not, nor does one on a port that the lease has left.
+    """
 
     __slots__ = ("lease",)
 
@@ -40,9 +43,12 @@ class LeasedSocket(socket.socket):
 
     def close(self) -> None:
         """Close the socket and release the lease; it is drained before, if it is to be."""
-        self.lease.drain_out()
+        has_the_lease = self.fileno() >= 0 and self.getsockname()[1] == self.lease.port
+        if has_the_lease:
+            self.lease.drain_out()
         super().close()
-        self.lease.release()
+        if has_the_lease:
+            self.lease.release()
 
 
 def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = None) -> list[LeasedSocket]:

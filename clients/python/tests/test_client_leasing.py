@@ -130,6 +130,15 @@ def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Dae
         assert lease.port != port
 
 
+def test_closing_the_socket_that_a_program_moved_away_from_keeps_the_lease(daemon: Daemon) -> None:
+    with portd_client.listen("moves-on", client=daemon.client) as old:
+        old.lease.decline()
+        with old.lease.listen() as new:
+            old.close()
+            assert daemon.client.lease(new.lease.id)["port"] == new.getsockname()[1]
+        assert daemon.client.lease(new.lease.id)["ended_because"] == "released"
+
+
 def test_release_gives_back_once_and_a_forked_child_gives_back_nothing(daemon: Daemon) -> None:
     lease = portd_client.lease("forked", client=daemon.client)
     child = os.fork()

@@ -58,7 +58,23 @@ server.socket.close()
 server.socket = listener
 server.serve_forever()
 """
-WSGI = "def app(environ, start_response):\n    start_response('200 OK', [])\n    return [b'ok']\n"
+FLASK = """
+from flask import Flask
+
+app = Flask(__name__)
+
+@app.get("/")
+@app.get("/healthz")
+def answer():
+    return "ok"
+"""
+GUNICORN = """
+import portd_client
+
+listener = portd_client.listen("by-gunicorn", check="http:/healthz")
+bind = f"fd://{listener.fileno()}"
+timeout = 2
+"""
 
 
 def serves_three(daemon: Daemon, service: str, start: Callable[[], subprocess.Popen[str]]) -> None:
@@ -100,9 +116,21 @@ def test_a_server_that_leases_by_itself(daemon: Daemon, service: str, source: st
     serves_three(daemon, service, lambda: daemon.start_python(source))
 
 
-@needs("gunicorn")
-def test_gunicorn_under_portd_run(daemon: Daemon) -> None:
-    (daemon.directory / "service_wsgi.py").write_text(WSGI)
-    serves_three(daemon, "by-gunicorn", lambda: daemon.start_portd(
-        "run", "by-gunicorn", "--check", "http:/healthz", "--", sys.executable, "-m", "gunicorn", "--bind",
-        "{host}:{port}", "--timeout", "2", "--chdir", str(daemon.directory), "service_wsgi:app"))
+@needs("gunicorn", "flask")
+@pytest.mark.parametrize("socket", [False, True], ids=["by its port", "by its socket"])
+def test_flask_on_gunicorn_under_portd_run(daemon: Daemon, socket: bool) -> None:
+    (daemon.directory / "service_app.py").write_text(FLASK)
+    service = "by-passed-socket" if socket else "by-flask"
+    how, bind = (["--socket"], []) if socket else ([], ["--bind", "{host}:{port}"])
+    serves_three(daemon, service, lambda: daemon.start_portd(
+        "run", service, "--check", "http:/healthz", *how, "--", sys.executable, "-m", "gunicorn", *bind,
+        "--timeout", "2", "--chdir", str(daemon.directory), "service_app:app"))
+
+
+@needs("gunicorn", "flask")
+def test_flask_on_a_gunicorn_that_leases_by_itself(daemon: Daemon) -> None:
+    (daemon.directory / "service_app.py").write_text(FLASK)
+    (daemon.directory / "gunicorn.conf.py").write_text(GUNICORN)
+    serves_three(daemon, "by-gunicorn", lambda: daemon.start_program([
+        sys.executable, "-m", "gunicorn", "--config", str(daemon.directory / "gunicorn.conf.py"),
+        "--chdir", str(daemon.directory), "service_app:app"]))

@@ -1,0 +1,109 @@
+"""How programs leave: what they hold is given back at SIGTERM, and nobody's own handler is in the way of that."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.cli.bed import DEADLINE_S, Daemon, end, wait_for
+
+HOLDS = """
+import asyncio
+from portd_client import aio
+
+async def main():
+    {before}
+    async with aio.lease("{service}", drain_s={drain_s}) as lease:
+        {inside}
+        server = await asyncio.start_server(lambda _, writer: writer.close(), sock=await lease.listen())
+        print(lease.id, flush=True)
+        await server.serve_forever()
+
+{run}
+"""
+PLAIN = "asyncio.run(main())"
+UVLOOP = "import uvloop; uvloop.run(main())"
+OWN_HANDLER = "asyncio.get_running_loop().add_signal_handler(15, lambda: print('mine', flush=True))"
+RUN_APP = """
+from aiohttp import web
+from portd_client import aio
+
+async def hold(app):
+    async with aio.lease("run-app") as lease:
+        print(lease.id, flush=True)
+        yield
+        print("cleaned up", flush=True)
+
+app = web.Application()
+app.cleanup_ctx.append(hold)
+web.run_app(app, host="127.0.0.1", port=0, print=None)
+"""
+
+
+@contextmanager
+def running(daemon: Daemon, source: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a program, and read the id of its lease."""
+    program = daemon.start_python(source)
+    try:
+        assert program.stdout is not None
+        yield program, program.stdout.readline().strip()
+    finally:
+        end(program)
+
+
+def program(service: str, *, before: str = "pass", inside: str = "pass", run: str = PLAIN, drain_s: float = 0) -> str:
+    """Write a program that holds a lease until it is ended."""
+    return HOLDS.format(service=service, before=before, inside=inside, run=run, drain_s=drain_s)
+
+
+@pytest.mark.parametrize("run", [PLAIN, UVLOOP], ids=["asyncio", "uvloop"])
+def test_an_asyncio_program_gives_its_lease_back_at_sigterm_and_dies_of_it(daemon: Daemon, run: str) -> None:
+    with running(daemon, program("leaves", run=run)) as (running_program, lease_id):
+        running_program.send_signal(signal.SIGTERM)
+        assert running_program.communicate(timeout=DEADLINE_S)[0] == ""
+        assert running_program.returncode == -signal.SIGTERM
+        assert daemon.client.lease(lease_id)["ended_because"] == "released"
+
+
+def test_so_do_the_blocking_leases_of_the_same_program(daemon: Daemon) -> None:
+    inside = "import portd_client; other = portd_client.lease('leaves-too')"
+    with running(daemon, program("leaves", inside=inside)) as (running_program, lease_id):
+        [other] = daemon.client.leases(service="leaves-too")
+        running_program.send_signal(signal.SIGTERM)
+        assert running_program.wait(DEADLINE_S) == -signal.SIGTERM
+        assert [daemon.client.lease(one)["ended_because"] for one in (lease_id, other["id"])] == ["released"] * 2
+
+
+@pytest.mark.parametrize("where", ["before", "inside"])
+def test_a_program_that_minds_sigterm_itself_keeps_its_own_handler(daemon: Daemon, where: str) -> None:
+    source = program("minds", before=OWN_HANDLER) if where == "before" else program("minds", inside=OWN_HANDLER)
+    with running(daemon, source) as (running_program, lease_id):
+        running_program.send_signal(signal.SIGTERM)
+        assert running_program.stdout is not None
+        assert running_program.stdout.readline() == "mine\n"
+        assert daemon.client.lease(lease_id)["state"] != "ended"
+
+
+def test_what_drains_at_sigterm_is_not_found_and_still_serves_and_a_second_one_does_not_wait(daemon: Daemon) -> None:
+    with running(daemon, program("drains", drain_s=600)) as (running_program, lease_id):
+        running_program.send_signal(signal.SIGTERM)
+        wait_for(lambda: daemon.client.lease(lease_id)["drain"], "it is drained")
+        lease = daemon.client.lease(lease_id)
+        with socket.create_connection((lease["address"], lease["port"]), DEADLINE_S) as caller:
+            assert caller.recv(1) == b""
+        running_program.send_signal(signal.SIGTERM)
+        assert running_program.wait(DEADLINE_S) == -signal.SIGTERM
+        wait_for(lambda: daemon.client.lease(lease_id)["ended_because"] == "owner_exited", "the daemon sees it")
+
+
+def test_a_framework_that_ends_cleanly_at_sigterm_still_does(daemon: Daemon) -> None:
+    with running(daemon, RUN_APP) as (running_program, lease_id):
+        running_program.send_signal(signal.SIGTERM)
+        assert running_program.communicate(timeout=DEADLINE_S)[0] == "cleaned up\n"
+        assert running_program.returncode == 0
+        assert daemon.client.lease(lease_id)["ended_because"] == "released"
