@@ -62,6 +62,8 @@ export interface LeaseOptions extends Wish {
   client?: Client;
   /** Where no daemon answers, take a port of the kernel's choice, and warn. */
   fallback?: "ephemeral";
+  /** Leave look-ups so long before the lease is given back, at exit too; serve on meanwhile. */
+  drainMs?: number;
 }
 
 export interface ListenOptions extends LeaseOptions {

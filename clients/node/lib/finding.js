@@ -73,20 +73,20 @@ export async function* watch(service, { client = new Client(), signal, ref = tru
   const wait = ["lan", "all"].includes(query.scope) ? LAN_WAIT_S : WAIT_S;
   let found = await client.service(service, query, { signal });
   yield found.instances.map((document) => new Instance(document));
-  let after = found.revision;
+  let after = { after: found.revision, wait };
   while (true) {
     let newer;
     try {
-      newer = await client.service(service, { ...query, after, wait }, { signal, ref });
+      newer = await client.service(service, { ...query, ...after }, { signal, ref });
     } catch (error) {
       if (!isPassing(error)) throw error;
       await sleep(RETRY_MS, undefined, { signal, ref });
-      after = 0; // a daemon that lost its memory counts anew: ask for what is, then compare
+      after = {}; // a daemon that lost its memory counts anew: ask for what is, then compare
       continue;
     }
     if (shown(newer) !== shown(found)) yield newer.instances.map((document) => new Instance(document));
     found = newer;
-    after = newer.revision;
+    after = { after: newer.revision, wait };
   }
 }
 

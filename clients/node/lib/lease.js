@@ -5,6 +5,7 @@
  */
 
 import { EventEmitter } from "node:events";
+import { setTimeout as sleep } from "node:timers/promises";
 
 import { Client } from "./client.js";
 import { DaemonUnavailable, HandoffNeeded, isPassing, PortdError } from "./errors.js";
@@ -20,8 +21,9 @@ const DECLINES_MAX = 8;
 /**
  * Lease a port for this process, or adopt the one that `portd run` leased for it.
  *
- * `fallback: "ephemeral"` takes a port of the kernel's choice where no daemon answers, and warns. Rejects with
- * DaemonUnavailable or the Problem.
+ * `fallback: "ephemeral"` takes a port of the kernel's choice where no daemon answers, and warns. With `drainMs` the
+ * lease leaves look-ups that many milliseconds before it is given back, at exit too; its server serves on meanwhile.
+ * Rejects with DaemonUnavailable or the Problem.
  */
 export function lease(service, options) {
   return Lease.open(service, options);
@@ -46,19 +48,22 @@ export async function listen(target, service, { backlog, ...options } = {}) {
  * A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it.
  *
  * Emits `changed` (lease) when the lease had to be taken again on another port: listen there then. Without a listener
- * for it the port never changes. Emits `lost` (error) when the daemon lost the lease and it can't be had again, which is
+ * for it, or where exactly that port was asked for, the port never changes. Emits `lost` (error) when the daemon lost the lease and it can't be had again, which is
  * tried on and on; without a listener that is a warning.
  */
 export class Lease extends EventEmitter {
   #token;
+  #drainMs;
   #timer;
   #keeping = Promise.resolve();
   #patience = new AbortController();
   #released;
+  #isOver = false;
   #isLost = false;
 
-  constructor(client, wish) {
+  constructor(client, wish, drainMs) {
     super();
+    this.#drainMs = drainMs;
     this.client = client;
     this.wish = wish;
     this.document = blank(wish);
@@ -69,8 +74,8 @@ export class Lease extends EventEmitter {
   }
 
   /** Lease or adopt; see `lease`. */
-  static async open(service, { client = new Client(), fallback, ...options } = {}) {
-    const made = new Lease(client, wishOf(service, options));
+  static async open(service, { client = new Client(), fallback, drainMs = 0, ...options } = {}) {
+    const made = new Lease(client, wishOf(service, options), drainMs);
     try {
       await made.#acquire();
     } catch (error) {
@@ -104,7 +109,9 @@ export class Lease extends EventEmitter {
     else await this.#bind(target, backlog);
     const { port } = this;
     target.once("close", () => {
-      if (this.port === port) this.release(); // else it moves: what closed is the old port's listener
+      if (this.port !== port) return; // it moves: what closed is the old port's listener
+      this.#drainMs = 0; // nobody serves any more
+      this.release();
     });
   }
 
@@ -124,7 +131,7 @@ export class Lease extends EventEmitter {
     if (this.id) this.document = await this.client.drain(this.id, on, { token: this.#token });
   }
 
-  /** Give the lease back; may be called twice, and never rejects: no daemon is no error here. */
+  /** Give the lease back, drained if it is to be; may be called twice, and never rejects: no daemon is no error here. */
   release() {
     this.#released ??= this.#release();
     return this.#released;
@@ -179,7 +186,8 @@ export class Lease extends EventEmitter {
 
   async #keep() {
     const held = {
-      document: this.document, token: this.#token, wish: this.wish, mayMove: this.listenerCount("changed") > 0,
+      document: this.document, token: this.#token, wish: this.wish,
+      mayMove: this.listenerCount("changed") > 0 && !this.wish.exact,
     };
     let pause;
     try {
@@ -188,9 +196,9 @@ export class Lease extends EventEmitter {
     } catch (error) {
       if (!(error instanceof PortdError)) throw error;
       if (!isPassing(error)) this.#miss(error);
-      pause = isPassing(error) ? RETRY_MS : CHECK_MS;
+      pause = isPassing(error) ? Math.min(RETRY_MS, pauseMs(this.document)) : CHECK_MS;
     }
-    if (!this.#released) this.#keepAfter(pause);
+    if (!this.#isOver) this.#keepAfter(pause);
   }
 
   #take(document) {
@@ -219,6 +227,8 @@ export class Lease extends EventEmitter {
   }
 
   async #release() {
+    if (this.#drainMs && this.#isMine) await this.#drainOut();
+    this.#isOver = true;
     clearTimeout(this.#timer);
     if (!this.id) return;
     const limit = setTimeout(() => this.#patience.abort(), RELEASE_TIMEOUT_MS);
@@ -228,5 +238,14 @@ export class Lease extends EventEmitter {
       await this.client.release(this.id, { token: this.#token, timeoutMs: RELEASE_TIMEOUT_MS }).catch(() => {});
     } // the daemon ends the lease when this process is gone, or when its clock runs out
     forget(this);
+  }
+
+  async #drainOut() {
+    try {
+      await this.client.drain(this.id, true, { token: this.#token, timeoutMs: RELEASE_TIMEOUT_MS });
+    } catch {
+      return; // nobody can be told, so there is nothing to wait for
+    }
+    await sleep(this.#drainMs);
   }
 }

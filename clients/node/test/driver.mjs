@@ -62,9 +62,9 @@ function question({ tag, service, ...filters }) {
   return [service, { client: client(), tags: tag ? [tag] : [], ...filters }];
 }
 
-async function leased({ service, ...options }) {
+async function leased({ service, drain_s = 0, ...options }) {
   const handle = `l${leases.size + 1}`;
-  const lease = await portd.lease(service, { client: client(), ...options });
+  const lease = await portd.lease(service, { client: client(), drainMs: drain_s * 1000, ...options });
   lease.on("changed", () => tell({ event: "changed", handle, port: lease.port, lease: lease.id }));
   lease.on("lost", ({ code }) => tell({ event: "lost", handle, code }));
   leases.set(handle, lease);
@@ -72,12 +72,15 @@ async function leased({ service, ...options }) {
 }
 
 async function released(handle) {
-  for (const server of servers.get(handle) ?? []) {
-    const isOpen = server.listening ?? true;
-    servers.delete(handle);
-    if (isOpen) await once(server.close(), "close");
-  }
   await leases.get(handle).release();
+  for (const server of servers.get(handle) ?? []) await once(server.close(), "close");
+  servers.delete(handle);
+}
+
+function listeners(protocol) {
+  const server = () => createServer((caller) => caller.on("error", () => {}).end(greeting));
+  const socket = () => createSocket("udp4");
+  return { tcp: () => [server()], udp: () => [socket()], both: () => [server(), socket()] }[protocol]();
 }
 
 const calls = {
@@ -91,21 +94,16 @@ const calls = {
     return shownLease(...await leased(options));
   },
 
-  async listen({ backlog, ...options }) {
-    const [handle, lease] = await leased(options);
-    const wanted = {
-      tcp: () => [createServer((caller) => caller.on("error", () => {}).end(greeting))],
-      udp: () => [createSocket("udp4")],
-      both: () => [...wanted.tcp(), ...wanted.udp()],
-    };
-    servers.set(handle, wanted[lease.protocol]());
+  async listen({ backlog, handle: known, ...options }) {
+    const [handle, lease] = known ? [known, leases.get(known)] : await leased(options);
+    const opened = listeners(lease.protocol);
     try {
-      for (const server of servers.get(handle)) await lease.listen(server, { backlog });
+      for (const one of opened) await lease.listen(one, { backlog });
     } catch (error) {
-      leases.delete(handle);
-      await lease.release();
+      if (!known) await lease.release();
       throw error;
     }
+    servers.set(handle, opened);
     return shownLease(handle, lease);
   },
 
