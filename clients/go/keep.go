@@ -20,15 +20,11 @@ const (
 	jitter = 0.2
 )
 
-// openLeases are those of this process that are kept, for ReleaseOnSignal.
-var openLeases leaseSet
-
 // startKeeping keeps the lease in a goroutine from now on.
 func (l *Lease) startKeeping() {
 	var ctx context.Context
 	ctx, l.impatient = context.WithCancel(context.Background())
 	l.done = make(chan struct{})
-	openLeases.add(l)
 	go func() {
 		defer close(l.done)
 		l.keepOn(ctx)
@@ -40,7 +36,6 @@ func (l *Lease) stopKeeping() {
 	if l.done == nil {
 		return
 	}
-	openLeases.remove(l)
 	close(l.stop)
 	timer := time.AfterFunc(releaseTimeout, l.impatient)
 	<-l.done
@@ -80,7 +75,7 @@ func (l *Lease) sleep(pause time.Duration) bool {
 }
 
 // keepOnce renews the lease, or looks whether it is there, and has it again with the same wish where it is lost. The port
-// stays the same unless the program said what to do about another one.
+// stays the same unless the program said what to do about another one, and wanted no exact one.
 func (l *Lease) keepOnce(ctx context.Context) (Document, error) {
 	now, err := l.look(ctx)
 	if !errors.Is(err, ErrLeaseLost) {
@@ -89,7 +84,7 @@ func (l *Lease) keepOnce(ctx context.Context) (Document, error) {
 	again := l.settings.wish
 	again.Port, again.Exact, again.Instance = l.Port(), true, l.Instance()
 	now, err = l.grantAgain(ctx, again)
-	if errors.Is(err, ErrPortTaken) && l.settings.onChange != nil {
+	if errors.Is(err, ErrPortTaken) && l.settings.onChange != nil && !l.settings.wish.Exact {
 		again.Exact = false
 		now, err = l.grantAgain(ctx, again)
 	}

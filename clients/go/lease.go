@@ -66,6 +66,7 @@ func (c *Client) Acquire(ctx context.Context, service string, options ...LeaseOp
 	if err != nil {
 		return nil, err
 	}
+	openLeases.add(l)
 	l.startKeeping()
 	return l, nil
 }
@@ -187,6 +188,7 @@ func (l *Lease) change(ctx context.Context, method, what string, body any) error
 func (l *Lease) Close() error {
 	l.drainOut()
 	l.release.Do(func() {
+		defer openLeases.remove(l) // not before it is given back: a signal meanwhile has to wait for that
 		l.mu.Lock()
 		l.closed = true
 		l.mu.Unlock()

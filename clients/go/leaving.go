@@ -46,7 +46,10 @@ func endBy(number os.Signal) {
 	_ = syscall.Tgkill(os.Getpid(), syscall.Gettid(), number.(syscall.Signal))
 }
 
-// A leaseSet is the leases that are open.
+// openLeases are those of this process that are not given back yet.
+var openLeases leaseSet
+
+// A leaseSet is leases that something is to be done to all at once.
 type leaseSet struct {
 	mu   sync.Mutex
 	open map[*Lease]bool

@@ -133,25 +133,22 @@ func (c *Client) Watch(ctx context.Context, service string, options ...LookupOpt
 
 // follow sends what changes until it can't; it returns why.
 func (c *Client) follow(ctx context.Context, q question, updates chan<- Update) error {
-	known, err := c.ask(ctx, q, atOnce)
-	if err != nil {
-		return err
-	}
-	send(ctx, updates, Update{Instances: instances(known, false)})
+	var known answer
+	isKnown, after := false, int64(atOnce)
 	for ctx.Err() == nil {
-		newer, err := c.ask(ctx, q, known.Revision)
-		if isAway(err) {
-			known.Revision = 0 // a daemon that lost its memory counts anew: ask for what is, then compare
+		newer, err := c.ask(ctx, q, after)
+		if err != nil && isKnown && isAway(err) {
+			after = atOnce // a daemon that lost its memory counts anew: ask for what is, then compare
 			pause(ctx, c.wait)
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		if !reflect.DeepEqual(shown(newer), shown(known)) {
+		if !isKnown || !reflect.DeepEqual(shown(newer), shown(known)) {
 			send(ctx, updates, Update{Instances: instances(newer, false)})
 		}
-		known = newer
+		known, isKnown, after = newer, true, newer.Revision
 	}
 	return ctx.Err()
 }

@@ -149,8 +149,8 @@ func OrEphemeral() LeaseOption {
 }
 
 // OnChange lets a lost lease be had again on another port, and calls f then, in a goroutine of its own: it should listen
-// on the lease anew, and close the old listener's embedded TCPListener, which leaves the lease alone. Without it the port
-// of a lease never changes.
+// on the lease anew, and close the old listener's embedded TCPListener, which leaves the lease alone. Without it, and with
+// ExactPort, the port of a lease never changes.
 func OnChange(f func(*Lease)) LeaseOption {
 	return leaseOption(func(s *settings) { s.onChange = f })
 }

@@ -98,17 +98,21 @@ func (c *calls) lease(ctx context.Context, a arguments) (any, error) {
 	return shownLease(handle, held.lease), nil
 }
 
+// listen takes a lease first, unless it is told which one to listen on.
 func (c *calls) listen(ctx context.Context, a arguments) (any, error) {
-	handle, held, err := c.acquire(ctx, a)
+	handle, held, err := a.Handle, c.leases[a.Handle], error(nil)
+	if held == nil {
+		handle, held, err = c.acquire(ctx, a)
+	}
 	if err != nil {
 		return nil, err
 	}
-	if err := held.listen(ctx, orElse(a.Protocol, "tcp")); err != nil {
+	err = held.listen(ctx)
+	if err != nil && a.Handle == "" {
 		delete(c.leases, handle)
 		held.close()
-		return nil, err
 	}
-	return shownLease(handle, held.lease), nil
+	return shownLease(handle, held.lease), err
 }
 
 func (c *calls) acquire(ctx context.Context, a arguments) (string, *holding, error) {
@@ -133,7 +137,8 @@ func (c *calls) acquire(ctx context.Context, a arguments) (string, *holding, err
 }
 
 // listen opens what the protocol has, and greets whoever connects.
-func (h *holding) listen(ctx context.Context, protocol string) error {
+func (h *holding) listen(ctx context.Context) error {
+	protocol := h.lease.Document().Protocol
 	if protocol != "udp" {
 		listener, err := h.lease.Listen(ctx)
 		if err != nil {
