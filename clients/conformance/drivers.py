@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 DEADLINE_S = 20.0
@@ -68,22 +69,20 @@ class Driver:
 
     def end(self, how: str) -> int:
         """End the driver by "eof", "term" or "kill" and return its status (a signal's is negative)."""
-        if how == "term":
-            self._process.terminate()
-        elif how == "kill":
-            self._process.kill()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self.is_running = False
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            return self._process.wait(DEADLINE_S)
+            {"eof": self._process.stdin.close, "term": self._process.terminate, "kill": self._process.kill}[how]()
+            return self._process.wait(DEADLINE_S)  # by that way alone: its input stays open for a signal
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the driver did not end by {how}: {self.errors()}") from None
         finally:
             self._process.kill()
             self._process.wait()
             self._reader.join()
-            assert self._process.stdout is not None
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.stdout.close()
 
     def errors(self) -> str:
