@@ -31,6 +31,10 @@ MESSAGE_MAX_BYTES: Final = 64 * 1024
 CONNECTIONS_MAX: Final = 256
 IDLE_S: Final = 30.0
 """Seconds that a connection may stay without asking."""
+FIRST_MESSAGE_S: Final = 0.05
+"""Seconds that a stop gives callers who have connected and not asked yet. A local one needs a thousandth of it."""
+STOP_S: Final = 0.5
+"""Seconds that a stop gives what is under way: a grant waits for the disk."""
 
 
 class Wish(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +67,7 @@ class HandoffServer:
         self._nudge = nudge
         self._decode = msgspec.json.Decoder(Wish).decode
         self._listeners: list[socket.socket] = []
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
 
     def serve(self, listener: socket.socket) -> None:
         """Accept on a bound, listening SOCK_SEQPACKET socket until the stop."""
@@ -71,13 +75,21 @@ class HandoffServer:
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def close(self) -> None:
-        """Stop accepting, and cut off who is connected."""
+        """Stop accepting, answer what has been asked, and cut off who is connected then."""
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
-        for connection in self._connections:
-            connection.cancel()
+        await self._wait(FIRST_MESSAGE_S)
+        for connection in self._connections.values():
+            connection.shutdown(socket.SHUT_RD)  # messages that are here already are read yet, then comes the end
+        await self._wait(STOP_S)
+        for conversation in self._connections:
+            conversation.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _wait(self, timeout_s: float) -> None:
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=timeout_s)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -89,8 +101,8 @@ class HandoffServer:
             connection.close()
             return
         task = asyncio.get_running_loop().create_task(self._converse(connection))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = connection
+        task.add_done_callback(self._connections.pop)
 
     async def _converse(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
