@@ -222,7 +222,7 @@ class Daemon:
         listen = self._settings.listen
         tls = _tls(self._settings)
         passed = [one for sockets in self._passed.values() for one in sockets]
-        places = [await self._open_passed(listener, tls) for listener in passed]
+        places = [place for listener in passed if (place := await self._open_passed(listener, tls))]
         unix = listen.socket if listen.socket is not None else self._paths.socket
         if unix and not any(_is_unix(one, socket.SOCK_STREAM) for one in passed):
             await self._http.serve(open_unix(unix, socket.SOCK_STREAM, self._paths.socket_mode))
@@ -237,18 +237,28 @@ class Daemon:
                 places.append(place)
         return places
 
-    async def _open_passed(self, listener: socket.socket, tls: ssl.SSLContext | None) -> str:
-        """Serve a socket that the service manager has opened: what it is for, its kind says; returns where it is."""
-        if listener.family == socket.AF_UNIX:
+    async def _open_passed(self, listener: socket.socket, tls: ssl.SSLContext | None) -> str | None:
+        """Serve a socket that the service manager has opened (its kind says what for); returns where it is.
+
+        None where the configuration turns that off.
+        """
+        is_unix, is_handoff = listener.family == socket.AF_UNIX, listener.type == socket.SOCK_SEQPACKET
+        if is_unix:
             place = str(listener.getsockname())
-            if listener.type == socket.SOCK_SEQPACKET:
-                self._handoff.serve(listener)
-            else:
-                await self._http.serve(listener)
-            return place
-        host, port = listener.getsockname()[:2]
-        await self._http.serve(listener, tls)
-        return f"{'https' if tls else 'http'}://{host}:{port}"
+        else:
+            host, port = listener.getsockname()[:2]
+            place = f"{'https' if tls else 'http'}://{host}:{port}"
+        listen = self._settings.listen
+        if (listen.handoff if is_handoff else listen.socket if is_unix else listen.http) in ("", ()):
+            logger.warning("%s is turned off in [listen], but the service manager opens it: whoever comes is turned "
+                           "away; turn it off in portd.socket too", place)
+            systemd.turn_away(listener)
+            return None
+        if is_handoff:
+            self._handoff.serve(listener)
+        else:
+            await self._http.serve(listener, None if is_unix else tls)
+        return place
 
     async def _close(self) -> None:
         """Close the doors, let what is under way come to its end, then stop."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import select
 import socket
@@ -89,6 +90,18 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
         taken.setblocking(False)  # a parcel too: an empty one must not stop the start
         passed.setdefault(name, []).append(taken)
     return passed
+
+
+def turn_away(listener: socket.socket) -> None:
+    """Hang up on whoever comes to a passed socket that is not served.
+
+    The manager keeps it open whatever this process does with its copy: unanswered, callers would wait for ever.
+    """
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):
+            listener.accept()[0].close()
+
+    asyncio.get_running_loop().add_reader(listener, hang_up)
 
 
 async def feed_watchdog() -> None:

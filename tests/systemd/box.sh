@@ -24,8 +24,8 @@ boot() {
     mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts dev/pts; ln -s pts/ptmx dev/ptmx
     for d in null zero full random urandom tty; do mknod -m 666 dev/$d c $(stat -c "0x%t 0x%T" /dev/$d); done
     ln -s /proc/self/fd dev/fd; for n in 0:stdin 1:stdout 2:stderr; do ln -s fd/${n%:*} dev/${n#*:}; done
-    cat /proc/sys/kernel/random/uuid >../boot_id  # the boot id is the kernel'"'"'s: every boot of the box gets its own
-    mount --bind ../boot_id proc/sys/kernel/random/boot_id
+    cat /proc/sys/kernel/random/uuid >run/boot_id  # the boot id is the kernel'"'"'s: every boot of the box gets its own
+    mount --bind run/boot_id proc/sys/kernel/random/boot_id
     for p in sys irq bus sysrq-trigger; do
       [ ! -e proc/$p ] || { mount --rbind proc/$p proc/$p; mount -o remount,bind,ro proc/$p; }
     done
