@@ -118,7 +118,7 @@ func (c *Client) call(ctx context.Context, r request, result any) (reply, error)
 	unavailable := &DaemonUnavailable{}
 	for _, at := range c.candidates(r.at) {
 		status, body, err := at.exchange(limited, r, data)
-		if ctx.Err() != nil {
+		if err != nil && ctx.Err() != nil {
 			return reply{}, fmt.Errorf("portd: %s %s at %s: %w", r.method, r.path, at.url, ctx.Err())
 		}
 		if err != nil && limited.Err() != nil {

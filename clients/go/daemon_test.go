@@ -226,6 +226,16 @@ func openSockets() (left []string) {
 	return left
 }
 
+// stranger listens on a port until the test ends.
+func stranger(t *testing.T, address string, port int) {
+	t.Helper()
+	var made sockets
+	if err := made.bind(bounded(t), "tcp", address, port); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(made.close)
+}
+
 // asProblem returns the refusal that an error is.
 func asProblem(t *testing.T, err error) *Problem {
 	t.Helper()

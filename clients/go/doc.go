@@ -7,7 +7,7 @@
 //		log.Fatal(err)
 //	}
 //	defer listener.Close()
-//	log.Fatal(http.Serve(listener, handler))
+//	log.Print(http.Serve(listener, handler))
 //
 // and whoever looks for it asks for the service:
 //

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"log"
-	"math/rand"
 	"time"
 )
 
@@ -131,5 +130,5 @@ func (l *Lease) period() time.Duration {
 		}
 		period = now.ExpiresAt.Sub(started) / 3
 	}
-	return time.Duration(float64(period) * (1 - jitter*rand.Float64()))
+	return time.Duration(float64(period) * (1 - jitter*chance()))
 }

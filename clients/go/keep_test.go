@@ -78,8 +78,7 @@ func takenMeanwhile(t *testing.T, d *daemon, l *Lease) {
 	t.Helper()
 	d.end(syscall.SIGTERM)
 	d.forget(t)
-	stranger := must[sockets](t)(bind(bounded(t), "tcp", l.Address(), l.Port()))
-	t.Cleanup(stranger.close)
+	stranger(t, l.Address(), l.Port())
 	d.start(t)
 }
 

@@ -61,7 +61,9 @@ func (c *Client) Acquire(ctx context.Context, service string, options ...LeaseOp
 	}
 	err := l.begin(ctx)
 	if errors.Is(err, ErrDaemonUnavailable) && l.settings.ephemeral {
-		return l, l.fallBack(ctx, err)
+		if err = l.fallBack(ctx, err); err == nil {
+			return l, nil
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -98,11 +100,10 @@ func (l *Lease) fallBack(ctx context.Context, why error) error {
 		return why
 	}
 	log.Printf("%v; taking a port of the kernel's choice for %s", why, wanted.Service)
-	opened, err := bind(ctx, l.document.Protocol, l.document.Address, 0)
-	if err != nil {
+	if err := l.spare.bind(ctx, l.document.Protocol, l.document.Address, 0); err != nil {
 		return err
 	}
-	l.spare, l.document.Port = opened, opened.port()
+	l.document.Port = l.spare.port()
 	return nil
 }
 

@@ -124,7 +124,7 @@ func (l *Lease) fill(ctx context.Context, wanted string) error {
 	if l.isClosed() {
 		return fmt.Errorf("portd: the lease of %s: %w", l, net.ErrClosed)
 	}
-	if wanted == "tcp" && l.spare.stream != nil || wanted == "udp" && l.spare.datagram != nil {
+	if l.spare.has(wanted) {
 		return nil
 	}
 	l.spare.close()

@@ -147,8 +147,7 @@ func TestAPortThatAStrangerTakesBetweenGrantAndBindIsDeclinedUnderTheSameLease(t
 			l := must[*Lease](t)(c.Acquire(bounded(t), "raced", Hold("none")))
 			defer l.Close()
 			id, first := l.ID(), l.Port()
-			stranger := must[sockets](t)(bind(bounded(t), "tcp", l.Address(), first))
-			defer stranger.close()
+			stranger(t, l.Address(), first)
 			listener := must[*Listener](t)(l.Listen(bounded(t)))
 			defer listener.Close()
 			if l.ID() != id || l.Port() == first || listener.Addr().(*net.TCPAddr).Port != l.Port() {
@@ -159,16 +158,14 @@ func TestAPortThatAStrangerTakesBetweenGrantAndBindIsDeclinedUnderTheSameLease(t
 }
 
 func TestAnExactPortThatAStrangerHasIsErrPortTaken(t *testing.T) {
-	stranger := must[sockets](t)(bind(bounded(t), "tcp", "127.0.0.1", 25890))
-	defer stranger.close()
+	stranger(t, "127.0.0.1", 25890)
 	_, err := Listen(bounded(t), "refused", ExactPort(25890))
 	if problem := asProblem(t, err); !errors.Is(err, ErrPortTaken) || problem.Status != 409 || problem.Pointer != "/port" {
 		t.Errorf("%#v", problem)
 	}
 	l := must[*Lease](t)(overTCP(t).Acquire(bounded(t), "refused", ExactPort(25891), Hold("none")))
 	defer l.Close()
-	later := must[sockets](t)(bind(bounded(t), "tcp", "127.0.0.1", 25891))
-	defer later.close()
+	stranger(t, "127.0.0.1", 25891)
 	if _, err := l.Listen(bounded(t)); !errors.Is(err, ErrPortTaken) {
 		t.Errorf("taken after the grant it is %v", err)
 	}

@@ -6,7 +6,7 @@ package portd
 import (
 	"context"
 	"fmt"
-	"math/rand"
+	"hash/maphash"
 	"net"
 	"net/url"
 	"reflect"
@@ -98,7 +98,7 @@ func (c *Client) Resolve(ctx context.Context, service string, options ...LookupO
 	if len(found) == 0 {
 		return Instance{}, fmt.Errorf("%w: of %s", ErrNobodyThere, service)
 	}
-	return found[rand.Intn(len(found))], nil
+	return found[int(chance()*float64(len(found)))], nil
 }
 
 // ResolveAll is the package's ResolveAll, with this client.
@@ -195,6 +195,12 @@ func (q question) poll() time.Duration {
 		return lanPoll
 	}
 	return longPoll
+}
+
+// chance is a number from 0 up to 1. The seed of a maphash is another one each time and in each process, unlike that of
+// math/rand before Go 1.20, by which all processes would choose alike.
+func chance() float64 {
+	return float64(new(maphash.Hash).Sum64()>>11) / (1 << 53)
 }
 
 func questionOf(service string, options []LookupOption) question {

@@ -30,6 +30,18 @@ func TestResolveChoosesAmongThoseThatFit(t *testing.T) {
 	}
 }
 
+func TestChanceIsSpreadFrom0UpTo1(t *testing.T) {
+	var tenths [10]int
+	for i := 0; i < 10_000; i++ {
+		tenths[int(chance()*10)]++
+	}
+	for i, count := range tenths {
+		if count < 700 || count > 1300 {
+			t.Errorf("%d of 10,000 are in tenth %d", count, i)
+		}
+	}
+}
+
 func TestAWildcardIsReachedOnLoopback(t *testing.T) {
 	for address, host := range map[string]string{"0.0.0.0": "127.0.0.1:80", "::": "[::1]:80", "127.77.0.1": "127.77.0.1:80"} {
 		found := instances(answer{Instances: []Document{{Address: address, Port: 80}}}, false)

@@ -22,6 +22,34 @@ type sockets struct {
 	datagram *net.UDPConn
 }
 
+func (s *sockets) has(protocol string) bool {
+	return protocol == "tcp" && s.stream != nil || protocol == "udp" && s.datagram != nil
+}
+
+// bind binds as servers do; net sets SO_REUSEADDR for TCP, which a shared hold lets in.
+func (s *sockets) bind(ctx context.Context, protocol, address string, port int) error {
+	network := protocol
+	if !strings.Contains(address, ":") {
+		network += "4" // or net takes "0.0.0.0" for all addresses, IPv6's too
+	}
+	var config net.ListenConfig
+	at := net.JoinHostPort(address, strconv.Itoa(port))
+	if protocol == "udp" {
+		conn, err := config.ListenPacket(ctx, network, at)
+		if err != nil {
+			return fmt.Errorf("portd: %w", err)
+		}
+		s.datagram = conn.(*net.UDPConn)
+		return nil
+	}
+	listener, err := config.Listen(ctx, network, at)
+	if err != nil {
+		return fmt.Errorf("portd: %w", err)
+	}
+	s.stream = listener.(*net.TCPListener)
+	return nil
+}
+
 func (s *sockets) close() {
 	if s.stream != nil {
 		s.stream.Close()
@@ -47,7 +75,7 @@ func (l *Lease) open(ctx context.Context) (sockets, error) {
 		}
 	}
 	for declines := 0; ; declines++ {
-		opened, err := l.acquire(ctx)
+		opened, err := l.openOnce(ctx)
 		if err == nil || !isTaken(err) || declines == declinesMax {
 			return opened, err
 		}
@@ -57,52 +85,24 @@ func (l *Lease) open(ctx context.Context) (sockets, error) {
 	}
 }
 
-// acquire has the sockets handed over, and binds those that are not: UDP's of a shared hold, or all without a handoff.
-func (l *Lease) acquire(ctx context.Context) (sockets, error) {
+// openOnce has the sockets handed over, and binds those that are not: UDP's of a shared hold, or all without a handoff.
+func (l *Lease) openOnce(ctx context.Context) (sockets, error) {
 	made, err := l.handOver(ctx)
 	if err != nil {
 		return sockets{}, err
 	}
 	now := l.Document()
 	for _, protocol := range []string{"tcp", "udp"} {
-		has := protocol == "tcp" && made.stream != nil || protocol == "udp" && made.datagram != nil
-		if has || now.Protocol != protocol && now.Protocol != "both" {
+		isWanted := now.Protocol == protocol || now.Protocol == "both"
+		if !isWanted || made.has(protocol) {
 			continue
 		}
-		bound, err := bind(ctx, protocol, now.Address, now.Port)
-		if err != nil {
+		if err := made.bind(ctx, protocol, now.Address, now.Port); err != nil {
 			made.close()
 			return sockets{}, err
 		}
-		if protocol == "tcp" {
-			made.stream = bound.stream
-		} else {
-			made.datagram = bound.datagram
-		}
 	}
 	return made, nil
-}
-
-// bind binds as servers do; net sets SO_REUSEADDR for TCP, which a shared hold lets in.
-func bind(ctx context.Context, protocol, address string, port int) (sockets, error) {
-	network := protocol
-	if !strings.Contains(address, ":") {
-		network += "4" // or net takes "0.0.0.0" for all addresses, IPv6's too
-	}
-	var config net.ListenConfig
-	at := net.JoinHostPort(address, strconv.Itoa(port))
-	if protocol == "tcp" {
-		listener, err := config.Listen(ctx, network, at)
-		if err != nil {
-			return sockets{}, fmt.Errorf("portd: %w", err)
-		}
-		return sockets{stream: listener.(*net.TCPListener)}, nil
-	}
-	conn, err := config.ListenPacket(ctx, network, at)
-	if err != nil {
-		return sockets{}, fmt.Errorf("portd: %w", err)
-	}
-	return sockets{datagram: conn.(*net.UDPConn)}, nil
 }
 
 // ofFiles makes sockets of descriptors, which are closed: net works on copies of its own.
