@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ports": ("ports_who", "handing", "race"),
     "lookup": ("lookup", "fanout", "dns", "checks"),
     "lan": ("lan",),
-    "clients": ("cli",),
+    "clients": ("starts", "cli"),
 }
 """What is measured under which name: rooms of this directory, each with `async def measure() -> list[dict]`."""
 
