@@ -75,6 +75,7 @@ func TestWhatIsNoPortdIsErrProtocol(t *testing.T) {
 			if err != nil {
 				return
 			}
+			caller.Read(make([]byte, 1))
 			caller.Write([]byte("220 mail.example ESMTP\r\n"))
 			caller.Close()
 		}
@@ -106,6 +107,9 @@ func TestTheFallbackIsAPortOfTheKernelsChoiceAndIsLoggedOnce(t *testing.T) {
 		if err != nil {
 			t.Errorf("with nobody to tell: %v", err)
 		}
+	}
+	if _, err := l.Listen(bounded(t)); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second time on the same port: %v", err)
 	}
 	if lines := strings.Count(written.String(), "\n"); lines != 1 || !strings.Contains(written.String(), "alone") {
 		t.Errorf("it logged %q", written)

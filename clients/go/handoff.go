@@ -25,10 +25,10 @@ const (
 
 // handOver has the lease's sockets handed over; none where the daemon does not do that here.
 func (l *Lease) handOver(ctx context.Context) (sockets, error) {
-	path := l.at.handoffPath()
-	if path == "" || l.IsFallback() {
+	if l.IsFallback() || l.at.handoffPath() == "" {
 		return sockets{}, nil
 	}
+	path := l.at.handoffPath()
 	limited, cancel := context.WithTimeout(ctx, l.client.timeout)
 	defer cancel()
 	var dialer net.Dialer
@@ -49,25 +49,33 @@ func (l *Lease) handOver(ctx context.Context) (sockets, error) {
 	if err != nil {
 		return sockets{}, l.unanswered(ctx, path, err)
 	}
-	var answer struct {
-		Lease   *Document       `json:"lease"`
-		Problem json.RawMessage `json:"problem"`
-	}
-	err = json.Unmarshal(data, &answer)
-	switch {
-	case err != nil:
-		err = fmt.Errorf("%w: unix://%s: %v", ErrProtocol, path, err)
-	case answer.Problem != nil:
-		err = handoffProblem(answer.Problem)
-	case answer.Lease == nil:
-		err = fmt.Errorf("%w: unix://%s: neither a lease nor a problem", ErrProtocol, path)
-	}
+	now, err := readHandoff(data)
 	if err != nil {
 		closeAll(files)
 		return sockets{}, err
 	}
-	l.update(*answer.Lease)
+	l.update(*now)
 	return l.ofFiles(files)
+}
+
+// readHandoff reads what came with the sockets: the lease, or why there are none.
+func readHandoff(data []byte) (*Document, error) {
+	var answer struct {
+		Lease   *Document       `json:"lease"`
+		Problem json.RawMessage `json:"problem"`
+	}
+	if err := json.Unmarshal(data, &answer); err != nil {
+		return nil, fmt.Errorf("%w: the handoff's answer: %v", ErrProtocol, err)
+	}
+	if answer.Problem != nil {
+		var status struct{ Status int }
+		_ = json.Unmarshal(answer.Problem, &status) // problemOf minds what is no problem document
+		return nil, problemOf(status.Status, answer.Problem)
+	}
+	if answer.Lease == nil {
+		return nil, fmt.Errorf("%w: the handoff's answer: neither a lease nor a problem", ErrProtocol)
+	}
+	return answer.Lease, nil
 }
 
 // converse asks once and returns what comes: one message, and the descriptors with it, close-on-exec.
@@ -129,12 +137,6 @@ func closeAll(files []*os.File) {
 	for _, file := range files {
 		file.Close()
 	}
-}
-
-func handoffProblem(data []byte) error {
-	var status struct{ Status int }
-	_ = json.Unmarshal(data, &status) // problemOf minds what is no problem document
-	return problemOf(status.Status, data)
 }
 
 // unanswered says that the handoff was asked and gave no answer: the caller's context ended, or nothing came.

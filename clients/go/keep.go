@@ -48,7 +48,7 @@ func (l *Lease) keepOn(ctx context.Context) {
 		now, err := l.keepOnce(ctx)
 		switch {
 		case err == nil:
-			if l.update(now) && l.settings.onChange != nil {
+			if l.update(now) && l.settings.onChange != nil && !l.isClosed() {
 				go l.settings.onChange(l)
 			}
 			pause = l.period()
