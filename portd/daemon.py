@@ -57,7 +57,7 @@ from portd.core.table import LeaseTable
 from portd.feed import EVENTS_KEPT, Feed
 from portd.grants import Granter, Policy, hash_token
 from portd.journal import Journal
-from portd.logs import log_event, set_up
+from portd.logs import LeaseLog, set_up
 from portd.service import LeaseService
 
 logger = logging.getLogger("portd")
@@ -125,7 +125,8 @@ class Daemon:
         self._service.report_to_probes = self._prober.reported
         self._dns = DnsServer([split_host_port(settings.dns.listen)] if settings.dns.listen else [],
                               settings.dns.zone, settings.dns.ttl, self._metrics.query)
-        watchers = [self._metrics.apply, self._feed.apply, self._prober.apply, self._on_event]
+        watchers = [self._metrics.apply, self._feed.apply, self._prober.apply, self._on_event,
+                    LeaseLog().apply]
         if settings.dns.listen:
             watchers.append(self._dns.apply)
         if settings.mdns.enabled:
@@ -309,7 +310,6 @@ class Daemon:
     def _on_event(self, event: Event) -> None:
         if event.type in ("granted", "declined"):
             self._watch.nudge()
-        log_event(event)
 
     def _settle_memory(self) -> None:
         """What is there now stays: the garbage collector need not look at it again. What comes later is mostly freed

@@ -6,20 +6,29 @@ lines go to stderr. A client's fault is told at info, ours at error.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import socket
 import sys
-from typing import Any, Final, Literal
+from collections import Counter
+from typing import Final, Literal
 
-from portd.core.model import Event
+from portd.core.model import Event, EventType, Owner
 
 JOURNAL: Final = "/run/systemd/journal/socket"
 MESSAGE_MAX_CHARS: Final = 16_384
 """What is kept of a message: a datagram must fit into the socket's buffer."""
 
+LINES_PER_S: Final = 300
+"""Lines of leases in a second. The journal drops all that a service writes past 10,000 in 30 s, its errors too
+(RateLimitBurst=, journald.conf(5)); and a line costs 25 µs of the loop, where there may be 10,000 grants."""
+
 logger = logging.getLogger("portd.leases")
+
+_LEVELS: Final[dict[EventType, int]] = {"conflict": logging.WARNING, "updated": logging.DEBUG,
+                                        "announced": logging.DEBUG}
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
 
@@ -38,6 +47,8 @@ class _Journal(logging.Handler):
         super().__init__()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
+        # A burst must fit while the journal is busy: as much as sd_journal_sendv() asks for, which the kernel may cut.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
         self.setFormatter(logging.Formatter("%(message)s"))
         self._lines = _Prefixed()
 
@@ -91,28 +102,63 @@ def set_up(level: Literal["debug", "info", "warning", "error"], form: Literal["a
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def log_event(event: Event) -> None:
-    """Log what has happened to a lease: what people look for at info, what is every lease's way at debug."""
+class LeaseLog:
+    """Logs what happens to leases, a line an event, `LINES_PER_S` a second at the most: of the rest the number is told.
+
+    A conflict is always told. What only changes how a lease is found (its tags, its announcement) is told at debug.
+    """
+
+    def __init__(self) -> None:
+        self._line_count = 0
+        self._untold: Counter[str] = Counter()
+
+    def apply(self, event: Event) -> None:
+        """Log one event; a watcher of the journal."""
+        level = _LEVELS.get(event.type, logging.INFO)
+        if logger.isEnabledFor(level) and (level != logging.INFO or self._may_tell(event.type)):
+            lease = event.lease
+            fields = {"lease": lease.id, "service": lease.service, "instance": lease.instance,
+                      "endpoint": lease.endpoint, "port": lease.port, "event": event.type}
+            logger.log(level, "%s (%s) on port %d: %s", lease.instance, lease.endpoint, lease.port, _told(event),
+                       extra={"fields": fields})
+
+    def _may_tell(self, kind: str) -> bool:
+        if not self._line_count:
+            asyncio.get_running_loop().call_later(1.0, self._tell_rest)
+        self._line_count += 1
+        if self._line_count <= LINES_PER_S:
+            return True
+        self._untold[kind] += 1
+        return False
+
+    def _tell_rest(self) -> None:
+        """End a second."""
+        self._line_count = 0
+        if self._untold:
+            logger.info("too much at once to tell singly: %s more in this second",
+                        ", ".join(f"{count} {kind}" for kind, count in self._untold.most_common()))
+            self._untold.clear()
+
+
+def _told(event: Event) -> str:
+    """Say what has happened."""
     lease = event.lease
-    level = logging.DEBUG
-    text: str = event.type
+    if event.type == "granted":
+        return f"leased for {lease.ttl:g} s" if lease.ttl is not None else f"leased to {_named(lease.owner)}"
     if event.type == "conflict":
-        stranger = lease.stranger
-        level = logging.WARNING
-        text = f"listened on by a stranger, pid {stranger and stranger.pid}, {stranger and stranger.exe}"
-    elif event.type == "health":
-        level, text = logging.INFO, f"{lease.health}: {lease.health_note}" if lease.health_note else lease.health
-    elif event.type == "declined":
-        level, text = logging.INFO, "leased in place of a port that somebody else had"
-    elif event.type == "ended":
-        text = f"ended: {lease.ended_because}"
-        if lease.ended_because in {"expired", "revoked", "host_rebooted"}:
-            level = logging.INFO
-    if logger.isEnabledFor(level):
-        fields: dict[str, Any] = {"lease": lease.id, "service": lease.service, "instance": lease.instance,
-                                  "endpoint": lease.endpoint, "port": lease.port, "event": event.type}
-        logger.log(level, "%s (%s) on port %d: %s", lease.instance, lease.endpoint, lease.port, text,
-                   extra={"fields": fields})
+        return f"listened on by a stranger, {_named(lease.stranger)}"
+    if event.type == "health":
+        return f"{lease.health}: {lease.health_note}" if lease.health_note else lease.health
+    return {"bound": "its owner listens", "unbound": "its owner does not listen any more",
+            "declined": "leased in place of a port that somebody else had",
+            "ended": f"ended: {lease.ended_because}"}.get(event.type, event.type)
+
+
+def _named(owner: Owner | None) -> str:
+    """Name a process, as far as it is known."""
+    if owner is None or owner.pid is None:
+        return "a process that is not known"
+    return f"pid {owner.pid} ({owner.exe})" if owner.exe else f"pid {owner.pid}"
 
 
 def _priority(record: logging.LogRecord) -> int:

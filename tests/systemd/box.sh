@@ -26,6 +26,7 @@ boot() {
     ln -s /proc/self/fd dev/fd; for n in 0:stdin 1:stdout 2:stderr; do ln -s fd/${n%:*} dev/${n#*:}; done
     cat /proc/sys/kernel/random/uuid >run/boot_id  # the boot id is the kernel'"'"'s: every boot of the box gets its own
     mount --bind run/boot_id proc/sys/kernel/random/boot_id
+    echo 512 >proc/sys/net/unix/max_dgram_qlen  # as systemd does itself, where it may write there
     for p in sys irq bus sysrq-trigger; do
       [ ! -e proc/$p ] || { mount --rbind proc/$p proc/$p; mount -o remount,bind,ro proc/$p; }
     done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -153,11 +154,43 @@ def stop_us(box):
 
 
 def test_the_journal_finds_what_happened_to_a_port(box):
-    brief = lease(box, "brief", instance="brief-7", ttl=0.2)
-    found = wait_for(lambda: box.journal(f"PORT={brief['port']}", f"LEASE={brief['id']}"), "the journal has it")
-    assert {key: found[-1][key] for key in ("SERVICE", "INSTANCE", "EVENT", "PRIORITY", "SYSLOG_IDENTIFIER")} == {
-        "SERVICE": "brief", "INSTANCE": "brief-7", "EVENT": "ended", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "portd"}
-    assert found[-1]["MESSAGE"] == f"brief-7 (main) on port {brief['port']}: ended: expired"
+    server = box.start("exec portd run life --instance life-7 -- python3 -m http.server --bind {host} {port} 2>&1",
+                       stdout=subprocess.DEVNULL)
+    port = wait_for(lambda: bound_port(box, "life"), "it listens")
+    life = box.leases("life")[0]
+    box.run(f"kill {life['owner']['pid']}")
+    server.wait(10)
+    found = wait_for(lambda: (lines := box.journal(f"PORT={port}", f"LEASE={life['id']}"))
+                     and lines[-1]["EVENT"] == "ended" and lines, "the journal has it")
+    assert {key: found[-1][key] for key in ("SERVICE", "INSTANCE", "PRIORITY", "SYSLOG_IDENTIFIER")} == {
+        "SERVICE": "life", "INSTANCE": "life-7", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "portd"}
+    owner = f"pid {life['owner']['pid']} ({life['owner']['exe']})"
+    told = [line["MESSAGE"].removeprefix(f"life-7 (main) on port {port}: ") for line in found]
+    assert [told[0], told[1], told[-1]] == [f"leased to {owner}", "its owner listens", "ended: owner_exited"]
+
+
+def test_a_stranger_on_a_leased_port_is_a_warning(box):
+    taken = lease(box, "taken", hold="none")
+    stranger = box.start("exec setpriv --reuid stranger --regid stranger --clear-groups "
+                         f"/usr/bin/python3 -m http.server --bind 127.0.0.1 {taken['port']} 2>/dev/null")
+    found = wait_for(lambda: box.journal(f"LEASE={taken['id']}", "EVENT=conflict"), "the journal has it")
+    box.run(f"pkill -u stranger -f 'http.server --bind 127.0.0.1 {taken['port']}'")
+    stranger.wait(10)
+    assert found[0]["PRIORITY"] == "4"
+    assert "listened on by a stranger, pid" in found[0]["MESSAGE"]
+
+
+def test_too_many_events_at_once_are_told_in_number_and_leave_the_journal_room_for_others(box):
+    wanted = json.dumps([{"service": "burst", "ttl": 600}] * 250)
+    box.run(f"echo '{wanted}' >/tmp/burst && for call in 1 2 3 4; do curl -sS -o /dev/null -H 'Content-Type: "
+            "application/json' -d @/tmp/burst --unix-socket /run/portd/portd.sock http://portd/v1/leases & done; wait")
+
+    def told():
+        singly = box.journal("SERVICE=burst", "EVENT=granted")
+        said = "\n".join(str(line["MESSAGE"]) for line in box.journal("LOGGER=portd.leases"))
+        return len(singly), sum(map(int, re.findall(r"^too much at once.* (\d+) granted", said, re.MULTILINE)))
+    wait_for(lambda: sum(told()) == 1000, "all are told")
+    assert told()[1] > 0
 
 
 def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
