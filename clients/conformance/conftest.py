@@ -1,4 +1,4 @@
-"""Two daemons for all cases: one that nobody stops, and one that cases stop, kill and start again."""
+"""The daemons: one that nobody stops, one that cases stop and start, and those with settings of their own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from clients.conformance.daemons import HTTP_PORT, Stage
+from clients.conformance.blocks import claim
+from clients.conformance.daemons import Stage
 from clients.conformance.runner import Case, Stages
-
-POOLS = {"steady": "25000-25099", "mortal": "25100-25199", "own": "25200-25299"}
 
 
 @pytest.fixture(scope="session")
@@ -21,30 +20,22 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
-    """Start the two daemons; `portd/` is where a user's daemon would have its socket."""
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """Give a case its daemon: running, without leases. Every language meets the same one."""
     made: dict[str, Stage] = {}
-    with ExitStack() as stack:
-        for name in ("steady", "mortal"):
-            directory = tmp_path_factory.mktemp(name) / "portd"
-            directory.mkdir()
-            made[name] = Stage(directory, POOLS[name],
-                               {"listen": {"http": f"127.0.0.1:{HTTP_PORT}"}} if name == "steady" else {})
-            stack.callback(made[name].stop)
-        yield made
-
-
-@pytest.fixture
-def stages(_kept: dict[str, Stage], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
-    """Give a case its daemon: running, without leases."""
-    with ExitStack() as stack:
+    block, mark = claim()
+    facts = {"wish": block.wish, "http": f"http://127.0.0.1:{block.http}"}
+    with mark, ExitStack() as stack:
         def stage_of(case: Case) -> Stage:
-            if case.daemon is not None:
-                stage = Stage(tmp_path_factory.mktemp("own"), POOLS["own"], case.daemon)
-                stack.callback(stage.stop)
-            else:
-                stage = _kept["mortal" if case.spoils_its_daemon else "steady"]
-            stage.clear()
-            return stage
+            kind = "own" if case.daemon is not None else "mortal" if case.spoils_its_daemon else "steady"
+            name = case.name if kind == "own" else kind
+            if name not in made:
+                directory = tmp_path_factory.mktemp(kind) / "portd"  # as a user's daemon has it in XDG_RUNTIME_DIR
+                directory.mkdir()
+                settings = {"listen": {"http": f"127.0.0.1:{block.http}"}} if kind == "steady" else case.daemon or {}
+                made[name] = Stage(directory, block.pools[kind], settings, facts)
+                stack.callback(made[name].stop)
+            made[name].clear()
+            return made[name]
 
         yield stage_of

@@ -10,22 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clients.conformance.matching import filled
 from portd_client import calls
 from portd_client.errors import PortdError
 from portd_client.protocol import Request
 from tests.cli.bed import CONFIG, Daemon, wait_for
 
-HTTP_PORT = 25499
-"""Where the daemon of a case that asks for it listens on TCP."""
-
 
 class Stage(Daemon):
-    """A daemon, and what a case does to it. `pool` is where its ports come from; `settings` are a case's own."""
+    """A daemon, and what a case does to it. `pool` is where its ports come from; `settings` are a case's own.
 
-    def __init__(self, directory: Path, pool: str, settings: Mapping[str, Any]) -> None:
+    `facts` are what cases may know of it, as variables.
+    """
+
+    def __init__(self, directory: Path, pool: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         super().__init__(directory, pool)
+        self.facts = {"url": self.url, "runtime": str(directory.parent), **facts}
         base = tomllib.loads(CONFIG.format(directory=directory, pool=pool))
-        (directory / "portd.toml").write_text(_toml(_merged(base, settings)))
+        (directory / "portd.toml").write_text(_toml(_merged(base, filled(settings, self.facts))))
         self.is_running = False
 
     def do(self, what: str) -> None:

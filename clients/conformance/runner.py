@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clients.conformance.daemons import HTTP_PORT, Stage
+from clients.conformance.daemons import Stage
 from clients.conformance.drivers import DEADLINE_S, GREETING, SIGNAL_STATUSES, Driver
 from clients.conformance.matching import filled, mismatch
 from clients.conformance.standin import StandIn
@@ -66,17 +66,15 @@ class Play:
         self._strangers: dict[int, socket.socket] = {}
         self._pending = 0  # the number of a call whose answer was not read yet
         self._answer: dict[str, Any] = {}
-        self._variables: dict[str, Any] = {
-            "url": stage.url, "http": f"http://127.0.0.1:{HTTP_PORT}", "runtime": str(stage.directory.parent),
-            "nowhere": NOWHERE}
+        self._variables: dict[str, Any] = {**stage.facts, "nowhere": NOWHERE}
         if case.needs_a_standin:
             self._standin_there = StandIn(stage.directory / "portd.sock", stage.directory / "standin.sock")
             stack.callback((stage.directory / "standin.sock").unlink)
             stack.callback(self._standin_there.close)
             self._variables["standin"] = self._standin_there.url
         words = [sys.executable, "-m", "portd", "run", *case.run, "--", *command] if case.run else command
-        environ = {**stage.environ, **filled(case.environment, self._variables)}
-        self._driver = Driver(words, environ)
+        own = {name: str(value) for name, value in filled(case.environment, self._variables).items()}
+        self._driver = Driver(words, {**stage.environ, **own})
         stack.callback(self._driver.close)
         self._variables["pid"] = self._driver.pid
 
