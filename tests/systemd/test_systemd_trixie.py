@@ -132,6 +132,14 @@ def test_a_resolver_that_has_servers_for_the_whole_host_is_left_alone(box):
     assert place in err
 
 
+def test_after_an_uninstall_resolved_knows_portd_no_more(box):
+    assert "127.0.0.1:8600" in box.run("resolvectl dns")
+    box.run("portd uninstall")
+    known = box.run("resolvectl dns")
+    box.run("portd install --resolved")
+    assert "127.0.0.1:8600" not in known
+
+
 def test_the_debian_package_works_there_too(root, next_venv, make_box, tmp_path):
     package = build_package(tmp_path, "0.9.1", next_venv)
     box = make_box(root=root, venv=None, seed=f"cp {package} opt/portd.deb")
