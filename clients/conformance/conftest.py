@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,3 +40,5 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
             return made[name]
 
         yield stage_of
+    for stage in made.values():
+        assert not re.search(r"Traceback| (ERROR|CRITICAL) ", stage.log()), stage.log()

@@ -37,6 +37,7 @@ class Driver:
 
     def send(self, call: str, arguments: Mapping[str, Any]) -> int:
         """Send a call and return its number, for `receive`."""
+        assert self.is_running, "the driver was ended before"
         self._last_id += 1
         assert self._process.stdin is not None
         try:

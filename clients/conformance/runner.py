@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,14 @@ from clients.conformance.standin import StandIn
 CASES = Path(__file__).parent / "cases"
 NOWHERE = "unix:///nonexistent/portd.sock"
 ENDINGS = {"eof": {0}, "term": SIGNAL_STATUSES, "kill": {-9}}
+FAULTS = re.compile("Traceback|ResourceWarning|panic:|Unhandled")
+"""What no driver may write on stderr: a fault of the client that no answer told of."""
+STEPS = {
+    "call": {"with", "expect", "error"}, "send": {"with"}, "expect": set(), "error": set(), "event": {"expect"},
+    "no_event": set(), "driver_ends": set(), "daemon": set(), "ask": {"body", "expect"}, "standin": set(),
+    "heard": set(), "stranger": {"port"}, "dial": {"address"},
+}
+"""The first key of each step, and those that may follow it."""
 
 
 class Case(NamedTuple):
@@ -47,9 +56,19 @@ def cases() -> dict[str, Case]:
     found: dict[str, Case] = {}
     for path in sorted(CASES.glob("*.toml")):
         for name, table in tomllib.loads(path.read_text()).items():
-            assert name not in found, f"two cases are called {name!r}"
-            found[name] = Case(name, **table)
+            if name in found:
+                raise ValueError(f"two cases are called {name!r}")
+            found[name] = read(name, table)
     return found
+
+
+def read(name: str, table: Mapping[str, Any]) -> Case:
+    """Read one case; raises ValueError for a step that the suite would not understand, or not look at."""
+    for step in table["steps"]:
+        verb, *rest = step
+        if verb not in STEPS or not STEPS[verb].issuperset(rest) or {"expect", "error"} <= step.keys():
+            raise ValueError(f"{name!r} has a step that is none: {step}")
+    return Case(name, **table)
 
 
 Stages = Callable[[Case], Stage]
@@ -81,16 +100,20 @@ class Play:
     def play(self) -> None:
         """Play all steps; then the driver ends by itself, and leaves nothing behind."""
         for number, step in enumerate(self._case.steps, 1):
-            try:
-                verb = next(iter(step))
-                if verb not in {"expect", "error"}:
-                    self._forget_answer()
-                getattr(self, f"_{verb}")(step)
-            except AssertionError as error:
-                raise AssertionError(f"step {number}, {step}: {error}\nthe driver wrote: {self._driver.errors()}\n"
-                                     f"the daemon wrote: {self._stage.log()[-2000:]}") from None
+            self._take(number, step)
         if self._driver.is_running:
-            self._driver_ends({"driver_ends": "eof"})
+            self._take(len(self._case.steps) + 1, {"driver_ends": "eof"})
+
+    def _take(self, number: int, step: dict[str, Any]) -> None:
+        """Take one step; an error that no step expected ends the play at the next one."""
+        try:
+            verb = next(iter(step))
+            if verb not in {"expect", "error"}:
+                self._forget_answer()
+            getattr(self, f"_{verb}")(step)
+        except AssertionError as error:
+            raise AssertionError(f"step {number}, {step}: {error}\nthe driver wrote: {self._driver.errors()}\n"
+                                 f"the daemon wrote: {self._stage.log()[-2000:]}") from None
 
     # --- the driver ---
 
@@ -136,6 +159,7 @@ class Play:
         how = step["driver_ends"]
         status = self._driver.end(how)
         assert status in ENDINGS[how], f"it ended with status {status}"
+        assert not FAULTS.search(self._driver.errors()), "it wrote of a fault"
         assert how == "kill" or not self._stage.leases_of(self._driver.pid), "it gave not everything back"
         self._stage.wait_for_no_leases_of(self._driver.pid)
 
@@ -171,7 +195,7 @@ class Play:
             return
         stranger = self._stack.enter_context(socket.socket())
         stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        stranger.bind((step.get("address", "127.0.0.1"), port))
+        stranger.bind(("127.0.0.1", port))
         stranger.listen()
         self._strangers[port] = stranger
 

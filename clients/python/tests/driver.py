@@ -185,6 +185,12 @@ class Calls:
     def unwatch(self, arguments: Arguments) -> Any:
         self._unwatched.add(arguments["handle"])
 
+    def keep_quiet(self) -> None:
+        """Leave the sockets to the exit, which is to give everything back: Python would warn of them."""
+        for listeners in self._listeners.values():
+            for one in listeners:
+                one.detach()
+
     def close(self, arguments: Arguments) -> Any:
         for handle, held in self._handles.items():
             if isinstance(held, portd_client.Lease):
@@ -209,6 +215,7 @@ def main() -> None:
             tell(id=message["id"], result=getattr(made, message["call"])(message["with"]) or {})
         except (portd_client.PortdError, TypeError, ValueError, OSError) as error:
             tell(id=message["id"], error=failure(error))
+    made.keep_quiet()
 
 
 if __name__ == "__main__":

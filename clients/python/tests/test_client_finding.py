@@ -104,3 +104,14 @@ def test_watch_waits_out_a_restart_of_the_daemon(own_daemon: Daemon, monkeypatch
     own_daemon.start()
     port = own_daemon.client.lease(grant(own_daemon, "patient"))["port"]
     wait_for(lambda: seen[-1] == [port], "the change after the restart")
+
+
+def test_a_look_up_goes_as_far_as_its_scope(daemon: Daemon) -> None:
+    """The daemon of these tests has no multicast DNS: it sees nothing on the LAN."""
+    port = daemon.client.lease(grant(daemon, "near"))["port"]
+    for scope in ("local", "cluster", "all", None):
+        assert portd_client.resolve("near", scope=scope, client=daemon.client).port == port
+    assert portd_client.resolve_all("near", scope="lan", client=daemon.client) == []
+    assert next(portd_client.watch("near", scope="lan", client=daemon.client)) == []
+    with pytest.raises(portd_client.Problem, match="world"):
+        portd_client.resolve("near", scope="world", client=daemon.client)  # type: ignore[arg-type]
