@@ -102,7 +102,7 @@ export interface LeaseDocument {
   tags?: string[];
   metadata?: Record<string, string>;
   check?: Record<string, unknown> | null;
-  announce?: Announcement | null;
+  announce?: Announcement & { published_as: string | null; problem: string | null } | null;
   host?: string;
   created_at?: string;
   renewed_at?: string | null;

@@ -11,6 +11,8 @@ import test from "node:test";
 
 import { Client, HandoffNeeded, lease, listen, PortTaken, Problem } from "portd-client";
 
+import { until } from "./waiting.mjs";
+
 const daemon = new Client();
 const absent = new Client({ url: "unix:///nonexistent/portd.sock" });
 
@@ -22,14 +24,6 @@ async function occupied(port, host = "127.0.0.1") {
 
 function isOver(id) {
   return daemon.lease(id).then(({ ended_because }) => ended_because === "released");
-}
-
-async function until(condition, what) {
-  for (let tries = 0; tries < 2000; tries += 1) {
-    if (await condition()) return;
-    await new Promise((resolve) => { setTimeout(resolve, 5); });
-  }
-  assert.fail(`not within ten seconds: ${what}`);
 }
 
 test("an HTTP server listens on the leased port, and gives it back when it closes", async () => {

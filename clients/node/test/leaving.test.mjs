@@ -6,20 +6,16 @@ import test from "node:test";
 import { Client } from "portd-client";
 
 import { firstLine, run, start } from "./programs.mjs";
+import { until } from "./waiting.mjs";
 
 const daemon = new Client();
 
-async function endedBecause(id) {
-  for (let tries = 0; tries < 2000; tries += 1) {
-    const { ended_because } = await daemon.lease(id);
-    if (ended_because) return ended_because;
-    await new Promise((resolve) => { setTimeout(resolve, 5); });
-  }
-  return assert.fail("the lease did not end");
+function endedBecause(id) {
+  return until(async () => (await daemon.lease(id)).ended_because, "the lease ends");
 }
 
 test("a lease does not keep a program from ending, and is given back then", async () => {
-  const { status, output, errors } = await run(`console.log((await lease("brief", { ttl: 60 })).id);`);
+  const { status, output, errors } = await run(`console.log((await lease("brief", { ttl: 3600 })).id);`);
   assert.deepEqual([status, errors], [0, ""]);
   assert.equal(await endedBecause(output), "released");
 });
@@ -72,6 +68,20 @@ test("a library that counts the handlers of a signal to decide whether to die fi
   program.kill("SIGTERM");
   assert.equal((await program.ended).signal, "SIGTERM");
   assert.match(await endedBecause(id), /released|owner_exited/);
+});
+
+test("a lease that is drained before it ends leaves look-ups, and its server serves on until then", async () => {
+  const program = start(`
+    const one = await listen(http.createServer((_, response) => response.end("served")), "drained", { drainMs: 60_000 });
+    console.log(one.port);`);
+  const port = await firstLine(program);
+  const [held] = (await daemon.call("GET", "/v1/leases", { query: { service: "drained" } })).leases;
+  program.kill("SIGTERM");
+  await until(async () => (await daemon.lease(held.id)).drain, "it is drained");
+  assert.equal(await (await fetch(`http://127.0.0.1:${port}/`)).text(), "served");
+  program.kill("SIGTERM"); // the second one does not wait
+  assert.equal((await program.ended).signal, "SIGTERM");
+  assert.equal(await endedBecause(held.id), "owner_exited");
 });
 
 test("while leases are held the process has one handler each, and none when they are given back", async () => {

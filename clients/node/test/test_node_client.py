@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -123,10 +126,15 @@ def test_a_typed_program_compiles_and_its_mistakes_do_not(project: Path) -> None
 
 @pytest.mark.parametrize("name", sorted(path.name for path in Path(__file__).parent.glob("*.test.mjs")))
 def test_what_only_node_has(daemon: Daemon, name: str) -> None:
-    ran = subprocess.run(["node", "--test", "--test-reporter=tap", str(PACKAGE / "test" / name)], env=daemon.environ,
-                         capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    assert ran.returncode == 0, ran.stdout
-    assert not re.search(r"^# (pass|tests) 0$", ran.stdout, re.MULTILINE), ran.stdout
+    with subprocess.Popen(["node", "--test", "--test-reporter=tap", str(PACKAGE / "test" / name)], env=daemon.environ,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as tests:
+        try:
+            written, _ = tests.communicate(timeout=DEADLINE_S)
+        finally:
+            with suppress(ProcessLookupError):  # its programs, too, should it hang
+                os.killpg(tests.pid, signal.SIGKILL)
+    assert tests.returncode == 0, written
+    assert not re.search(r"^# (pass|tests) 0$", written, re.MULTILINE), written
 
 
 # --- the README ---
@@ -194,6 +202,29 @@ def test_the_socket_that_portd_run_passed_is_listened_on_and_children_do_not_get
     written = daemon.portd("run", "passed", "--socket", "--hold", hold, "--", *words)
     assert json.loads(written.stdout) == [True, True, True, False], written.stderr
     assert not list(daemon.client.leases(service="passed"))
+
+
+FORKED = """
+import { fork } from "node:child_process";
+import { createServer } from "node:net";
+import { listen } from "portd-client";
+try {
+  const { port } = await listen(createServer(), "family");
+  console.log(port);
+  fork(process.argv[1]).on("exit", () => process.exit());
+} catch (error) {
+  console.log(error.code);
+}
+"""
+
+
+def test_what_a_parent_listens_on_a_child_does_not_give_back(daemon: Daemon, project: Path) -> None:
+    program = daemon.start_portd("run", "family", "--", *put(project, "family.mjs", FORKED))
+    written, _ = program.communicate(timeout=DEADLINE_S)
+    port, code = written.split()
+    assert code == "EADDRINUSE"
+    [lease] = wait_for(lambda: list(daemon.client.leases(service="family", state="ended")), "it ends with its owner")
+    assert lease["port"] == int(port)
 
 
 @pytest.mark.parametrize("options", [["run", "crew", "--"], ["run", "crew", "--socket", "--"]])
