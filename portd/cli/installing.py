@@ -58,6 +58,7 @@ def uninstall(values: dict[str, Any]) -> int:
 
 
 def _install_system(values: dict[str, Any]) -> Iterator[Step]:
+    _check_package()
     program = _program()
     for seen in {program, Path(sys.executable).resolve(), Path(sys.base_prefix), Path(__file__)}:
         if hidden := next((top for top in HIDDEN if seen.is_relative_to(top)), None):
@@ -98,6 +99,7 @@ def _start(systemctl: list[str], *, is_new: bool) -> Iterator[Step]:
 
 
 def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
+    _check_package()
     yield from _stop(["systemctl"], Path("/etc/systemd/system"))
     was_resolved = RESOLVED_DROP_IN.exists()
     for place in _system_files(resolved=True).values():
@@ -216,12 +218,16 @@ def _check_host(*, user: bool) -> None:
         raise PortdError("systemd does not run this host: start 'portd serve' from what does")
     if not user and os.geteuid() != 0:
         raise PortdError("only root can install for the whole host: use sudo, or --user for yourself")
-    if not user and PACKAGED.exists():
-        raise PortdError(f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
-                         "the package, or remove that first (apt remove portd; leases and configuration stay)")
     if user and not os.environ.get("XDG_RUNTIME_DIR"):
         raise PortdError("XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
                          "user's own service manager can be reached")
+
+
+def _check_package() -> None:
+    """Raise PortdError where a package has installed portd for the whole host."""
+    if PACKAGED.exists():
+        raise PortdError(f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
+                         "the package, or remove that first (apt remove portd; leases and configuration stay)")
 
 
 def _check_resolver() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,3 +78,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """Say aloud what was left out: a green run without a box says nothing about systemd."""
     if reason := missing():
         terminalreporter.write_line(f"portd was NOT tested under systemd: {reason}", red=True, bold=True)
+    elif shutil.which("mmdebstrap") is None:
+        terminalreporter.write_line("portd was NOT tested on Debian 13: there is no mmdebstrap", red=True, bold=True)

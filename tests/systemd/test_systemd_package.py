@@ -86,6 +86,14 @@ def test_a_disabled_portd_stays_so_through_an_upgrade(box):
     assert box.ask("systemctl is-active portd.service portd.socket")[1].split() == ["inactive", "inactive"]
 
 
+def test_a_unit_that_an_administrator_has_edited_stays_through_an_upgrade(box):
+    box.run("sed s/^WatchdogSec=.*/WatchdogSec=99/ /usr/lib/systemd/system/portd.service "
+            ">/etc/systemd/system/portd.service && dpkg --install /opt/portd-2.deb")
+    seen = box.show("WatchdogUSec"), box.show("ActiveState"), box.show("FragmentPath")
+    box.run("rm /etc/systemd/system/portd.service && systemctl daemon-reload")
+    assert seen == ("1min 39s", "active", "/etc/systemd/system/portd.service")
+
+
 def test_a_purged_package_leaves_nothing(machine):
     machine.run("dpkg --purge portd")
     before = files(machine)
@@ -101,7 +109,7 @@ def test_a_purged_package_leaves_nothing(machine):
 
 
 def test_install_and_the_package_refuse_to_stand_beside_each_other(box):
-    for command in ("install", "uninstall --purge"):
+    for command in ("install", "install --dry-run", "uninstall --purge"):
         status, out, err = box.ask(f"/opt/portd/bin/portd {command}")
         assert (status, out) == (1, "")
         assert "portd from a package" in err
