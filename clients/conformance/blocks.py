@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple
 
-FIRSTS = range(25000, 25500, 100)
+FIRSTS = range(25400, 24900, -100)
 
 
 class Block(NamedTuple):

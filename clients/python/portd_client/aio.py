@@ -196,8 +196,11 @@ async def drive(client: AsyncClient, sequence: steps.Steps) -> Any:
 def lease(service: str, *, client: AsyncClient | None = None, fallback: Literal["ephemeral"] | None = None,
           on_change: Callable[[AsyncLease], object] | None = None, drain_s: float = 0.0,
           **options: Unpack[LeaseOptions]) -> AsyncLease:
-    """Return a lease to enter: `async with lease("orders") as lease`. The arguments are those of `portd_client.lease`;
-    `on_change` is called on the event loop."""
+    """Return a lease to enter: `async with lease("orders") as lease`.
+
+    The arguments are those of `portd_client.lease`; `on_change` is called on the event loop. At SIGTERM the loop goes
+    on until the lease is drained and given back, and the process dies of the signal, unless it minds SIGTERM itself.
+    """
     return AsyncLease(client or AsyncClient(), steps.wish(service, options), fallback, on_change, drain_s)
 
 
@@ -278,16 +281,23 @@ class AsyncLease(Held):
                 await self._give_back(task)
 
     async def _give_back(self, task: asyncio.Task[None]) -> None:
-        with suppress(PortdError):  # nobody can be told, so there is nothing to wait for
-            if self.drain_s and self.is_mine:
-                await self.drain()
+        try:
+            if self.drain_s and self.is_mine and await self._told(calls.drain(self.id, True, self.token)):
                 await asyncio.sleep(self.drain_s)
-        task.cancel()
-        await asyncio.wait([task])
-        _open.discard(self)
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            _open.discard(self)
         if self.is_mine:
-            with suppress(PortdError):
-                await self.client.call(calls.release(self.id, self.token), timeout_s=leasing.RELEASE_TIMEOUT_S)
+            await self._told(calls.release(self.id, self.token))
+
+    async def _told(self, request: Request) -> bool:
+        """Make a call of those that end a lease; whether it was heard: if not, the daemon ends the lease by itself."""
+        try:
+            await self.client.call(request, timeout_s=leasing.RELEASE_TIMEOUT_S)
+        except PortdError:
+            return False
+        return True
 
     async def _keep_on(self) -> None:
         pause_s = steps.pause_s(self.document, random())
@@ -303,9 +313,12 @@ class AsyncLease(Held):
                 logger.warning("portd: the lease of %s is lost, and can't be had again: %s", self, error)
                 pause_s = steps.CHECK_S
                 continue
-            if self.keep(found) and self._on_change is not None:
-                self._on_change(self)
             pause_s = steps.pause_s(found, random())
+            if self.keep(found) and self._on_change is not None:
+                try:
+                    self._on_change(self)
+                except Exception:  # the program's own fault must not end the keeping of its lease
+                    logger.exception("portd: on_change failed for %s", self)
 
 
 # --- SIGTERM ---
@@ -319,7 +332,7 @@ def _mind_sigterm() -> None:
     The handler is a plain one: whoever sets another, by `signal` or `add_signal_handler`, replaces it without a trace.
     """
     if threading.current_thread() is threading.main_thread() and \
-            signal.getsignal(signal.SIGTERM) in {signal.SIG_DFL, leasing.on_sigterm}:
+            signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, leasing.on_sigterm):
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 

@@ -218,13 +218,16 @@ class Lease(Held):
         found = drive(self.client, steps.keep(self.document, self.token, self.wish,
                                               may_move=self._on_change is not None))
         if not self._stop.is_set() and self.keep(found) and self._on_change is not None:
-            self._on_change(self)
+            try:
+                self._on_change(self)
+            except Exception as error:  # the program's own fault must not end the keeping of its lease
+                _log("portd: on_change failed for %s: %r", self, error, exc_info=error)
 
 
-def _log(message: str, *arguments: object) -> None:
+def _log(message: str, *arguments: object, exc_info: BaseException | None = None) -> None:
     import logging
 
-    logging.getLogger("portd_client").warning(message, *arguments)
+    logging.getLogger("portd_client").warning(message, *arguments, exc_info=exc_info)
 
 
 _is_hooked = False

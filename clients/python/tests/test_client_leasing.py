@@ -12,7 +12,7 @@ import threading
 import pytest
 
 import portd_client
-from portd_client import steps
+from portd_client import calls, steps
 from portd_client.errors import DaemonUnavailable, PortTaken
 from tests.cli.bed import Daemon, wait_for
 
@@ -128,6 +128,22 @@ def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Dae
             wait_for(lambda: moved, "the callback is called")
         assert moved == [lease.port]
         assert lease.port != port
+
+
+def test_a_callback_that_fails_does_not_end_the_keeping(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: portd_client.Lease) -> None:
+        raise RuntimeError("the program's own")
+
+    with caplog.at_level(logging.WARNING), \
+            portd_client.lease("fragile", client=daemon.client, hold="none", on_change=fail) as lease:
+        first, port = lease.id, lease.port
+        with socket.create_server((lease.address, port)):
+            daemon.client.call(calls.release(first))
+            wait_for(lambda: lease.port != port, "it moves")
+        second = lease.id
+        daemon.client.call(calls.release(second))
+        wait_for(lambda: lease.id != second, "it is looked after still")
+    assert "the program's own" in caplog.text
 
 
 def test_closing_the_socket_that_a_program_moved_away_from_keeps_the_lease(daemon: Daemon) -> None:
