@@ -1,4 +1,4 @@
-/** The client of portd: a port for this process, and the working instances of others. Durations are seconds, but for `…Ms`. */
+/** The client of portd: a port for this process, and the working instances of others. Seconds, where not `…Ms`. */
 
 import type { Socket as DatagramSocket } from "node:dgram";
 import type { EventEmitter } from "node:events";
@@ -162,7 +162,7 @@ export class Lease extends EventEmitter {
 /** Lease a port for this process, or adopt the one that `portd run` leased for it. */
 export function lease(service: string, options?: LeaseOptions): Promise<Lease>;
 
-/** Make a server listen, or a datagram socket bind, on a leased port, which is given back when it closes, or at exit. */
+/** Make a server listen, or a datagram socket bind, on a leased port. When it closes, or at exit, it is given back. */
 export function listen(target: Server | DatagramSocket, service: string, options?: ListenOptions): Promise<Lease>;
 
 export interface LookUp {
@@ -197,8 +197,13 @@ export function resolve(service: string, options?: LookUp): Promise<Instance>;
 /** Return all working instances, perhaps none. */
 export function resolveAll(service: string, options?: LookUp): Promise<Instance[]>;
 
-/** Iterate over the working instances: now, and again whenever they change, until the signal. `ref: false` does not keep the process alive. */
-export function watch(service: string, options?: LookUp & { ref?: boolean }): AsyncGenerator<Instance[], never, undefined>;
+export interface WatchOptions extends LookUp {
+  /** false: waiting for a change does not keep the process alive. */
+  ref?: boolean;
+}
+
+/** Iterate over the working instances: now, and again whenever they change, until the signal. */
+export function watch(service: string, options?: WatchOptions): AsyncGenerator<Instance[], never, undefined>;
 
 /** How a call is made, beside what it says. */
 export interface CallOptions {

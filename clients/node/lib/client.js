@@ -11,7 +11,7 @@ import { serverSentEvents } from "./events.js";
 
 /** Milliseconds that a call may take: twice what the daemon itself gives its disk. */
 const TIMEOUT_MS = 10_000;
-/** Milliseconds without a byte after which a stream of events counts as dead: the daemon breaks the silence every 15 s. */
+/** Milliseconds without a byte after which a stream of events counts as dead: the daemon says something every 15 s. */
 const SILENCE_MS = 60_000;
 /** The longest body that is gathered in memory: 10,000 leases are about 10 MB. Streams are not gathered. */
 const BODY_MAX_BYTES = 64 * 1024 * 1024;
@@ -71,7 +71,8 @@ export class Client {
 
   /** Restart the clock of a ttl lease, with a new period where `seconds` gives one. */
   renew(id, { seconds, ...options } = {}) {
-    return this.call("POST", leasePath(id, "/renew"), seconds === undefined ? options : { ...options, body: { seconds } });
+    const body = seconds === undefined ? undefined : { seconds };
+    return this.call("POST", leasePath(id, "/renew"), { ...options, body });
   }
 
   /** Ask for another port under the same lease: somebody else has this one. */
@@ -114,10 +115,14 @@ export class Client {
   async *events({ after, service } = {}, options = {}) {
     const limit = new Limit(SILENCE_MS, options);
     try {
-      const response = await this.#open("GET", "/v1/events", { ...options, query: { after, service } }, limit,
-        "text/event-stream");
+      const question = { ...options, query: { after, service } };
+      const response = await this.#open("GET", "/v1/events", question, limit, "text/event-stream");
       if (response.statusCode !== 200) await answered(response);
-      yield* serverSentEvents(parts(response, () => limit.extend()));
+      for await (const event of serverSentEvents(parts(response, () => limit.extend()))) {
+        limit.pause(); // what the reader takes its time for is no silence of the daemon's
+        yield event;
+        limit.extend();
+      }
     } catch (error) {
       throw limit.explained(error, this.url);
     } finally {
@@ -192,13 +197,16 @@ async function exchange({ url, socketPath, host, port, isTls }, request, data, r
   });
 }
 
-function reason(error) {
-  return { ENOENT: "no such file or directory", ECONNREFUSED: "connection refused", EACCES: "permission denied" }[error.code]
-    ?? (error.message || error.code);
+const REASONS = {
+  ENOENT: "no such file or directory", ECONNREFUSED: "connection refused", EACCES: "permission denied",
+};
+
+function reason({ code, message }) {
+  return REASONS[code] ?? (message || code);
 }
 
-function broken(error) {
-  return error.code?.startsWith("HPE_") ? "what answers does not speak HTTP/1.1" : `the connection broke: ${error.message}`;
+function broken({ code, message }) {
+  return code?.startsWith("HPE_") ? "what answers does not speak HTTP/1.1" : `the connection broke: ${message}`;
 }
 
 /** How long a call may take, and who may break it off: its deadline, or the caller's signal. */
@@ -206,6 +214,7 @@ class Limit {
   #controller = new AbortController();
   #ms;
   #timer;
+  #isPaused = false;
   #isOver = false;
   #theirs;
   #onAbort = () => this.#controller.abort(this.#theirs.reason);
@@ -214,6 +223,7 @@ class Limit {
     signal?.throwIfAborted();
     this.#ms = ms;
     this.#timer = setTimeout(() => {
+      if (this.#isPaused) return;
       this.#isOver = true;
       this.#controller.abort();
     }, ms);
@@ -226,8 +236,14 @@ class Limit {
     return this.#controller.signal;
   }
 
+  /** Let no time count, until it is extended. */
+  pause() {
+    this.#isPaused = true;
+  }
+
   /** Give the call its whole time again. */
   extend() {
+    this.#isPaused = false;
     this.#timer.refresh();
   }
 

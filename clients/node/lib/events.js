@@ -5,7 +5,7 @@ import { ProtocolError } from "./errors.js";
 /** The longest event that is gathered, in characters: portd's own are about 1 KB. */
 const EVENT_MAX_CHARS = 1024 * 1024;
 
-/** Iterate over the events of a byte stream; comments vanish. `id` is the last id that was seen, "" before the first. */
+/** Iterate over a byte stream's events; comments vanish. `id` is the last id that was seen, "" before the first. */
 export async function* serverSentEvents(stream) {
   const decoder = new TextDecoder();
   let rest = "";

@@ -11,7 +11,7 @@ import { Client } from "./client.js";
 import { isPassing, NobodyThere } from "./errors.js";
 import { RETRY_MS } from "./keeping.js";
 
-/** Milliseconds that an answer is good for while no daemon answers; ports of processes that live do not change by then. */
+/** Milliseconds that an answer is good for while no daemon answers; ports of living processes do not change by then. */
 const STALE_MAX_MS = 300_000;
 /** Seconds of one long poll: proxies cut what is silent for a minute. */
 const WAIT_S = 55;
@@ -63,10 +63,11 @@ export async function resolveAll(service, { client = new Client(), signal, ...fi
 }
 
 /**
- * Iterate over the working instances: now, and again whenever they change, without end; a daemon's absence is waited out.
+ * Iterate over the working instances: now, and again whenever they change, without end; a daemon's absence is waited
+ * out.
  *
  * What comes and goes on the LAN is seen within LAN_WAIT_S. With `ref: false` waiting for a change does not keep the
- * process alive. Throws DaemonUnavailable only when none answers at first, and the signal's reason when that is aborted.
+ * process alive. Throws DaemonUnavailable only when none answers at first, and the signal's reason once it is aborted.
  */
 export async function* watch(service, { client = new Client(), signal, ref = true, ...filters } = {}) {
   const query = queryOf(filters);

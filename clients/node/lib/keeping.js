@@ -35,7 +35,8 @@ export function given(environ, endpoint = "main") {
   const id = environ[`PORTD_LEASE${suffix}`];
   const port = environ[`PORT${suffix}`] ?? "";
   if (!id || !/^\d+$/.test(port)) return null;
-  return { id, port: Number(port), address: environ.HOST ?? "127.0.0.1", token: environ[`PORTD_TOKEN${suffix}`] || undefined };
+  const token = environ[`PORTD_TOKEN${suffix}`] || undefined;
+  return { id, port: Number(port), address: environ.HOST ?? "127.0.0.1", token };
 }
 
 /**

@@ -48,8 +48,8 @@ export async function listen(target, service, { backlog, ...options } = {}) {
  * A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it.
  *
  * Emits `changed` (lease) when the lease had to be taken again on another port: listen there then. Without a listener
- * for it, or where exactly that port was asked for, the port never changes. Emits `lost` (error) when the daemon lost the lease and it can't be had again, which is
- * tried on and on; without a listener that is a warning.
+ * for it, or where exactly that port was asked for, the port never changes. Emits `lost` (error) when the daemon lost
+ * the lease and it can't be had again, which is tried on and on; without a listener that is a warning.
  */
 export class Lease extends EventEmitter {
   #token;
@@ -99,7 +99,7 @@ export class Lease extends EventEmitter {
 
   /**
    * Make a net.Server listen, or a dgram.Socket bind, on this lease; for a lease of `both` protocols once with each.
-   * When it closes the lease is given back. `backlog` is the length of the queue of connections, Node's default without.
+   * When it closes the lease is given back. `backlog` is the length of the queue of connections, by default Node's.
    */
   async listen(target, { backlog } = {}) {
     const fd = passed(this, target);
@@ -131,7 +131,7 @@ export class Lease extends EventEmitter {
     if (this.id) this.document = await this.client.drain(this.id, on, { token: this.#token });
   }
 
-  /** Give the lease back, drained if it is to be; may be called twice, and never rejects: no daemon is no error here. */
+  /** Give the lease back, drained if it is to be; may be called twice, and no daemon is no error here. */
   release() {
     this.#released ??= this.#release();
     return this.#released;

@@ -63,7 +63,7 @@ test("a datagram socket binds the leased port, and `both` is had with a server a
   beside.close();
 });
 
-test("a port that is taken after all is declined for another, and the program's error handlers never hear of it", async () => {
+test("a port that is taken after all is declined for another, and error handlers hear nothing of it", async () => {
   const one = await lease("raced", { hold: "none" });
   const { id, port } = one;
   const stranger = await occupied(port);
@@ -116,7 +116,8 @@ test("an exclusive hold is refused with the way out, and nothing stays leased", 
 test("checks are written short or in camelCase", async () => {
   const short = await lease("checked", { check: "http:/healthz" });
   assert.deepEqual([short.document.check.kind, short.document.check.path], ["http", "/healthz"]);
-  const long = await lease("checked", { check: { kind: "http", startPeriod: 3, expectStatus: [204], headers: { "X-Odd": "1" } } });
+  const check = { kind: "http", startPeriod: 3, expectStatus: [204], headers: { "X-Odd": "1" } };
+  const long = await lease("checked", { check });
   const { start_period, expect_status, headers } = long.document.check;
   assert.deepEqual([start_period, expect_status, headers], [3, [204], { "X-Odd": "1" }]);
   await assert.rejects(lease("checked", { check: "tcp:/path" }), TypeError);

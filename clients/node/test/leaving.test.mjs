@@ -72,7 +72,8 @@ test("a library that counts the handlers of a signal to decide whether to die fi
 
 test("a lease that is drained before it ends leaves look-ups, and its server serves on until then", async () => {
   const program = start(`
-    const one = await listen(http.createServer((_, response) => response.end("served")), "drained", { drainMs: 60_000 });
+    const server = http.createServer((_, response) => response.end("served"));
+    const one = await listen(server, "drained", { drainMs: 60_000 });
     console.log(one.port);`);
   const port = await firstLine(program);
   const [held] = (await daemon.call("GET", "/v1/leases", { query: { service: "drained" } })).leases;
