@@ -40,7 +40,7 @@ def build_venv_for(python: str, place: Path, pip: Path) -> None:
 
 def build_package(place: Path, version: str, venv: Path) -> Path:
     """Build the Debian package from an environment; returns where it is."""
-    quick = {**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
+    quick = {**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "none"}
     done = subprocess.run([TREE / "systemd/debian/build", "--version", version, "--venv", venv, place],
                           check=True, capture_output=True, text=True, env=quick)
     return Path(done.stdout.strip())
