@@ -193,6 +193,15 @@ def test_too_many_events_at_once_are_told_in_number_and_leave_the_journal_room_f
     assert told_in_number() > before
 
 
+def test_a_journal_that_hangs_stops_nobody(box):
+    pid = box.show("MainPID")
+    box.run("systemctl kill -s STOP systemd-journald.service")
+    grants = box.load("grants", 1000, 400).result()  # more lines than wait for it in line
+    box.run("systemctl kill -s CONT systemd-journald.service")
+    assert grants["lost"] == []
+    assert box.show("MainPID") == pid
+
+
 def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
     box.run("mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
             ">/etc/portd/run/web.env && systemctl start portd-run@web.service")
