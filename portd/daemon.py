@@ -51,9 +51,10 @@ from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Paths, Settings, http_addresses, load, pool_ports, split_host_port, system_paths, user_paths
 from portd.core.allocator import Allocator, StaticPort
-from portd.core.errors import Fault, StateInUse, StoreLost, StoreUnavailable
+from portd.core.errors import Fault, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease
 from portd.core.table import LeaseTable
+from portd.doors import is_off, open_doors, place_of
 from portd.feed import EVENTS_KEPT, Feed
 from portd.grants import Granter, Policy, hash_token
 from portd.journal import Journal
@@ -219,47 +220,24 @@ class Daemon:
             raise faults.exceptions[0] from None
 
     async def _open_doors(self) -> list[str]:
-        await self._http.start(self._fast_lane)
-        listen = self._settings.listen
-        tls = _tls(self._settings)
+        """Serve every socket; returns where HTTP is. All are there before any is served: a start that fails keeps
+        nobody waiting."""
         passed = [one for sockets in self._passed.values() for one in sockets]
-        places = [place for listener in passed if (place := await self._open_passed(listener, tls))]
-        unix = listen.socket if listen.socket is not None else self._paths.socket
-        if unix and not any(_is_unix(one, socket.SOCK_STREAM) for one in passed):
-            await self._http.serve(open_unix(unix, socket.SOCK_STREAM, self._paths.socket_mode))
-            places.append(unix)
-        handoff = listen.handoff if listen.handoff is not None else self._paths.handoff
-        if handoff and not any(_is_unix(one, socket.SOCK_SEQPACKET) for one in passed):
-            self._handoff.serve(open_unix(handoff, socket.SOCK_SEQPACKET, self._paths.socket_mode))
-        for host, port in http_addresses(self._settings, self._paths):
-            place = f"{'https' if tls else 'http'}://{host}:{port}"
-            if place not in places:
-                await self._http.serve(open_tcp(host, port), tls)
-                places.append(place)
+        opened = open_doors(self._settings, self._paths, passed)
+        await self._http.start(self._fast_lane)
+        tls = _tls(self._settings)
+        places = []
+        for listener in (*passed, *opened):
+            if is_off(self._settings, listener):
+                logger.warning("%s is turned off in [listen], but the service manager opens it: whoever comes is "
+                               "turned away; turn it off in portd.socket too", place_of(listener))
+                systemd.turn_away(listener)
+            elif listener.type == socket.SOCK_SEQPACKET:
+                self._handoff.serve(listener)
+            else:
+                await self._http.serve(listener, tls if listener.family != socket.AF_UNIX else None)
+                places.append(place_of(listener, "https" if tls else "http"))
         return places
-
-    async def _open_passed(self, listener: socket.socket, tls: ssl.SSLContext | None) -> str | None:
-        """Serve a socket that the service manager has opened (its kind says what for); returns where it is.
-
-        None where the configuration turns that off.
-        """
-        is_unix, is_handoff = listener.family == socket.AF_UNIX, listener.type == socket.SOCK_SEQPACKET
-        if is_unix:
-            place = str(listener.getsockname())
-        else:
-            host, port = listener.getsockname()[:2]
-            place = f"{'https' if tls else 'http'}://{host}:{port}"
-        listen = self._settings.listen
-        if (listen.handoff if is_handoff else listen.socket if is_unix else listen.http) in ("", ()):
-            logger.warning("%s is turned off in [listen], but the service manager opens it: whoever comes is turned "
-                           "away; turn it off in portd.socket too", place)
-            systemd.turn_away(listener)
-            return None
-        if is_handoff:
-            self._handoff.serve(listener)
-        else:
-            await self._http.serve(listener, None if is_unix else tls)
-        return place
 
     async def _close(self) -> None:
         """Close the doors, let what is under way come to its end, then stop."""
@@ -367,48 +345,6 @@ def policy(settings: Settings) -> Policy:
 def host_name() -> str:
     """Return this host's name, without its domain."""
     return socket.gethostname().partition(".")[0] or "localhost"
-
-
-def open_unix(path: str, kind: socket.SocketKind, mode: int) -> socket.socket:
-    """Listen on a unix socket, over one that a dead daemon left; raises StateInUse when a live one answers there."""
-    place = Path(path)
-    place.parent.mkdir(mode=0o755 if mode == 0o666 else 0o700, parents=True, exist_ok=True)
-    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        with suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX, kind) as probe:
-            probe.settimeout(1.0)
-            probe.connect(path)
-            raise StateInUse(f"another daemon answers at {path}: stop it, or set [listen] socket")
-        place.unlink(missing_ok=True)
-        listener.bind(path)
-        place.chmod(mode)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise StateInUse(f"{path} can't be served: {error}") from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _is_unix(listener: socket.socket, kind: socket.SocketKind) -> bool:
-    return listener.family == socket.AF_UNIX and listener.type == kind
-
-
-def open_tcp(host: str, port: int) -> socket.socket:
-    """Bind a TCP address; raises StateInUse when it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, True)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise StateInUse(f"http://{host}:{port} can't be served: {error.strerror}; set [listen] http") from error
-    return listener
 
 
 def raise_file_limit() -> None:

@@ -57,6 +57,8 @@ def allowed(room):
             "the command line speaks to the daemon as every client does"
     if room in ("portd.config", "portd.logs"):
         return {"portd.core"}, "settings are data"
+    if room == "portd.doors":
+        return {"portd.core", "portd.config"}, "doors are sockets, whatever is spoken on them"
     return {"portd"}, "the composition root knows everybody"
 
 
