@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import socket
 import sys
 import time
@@ -22,7 +23,7 @@ REQUEST = (b"POST /v1/leases HTTP/1.1\r\nHost: portd\r\nContent-Type: applicatio
 
 async def ask(index: int, answers: list[tuple[int, str]]) -> None:
     """Ask for one lease; whatever goes wrong is an answer too."""
-    body = json.dumps({"service": "load", "instance": f"load-{index}", "ttl": 600}).encode()
+    body = json.dumps({"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}).encode()
     try:
         async with asyncio.timeout(20):
             reader, writer = await asyncio.open_unix_connection(SOCKET)
@@ -41,7 +42,7 @@ async def ask_for_socket(index: int, answers: list[tuple[int, str]]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as asking:
         try:
             asking.connect(HANDOFF)
-            asking.send(json.dumps({"request": {"service": "load", "instance": f"load-{index}", "ttl": 600}}).encode())
+            asking.send(json.dumps({"request": {"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}}).encode())
             loop.add_reader(asking, readable.set)
             async with asyncio.timeout(20):
                 await readable.wait()
