@@ -102,7 +102,7 @@ export class Lease extends EventEmitter {
    * When it closes the lease is given back. `backlog` is the length of the queue of connections, by default Node's.
    */
   async listen(target, { backlog } = {}) {
-    const fd = passed(this, target);
+    const fd = this.isAdopted ? passed(this, target) : undefined; // a service of another name has a port of its own
     this.isPassed = fd !== undefined;
     if (this.isPassed) await opened(target, { fd, backlog });
     else if (this.document.hold === "exclusive") throw new HandoffNeeded(this.service, this.port);

@@ -81,9 +81,10 @@ def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
 
 
 def passed(lease: Held) -> list[socket.socket]:
-    """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process."""
+    """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process, and
+    for this very lease: a service of another name has a port of its own."""
     environ = os.environ
-    if environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
+    if not lease.is_adopted or environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
         return []
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == lease.endpoint} - _taken
