@@ -21,9 +21,14 @@ REQUEST = (b"POST /v1/leases HTTP/1.1\r\nHost: portd\r\nContent-Type: applicatio
            b"Connection: close\r\n\r\n%s")
 
 
+def wish(index: int) -> bytes:
+    """Make a request for a lease that nobody else has asked for."""
+    return json.dumps({"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}).encode()
+
+
 async def ask(index: int, answers: list[tuple[int, str]]) -> None:
     """Ask for one lease; whatever goes wrong is an answer too."""
-    body = json.dumps({"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}).encode()
+    body = wish(index)
     try:
         async with asyncio.timeout(20):
             reader, writer = await asyncio.open_unix_connection(SOCKET)
@@ -42,7 +47,7 @@ async def ask_for_socket(index: int, answers: list[tuple[int, str]]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as asking:
         try:
             asking.connect(HANDOFF)
-            asking.send(json.dumps({"request": {"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}}).encode())
+            asking.send(b'{"request": %s}' % wish(index))
             loop.add_reader(asking, readable.set)
             async with asyncio.timeout(20):
                 await readable.wait()
