@@ -65,12 +65,10 @@ class Policy(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """A decided grant, with the secret that is shown once. `is_served`: its owner listens already, so there is no hold
-    yet."""
+    """A decided grant, with the secret that is shown once."""
 
     lease: Lease
     token: str
-    is_served: bool = False
 
 
 def new_id(at: float) -> str:
@@ -134,9 +132,7 @@ class Granter:
         privileged = caller.admin or own or static is not None
         token = self._make_token()
         lease_id = self._make_id(now.at)
-        # Who comes back by name for the port that it serves (the store was lost, a clock ran out) takes it from nobody.
-        server = process.id.pid if process is not None and request.instance is not None else None
-        place, is_served = self._find(lease_id, ask, hold, now, privileged=privileged, server=server)
+        place = self._find(lease_id, ask, hold, now, privileged=privileged)
         lifetime: Lifetime = "process"
         if request.ttl is not None:
             lifetime = "ttl"
@@ -150,7 +146,7 @@ class Granter:
             ttl=request.ttl, exact=request.exact, own_address=own)
         self._table.claim(lease)  # no await between the pick and here
         self._allocator.use(lease)
-        return Grant(lease, token, is_served)
+        return Grant(lease, token)
 
     def undo(self, lease: Lease) -> None:
         """Give up a decided grant of which nothing came."""
@@ -167,7 +163,7 @@ class Granter:
         self._holds.drop(lease.id)
         ask = Ask(lease.name, lease.protocol, lease.address, None, lease.pool, exact=False)
         try:
-            place, _ = self._find(lease.id, ask, lease.hold, now, privileged=privileged)
+            place = self._find(lease.id, ask, lease.hold, now, privileged=privileged)
         except BaseException:
             self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
             raise
@@ -258,10 +254,7 @@ class Granter:
             return self._allocator.own_address(request.service, instance), True
         return _normal_address(request.address), False
 
-    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool,
-              server: int | None = None) -> tuple[Place, bool]:
-        """Take the first candidate that nobody has, or the wished one that the `server` (a pid) has itself; tells
-        whether it is such a one."""
+    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Place:
         tries = 0
         for place in self._allocator.candidates(ask):
             if place.port < PRIVILEGED_BELOW and not privileged:
@@ -276,10 +269,7 @@ class Granter:
                 raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by strangers; try again")
             taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold)
             if taken == "taken":
-                return place, False
-            if taken == "busy" and server is not None and place.port == ask.port \
-                    and self._holds.is_with(server, *place):
-                return place, True
+                return place
             if taken == "busy" and self._allocator.pool_of(place.port) is not None and not self._mine(place):
                 self._allocator.decline(place, now.tick)
             elif taken == "no_address":

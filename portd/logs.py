@@ -7,11 +7,9 @@ lines go to stderr. A client's fault is told at info, ours at error.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
-import select
 import socket
 import sys
 from collections import Counter
@@ -62,13 +60,7 @@ class _Journal(logging.Handler):
         try:
             self._socket.sendto(b"".join(_journal_field(name, str(value)) for name, value in fields.items()), JOURNAL)
         except OSError:
-            self._to_stderr(record)
-
-    def _to_stderr(self, record: logging.LogRecord) -> None:
-        """Write a line where it leads to the journal as well, unless that hangs or has gone: a log stops nothing."""
-        with contextlib.suppress(OSError):
-            if select.select([], [sys.stderr], [], 0)[1]:
-                print(self._lines.format(record), file=sys.stderr, flush=True)
+            print(self._lines.format(record), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the socket."""

@@ -37,9 +37,6 @@ class Holds(Protocol):
     def restore(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> bool:
         """Take a hold back after a restart; False while the owner's own listening socket is in the way (try later)."""
 
-    def is_with(self, pid: int, protocol: LeaseProtocol, address: str, port: int) -> bool:
-        """Tell whether the process itself has the port: it has open every socket that keeps others off."""
-
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
 

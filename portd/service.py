@@ -144,8 +144,6 @@ class LeaseService:
         shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service) if grants else ()
         grant = self.granter.grant(request, caller, process, now, shared)
         grants.append(grant)
-        if grant.is_served:
-            self._clocks.hold_again(grant.lease)  # when the owner stops listening
         if request.ttl is None and process is not None:
             self._watch(process.id)
         changes.append(Change(grant.lease.id, "granted", lease=grant.lease))
@@ -179,7 +177,6 @@ class LeaseService:
         for grant in grants:
             self._granting.pop(grant.lease.id, None)
             self.granter.undo(grant.lease)
-            self._clocks.forget(grant.lease.id)
             self._forget_process(grant.lease.process)
         grants.clear()
 

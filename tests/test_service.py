@@ -134,34 +134,6 @@ async def test_endpoints_of_an_instance_share_its_own_address(world):
 
 
 @in_world()
-async def test_who_comes_back_by_name_has_the_port_that_it_serves_and_a_hold_when_it_stops(world):
-    world.processes.start(41)
-    place = Place("tcp", LOOPBACK, 20005)
-    world.servers[place] = 41
-    lease = await world.grant(41, service="orders", instance="blue", port=20005)
-    assert (lease.port, lease.id in world.holds.held) == (20005, False)
-    world.service.observe_state(lease.id, "bound", None)
-    world.servers.clear()
-    world.service.observe_state(lease.id, "held", None)
-    assert world.holds.held[lease.id][0] == place
-
-
-@in_world()
-async def test_a_port_that_is_served_is_not_for_others_nor_for_who_does_not_say_that_it_comes_back(world):
-    world.processes.start(41)
-    world.processes.start(42)
-    world.servers[Place("tcp", LOOPBACK, 20005)] = 41
-    for wish in ({"instance": "blue"}, {}):
-        with pytest.raises(PortTaken):
-            await world.grant(42, service="orders", port=20005, exact=True, **wish)
-    with pytest.raises(PortTaken):
-        await world.grant(41, service="orders", port=20005, exact=True)
-    world.strangers.add(Place("tcp", "0.0.0.0", 20005))  # somebody else is there as well
-    with pytest.raises(PortTaken):
-        await world.grant(41, service="orders", instance="blue", port=20005, exact=True)
-
-
-@in_world()
 async def test_a_declined_lease_moves_to_another_port_under_the_same_id(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")

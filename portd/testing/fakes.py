@@ -31,13 +31,11 @@ class FakeClock:
 
 
 class FakeHolds:
-    """The kernel's ports, with the kernel's overlap rules; `strangers` are places that others have bound, `servers`
-    those that a process listens on, by its pid."""
+    """The kernel's ports, with the kernel's overlap rules; `strangers` are places that others have bound."""
 
     def __init__(self) -> None:
         self.held: dict[str, tuple[Place, HoldKind]] = {}
         self.strangers: set[Place] = set()
-        self.servers: dict[Place, int] = {}
         self.foreign_addresses: set[str] = set()
         self.descriptors_left = 1_000_000
         self.take_count = 0
@@ -61,12 +59,6 @@ class FakeHolds:
         """Take a hold back, unless somebody is there."""
         return self.take(lease_id, protocol, address, port, kind) == "taken"
 
-    def is_with(self, pid: int, protocol: Protocol, address: str, port: int) -> bool:
-        """Tell whether nobody but this process has the place."""
-        place = Place(protocol, address, port)
-        in_way = {self.servers.get(other) for other in (*self.strangers, *self.servers) if meet(place, other)}
-        return in_way == {pid}
-
     def drop(self, lease_id: str) -> None:
         """Let go."""
         self.held.pop(lease_id, None)
@@ -75,7 +67,7 @@ class FakeHolds:
         """Tell whether nobody has the place."""
         place = Place(protocol, address, port)
         others = [held for held, _ in self.held.values()]
-        return not any(meet(place, other) for other in (*others, *self.strangers, *self.servers))
+        return not any(meet(place, other) for other in (*others, *self.strangers))
 
 
 class FakeProcesses:

@@ -37,7 +37,6 @@ class World:
         self.store: Any = store or MemoryStore()
         self.boot_id = BOOT_ID
         self.strangers: set[Any] = set()
-        self.servers: dict[Any, int] = {}
         self.events: list[Event] = []
         self._ids = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
@@ -46,7 +45,6 @@ class World:
         """Start the service on what the store remembers."""
         self.holds = FakeHolds()
         self.holds.strangers = self.strangers
-        self.holds.servers = self.servers
         self.table = LeaseTable()
         self.allocator = Allocator({"default": self.ports}, self.statics, IPv4Network("127.77.0.0/16"),
                                    self.cooldown_s)

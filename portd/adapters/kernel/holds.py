@@ -16,7 +16,6 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal
 
-from portd.adapters.kernel import procfs
 from portd.core.addresses import overlaps
 from portd.core.model import HoldKind, Listener, Protocol
 from portd.seams import Taken
@@ -80,18 +79,6 @@ class KernelHolds:
             return False
         self._keep(lease_id, sockets, kind)
         return True
-
-    def is_with(self, pid: int, protocol: Protocol, address: str, port: int) -> bool:
-        """Tell whether the process itself has the port: it has open every socket that keeps others off.
-
-        False where the kernel hides its descriptors (another user's, without CAP_SYS_PTRACE). A tenth of a millisecond.
-        """
-        try:
-            in_way = {other.inode for part in _parts(protocol) for other in self._bound_sockets(part, port)
-                      if _is_in_way(other, address)}
-        except OSError:
-            return False
-        return bool(in_way) and in_way <= procfs.socket_inodes(pid)
 
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""

@@ -385,31 +385,6 @@ def test_what_is_dropped_is_free_and_may_be_dropped_again(holds, port, descripto
     assert (holds.count, descriptors(), holds.is_free("both", "127.0.0.1", port)) == (0, before, True)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_is_with_the_process_that_alone_has_its_sockets(holds, port, spawn, address):
-    def is_with(pid):
-        return holds.is_with(pid, "tcp", "127.0.0.1", port)
-
-    assert not is_with(os.getpid()), "nobody has it"
-    other = spawn("sleep", "60")
-    with stranger(address, port, reuse=True, listen=True):
-        assert is_with(os.getpid())
-        assert not is_with(other.pid)
-        assert not is_with(2**22)
-    child = spawn(str(port), python="import socket, sys\ninput(socket.create_server(('127.0.0.1', int(sys.argv[1]))))")
-    assert child.stdout.read(1)
-    assert is_with(child.pid)
-    assert not is_with(os.getpid())
-
-
-def test_a_port_is_with_nobody_where_two_processes_listen(holds, port, spawn):
-    program = "import socket, sys\ninput(socket.create_server(('127.0.0.1', int(sys.argv[1])), reuse_port=True))"
-    children = [spawn(str(port), python=program) for _ in range(2)]
-    for child in children:
-        assert child.stdout.read(1)
-    assert not any(holds.is_with(child.pid, "tcp", "127.0.0.1", port) for child in children)
-
-
 def test_a_hold_is_restored_once_its_owner_stops_listening(holds, port):
     with stranger("127.0.0.1", port, reuse=True, listen=True):
         assert not holds.restore("a", "tcp", "127.0.0.1", port, "shared")
