@@ -440,7 +440,8 @@ async def wait_for(entry: Entry) -> list[Lease]:
     """Wait for a commit; whoever is cancelled meanwhile gives up the waiting, and the work goes on."""
     waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def wake(_: Any) -> None:
+    def wake(done: asyncio.Future[list[Lease]]) -> None:
+        done.exception()  # seen: whoever asked may have hung up, and a refusal is no fault to be logged
         if not waiter.done():
             waiter.set_result(None)
 
