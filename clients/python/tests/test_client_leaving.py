@@ -35,13 +35,14 @@ from portd_client import aio
 
 async def hold(app):
     async with aio.lease("run-app") as lease:
-        print(lease.id, flush=True)
+        leases.append(lease.id)
         yield
         print("cleaned up", flush=True)
 
+leases = []
 app = web.Application()
 app.cleanup_ctx.append(hold)
-web.run_app(app, host="127.0.0.1", port=0, print=None)
+web.run_app(app, host="127.0.0.1", port=0, print=lambda _: print(leases[0], flush=True))  # it serves by then
 """
 
 
