@@ -2,8 +2,9 @@
 
 aiohttp's parser, request and response objects cost as much as the whole grant. A request that is nothing but
 `POST /v1/leases` with a body that is complete and valid is taken here; anything else, and whatever could make a
-difference (a token, an origin, chunks, an unknown header's meaning), goes the long way. Both ways end in the same
-handler, so there is one behaviour; the tests send everything both ways and compare.
+difference (a token, an origin, chunks, an unknown header's meaning, a name that is being granted), goes the long way.
+Both ways decide and answer by the same functions, so there is one behaviour; this one does it without a task. The tests
+send everything both ways and compare.
 """
 
 from __future__ import annotations

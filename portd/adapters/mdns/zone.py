@@ -6,6 +6,7 @@ Pure: no sockets, no clock. A name is *claimed* before it is *owned*, and only w
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from enum import Enum
 
@@ -36,7 +37,7 @@ class Standing(Enum):
     OWNED = "owned"
 
 
-class Claim:
+class Claim(ABC):
     """A name that has to be this host's alone on its links before it is used.
 
     `attempt` grows whenever probing starts afresh, so that a probe that is under way knows that it has been overtaken;
@@ -51,25 +52,26 @@ class Claim:
         self.conflict_count = 0
 
     @property
+    @abstractmethod
     def full_name(self) -> str:
-        raise NotImplementedError
+        """Return the name in full, with its final dot."""
 
     @property
     def key(self) -> str:
         """Return the name as records are compared by: without regard to case."""
         return self.full_name.lower()
 
+    @abstractmethod
     def is_on(self, link: Interface) -> bool:
         """Tell whether the name is used on this interface."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unique(self, link: Interface) -> list[DNSRecord]:
         """Return the records that nobody else may have under this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rename(self) -> None:
         """Take the next name: after `Orders` comes `Orders (2)`; after `box-portd`, `box-portd-2`."""
-        raise NotImplementedError
 
 
 class HostName(Claim):
