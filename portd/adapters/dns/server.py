@@ -1,6 +1,8 @@
 """The DNS server: sockets of both kinds over one table of names. It only follows events; it undoes nothing.
 
-An event changes the answers before `apply` returns. This room must not know what messages look like.
+What has happened is taken in when somebody asks next, once for each lease: the answer is as new as ever, and a host
+where nobody asks, or a lease that came and went between two questions, pays nothing for DNS. This room must not know
+what messages look like.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class DnsServer:
         self._ttl = ttl
         self._zone = Zone(zone, ttl, _reached_at(listen) if host_addresses is None else host_addresses)
         self._responder = Responder(self._zone, on_query)
+        self._news: dict[str, Lease] = {}  # by id, in the order of first changes: a name's last lease leaves before
+        self._revision = 0                 # its next one comes
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._addresses: list[tuple[str, int]] = []
@@ -62,14 +66,19 @@ class DnsServer:
     def restore(self, leases: Iterable[Lease], revision: int = 0) -> None:
         """Take over the live leases of before the start, and the newest revision where it is known."""
         for lease in leases:
-            self._take(lease)
+            self._news[lease.id] = lease
             revision = max(revision, lease.revision)
-        self._zone.renumber(revision)
+        self._revision = revision
+        self._catch_up()
 
     def apply(self, event: Event) -> None:
         """Follow an event: the next query sees it. Never raises."""
-        self._zone.renumber(event.revision)
-        self._take(event.lease)
+        lease = event.lease
+        self._revision = event.revision
+        if lease.state == "ended" and lease.id not in self._zone:
+            self._news.pop(lease.id, None)
+        else:
+            self._news[lease.id] = lease
 
     async def start(self) -> None:
         """Listen; raises OSError that says where it can't, and leaves nothing open then."""
@@ -93,10 +102,19 @@ class DnsServer:
 
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
+        self._catch_up()
         return {"listen": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self._addresses],
                 "zone": self._zone_name, "ttl": self._ttl, "services": self._zone.service_count,
                 "names": len(self._zone), "connections": sum(len(listener) for listener in self._tcp),
                 "failed_queries": self._failures, "problem": self._problem}
+
+    def _catch_up(self) -> None:
+        """Take in what has happened since the last question: 3 µs for each lease that has changed."""
+        self._zone.renumber(self._revision)
+        if self._news:
+            news, self._news = self._news, {}
+            for lease in news.values():
+                self._take(lease)
 
     def _take(self, lease: Lease) -> None:
         try:
@@ -118,6 +136,7 @@ class DnsServer:
 
     def _respond(self, query: bytes, limits: Limits) -> bytes | None:
         try:
+            self._catch_up()
             return self._responder.respond(query, limits)
         except Exception:
             self._failures += 1

@@ -216,6 +216,10 @@ class Zone(Source):
     def __len__(self) -> int:
         return len(self._nodes) + len(self._fixed)
 
+    def __contains__(self, lease_id: str) -> bool:
+        """Tell whether a lease is known."""
+        return lease_id in self._endpoints
+
     @property
     def service_count(self) -> int:
         """Return how many services have a live lease."""
