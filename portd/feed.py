@@ -62,9 +62,10 @@ class Feed:
             if not waiter.done():
                 self.wakeup_count += 1
                 waiter.set_result(None)
-        for wanted in (None, service):
-            for follower in tuple(self._followers.get(wanted, _NOBODY).values()):
-                follower(event)
+        if self._followers:
+            for wanted in (None, service):
+                for follower in tuple(self._followers.get(wanted, _NOBODY).values()):
+                    follower(event)
 
     def since(self, revision: int, service: str | None = None) -> Iterator[Event]:
         """Yield the events after a revision, oldest first.

@@ -1,16 +1,17 @@
 """Metrics for Prometheus, named by its conventions (base units, `_total` for counters).
 
-Counters live here and are fed by what happens; gauges are read from the daemon at the scrape, so that nothing on the
-way of a grant keeps a second set of books.
+Events are counted here in plain numbers, since each grant is one; gauges are read from the daemon. Both become metrics
+at the scrape alone. What is rarer is counted as prometheus-client does.
 """
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from portd import __version__
 from portd.core.model import Event
@@ -27,9 +28,8 @@ class Metrics:
 
     def __init__(self, gauges: Gauges) -> None:
         self._registry = CollectorRegistry()
-        self._gauges = gauges
-        self._events = Counter("portd_events", "Events by type.", ["type"], registry=self._registry)
-        self._ended = Counter("portd_leases_ended", "Leases ended, by why.", ["because"], registry=self._registry)
+        self._events: Tally[str] = Tally()
+        self._ended: Tally[str] = Tally()
         self._commits = Histogram("portd_store_commit_seconds", "Time of a commit, the sync included.",
                                   buckets=COMMIT_BUCKETS, registry=self._registry)
         self._committed = Counter("portd_store_committed_events", "Events written.", registry=self._registry)
@@ -39,21 +39,14 @@ class Metrics:
                                      buckets=CHECK_BUCKETS, registry=self._registry)
         self._queries = Counter("portd_dns_queries", "DNS queries by type and answer.", ["qtype", "rcode"],
                                 registry=self._registry)
-        self._event_counters: dict[str, Any] = {}
         self._query_counters: dict[tuple[str, str], Any] = {}
-        self._registry.register(_Live(gauges))
+        self._registry.register(_Live(gauges, self._events, self._ended))
 
     def apply(self, event: Event) -> None:
         """Count an event."""
-        self._count(self._events, event.type)
+        self._events[event.type] += 1
         if event.lease.ended_because is not None:
-            self._count(self._ended, event.lease.ended_because)
-
-    def _count(self, family: Counter, value: str) -> None:
-        counter = self._event_counters.get(value)  # no type of event is a reason to end as well
-        if counter is None:
-            counter = self._event_counters[value] = family.labels(value)
-        counter.inc()
+            self._ended[event.lease.ended_because] += 1
 
     def commit(self, seconds: float, event_count: int) -> None:
         """Count a commit."""
@@ -80,20 +73,27 @@ class Metrics:
 
 
 class _Live:
-    """A collector that reads the daemon at the scrape."""
+    """A collector that reads the daemon, and what was counted of its events, at the scrape."""
 
-    def __init__(self, gauges: Gauges) -> None:
+    def __init__(self, gauges: Gauges, events: Mapping[str, int], ended: Mapping[str, int]) -> None:
         self._gauges = gauges
+        self._counts = (("portd_events", "Events by type.", "type", events),
+                        ("portd_leases_ended", "Leases ended, by why.", "because", ended))
 
-    def describe(self) -> Iterable[Any]:
+    def describe(self) -> Iterable[Metric]:
         """Return nothing: the registry need not ask the daemon before it runs."""
         return ()
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield every gauge."""
+    def collect(self) -> Iterator[Metric]:
+        """Yield every counter of events and every gauge."""
         build = GaugeMetricFamily("portd_build_info", "The version that runs.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
+        for name, text, label, counts in self._counts:
+            counter = CounterMetricFamily(name, text, labels=[label])
+            for label_value, count in counts.items():
+                counter.add_metric([label_value], count)
+            yield counter
         for name, text, labels, values in self._gauges():
             family = GaugeMetricFamily(name, text, labels=labels)
             for label_values, value in values.items():
