@@ -24,14 +24,16 @@ class LeaseTable:
     def __init__(self) -> None:
         self.revision = 0
         self._live: dict[str, Lease] = {}
-        self._names: dict[tuple[str, str, str], Lease] = {}
-        self._places: dict[int, dict[str, list[Lease]]] = {}
+        self._claims: dict[str, Lease] = {}
+        self._moving: dict[str, Lease] = {}
+        # By id from here on, so that most events change nothing but the lease itself.
+        self._names: dict[tuple[str, str, str], str] = {}
+        self._places: dict[int, dict[str, list[str]]] = {}
+        self._processes: dict[ProcessId, dict[str, None]] = {}
         self._services: dict[str, dict[str, Lease]] = {}
-        self._processes: dict[ProcessId, dict[str, Lease]] = {}
         self._owners: Counter[ProcessId] = Counter()
         self._uids: dict[int | None, int] = {}
         self._instances: dict[str, _Instances] = {}
-        self._moving: dict[str, Lease] = {}
 
     def __len__(self) -> int:
         return len(self._live)
@@ -47,7 +49,8 @@ class LeaseTable:
 
     def named(self, service: str, instance: str, endpoint: str) -> Lease | None:
         """Return the lease or claim that has this name, or None."""
-        return self._names.get((service, instance, endpoint))
+        lease_id = self._names.get((service, instance, endpoint))
+        return None if lease_id is None else self._lease(lease_id)
 
     def in_way(self, place: Place) -> Lease | None:
         """Return a lease or claim that the place would collide with by the kernel's rules, or None."""
@@ -57,8 +60,9 @@ class LeaseTable:
         # A plain address meets itself and the wildcards alone, which keeps this constant for own addresses.
         nearby: Iterable[str] = by_address if place.address in _WILDCARDS else (place.address, *_WILDCARDS)
         for address in nearby:
-            for lease in by_address.get(address, ()):
-                if meet(place_of(lease), place):
+            for lease_id in by_address.get(address, ()):
+                lease = self._lease(lease_id)
+                if meet(Place(lease.protocol, address, place.port), place):
                     return lease
         return None
 
@@ -67,7 +71,8 @@ class LeaseTable:
         by_address = self._places.get(port)
         if not by_address:
             return []
-        return [lease for leases in by_address.values() for lease in leases if self._live.get(lease.id) is lease]
+        live = (self._live.get(lease_id) for ids in by_address.values() for lease_id in ids)
+        return [lease for lease in live if lease is not None and lease.port == port]  # not what is about to move here
 
     def ports(self) -> Iterable[int]:
         """Return every port number that a lease or claim is on."""
@@ -83,7 +88,7 @@ class LeaseTable:
 
     def of_process(self, process: ProcessId) -> list[Lease]:
         """Return the leases and claims of a process."""
-        return list(self._processes.get(process, _NOTHING).values())
+        return [self._lease(lease_id) for lease_id in self._processes.get(process, ())]
 
     def is_owner(self, process: ProcessId) -> bool:
         """Tell whether a lease or claim lasts as long as this process does."""
@@ -106,10 +111,12 @@ class LeaseTable:
         """Take the lease's name and place for a grant that is on its way."""
         assert lease.name not in self._names, f"{lease.name} is taken"
         assert self.in_way(place_of(lease)) is None, f"{place_of(lease)} is taken"
+        self._claims[lease.id] = lease
         self._enter(lease)
 
     def disclaim(self, lease: Lease) -> None:
         """Give a claim up: its grant did not happen."""
+        del self._claims[lease.id]
         self._leave(lease)
 
     def claim_move(self, moved: Lease) -> None:
@@ -133,7 +140,7 @@ class LeaseTable:
         if lease.state == "ended" or event.type in ("declined", "updated"):
             self._move(before, lease)
         else:
-            self._replace(lease)  # the same name, place and owner: the common case
+            self._put(lease)  # the same name, place and owner: the common case
         return before
 
     def restore(self, leases: Iterable[Lease], revision: int) -> None:
@@ -141,11 +148,20 @@ class LeaseTable:
         assert not self._live
         for lease in leases:
             self.claim(lease)
-            self._live[lease.id] = lease
-            self._services.setdefault(lease.service, {})[lease.id] = lease
+            self._put(lease)
         self.revision = revision
 
     # --- indexes ---
+
+    def _lease(self, lease_id: str) -> Lease:
+        """Return a lease or claim that the indexes know."""
+        return self._live.get(lease_id) or self._claims[lease_id]
+
+    def _put(self, lease: Lease) -> None:
+        if self._claims:
+            self._claims.pop(lease.id, None)
+        self._live[lease.id] = lease
+        self._services.setdefault(lease.service, {})[lease.id] = lease
 
     def _move(self, before: Lease | None, lease: Lease) -> None:
         if before is not None:
@@ -155,23 +171,13 @@ class LeaseTable:
         self.disclaim_move(lease.id)
         if lease.state != "ended":
             self._enter(lease)
-            self._live[lease.id] = lease
-            self._services.setdefault(lease.service, {})[lease.id] = lease
-
-    def _replace(self, lease: Lease) -> None:
-        self._names[lease.name] = lease
-        leases = self._places[lease.port][lease.address]
-        leases[next(index for index, other in enumerate(leases) if other.id == lease.id)] = lease
-        if lease.process is not None:
-            self._processes[lease.process][lease.id] = lease
-        self._live[lease.id] = lease
-        self._services.setdefault(lease.service, {})[lease.id] = lease
+            self._put(lease)
 
     def _enter(self, lease: Lease) -> None:
-        self._names[lease.name] = lease
+        self._names[lease.name] = lease.id
         self._enter_place(lease)
         if lease.process is not None:
-            self._processes.setdefault(lease.process, {})[lease.id] = lease
+            self._processes.setdefault(lease.process, {})[lease.id] = None
             if lease.lifetime != "ttl":
                 self._owners[lease.process] += 1
         self._uids[lease.owner.uid] = self._uids.get(lease.owner.uid, 0) + 1
@@ -198,14 +204,13 @@ class LeaseTable:
             del self._instances[lease.service]
 
     def _enter_place(self, lease: Lease) -> None:
-        self._places.setdefault(lease.port, {}).setdefault(lease.address, []).append(lease)
+        self._places.setdefault(lease.port, {}).setdefault(lease.address, []).append(lease.id)
 
     def _leave_place(self, lease: Lease) -> None:
         by_address = self._places[lease.port]
-        left = [other for other in by_address[lease.address] if other.id != lease.id]
-        if left:
-            by_address[lease.address] = left
-        else:
+        ids = by_address[lease.address]
+        ids.remove(lease.id)
+        if not ids:
             del by_address[lease.address]
             if not by_address:
                 del self._places[lease.port]

@@ -58,7 +58,7 @@ def test_the_lowest_free_instance_number_is_taken():
     for number in (1, 2, 4):
         granted(table, lease(str(number), instance=f"orders-{number}", port=20000 + number))
     assert table.free_instance("orders", "main") == "orders-3"
-    table.disclaim(table.get("1"))
+    table.apply(Event(table.revision + 1, "ended", 0.0, msgspec.structs.replace(table.get("1"), state="ended")))
     assert table.free_instance("orders", "main") == "orders-1"
     assert table.free_instance("billing", "main") == "billing-1"
     long = "x" * 63
