@@ -40,18 +40,51 @@ RETRY_S: Final = 0.5
 """Seconds between two tries to write while the store is unavailable."""
 
 Undo = Callable[[], None]
+Tell = Callable[[], None]
 
 
 class Entry:
-    """A request on its way: its changes are applied all or none. `undo` runs when nothing came of it."""
+    """A request on its way: its changes are applied all or none. `undo` runs when nothing came of it.
 
-    __slots__ = ("abandoned", "changes", "done", "undo")
+    It is settled once, when its leases are durable and applied, or when it is refused. No future: one for each grant
+    would cost a turn of the loop for each, where a whole batch is settled in one.
+    """
 
-    def __init__(self, changes: Sequence[Change], undo: Undo, done: asyncio.Future[list[Lease]]) -> None:
+    __slots__ = ("_outcome", "_waiting", "abandoned", "changes", "undo")
+
+    def __init__(self, changes: Sequence[Change], undo: Undo) -> None:
         self.changes = changes
         self.undo = undo
-        self.done = done
         self.abandoned = False
+        self._outcome: list[Lease] | Refusal | None = None
+        self._waiting: list[Tell] = []
+
+    def settle(self, outcome: list[Lease] | Refusal) -> None:
+        """Tell who waits; nothing happens when it was settled before."""
+        if self._outcome is None:
+            self._outcome = outcome
+            for tell in self._waiting:
+                tell()
+
+    def then(self, tell: Tell) -> None:
+        """Have `tell` called as soon as it is settled, at once if it is; it must not raise or wait."""
+        if self._outcome is None:
+            self._waiting.append(tell)
+        else:
+            tell()
+
+    async def wait(self) -> None:
+        """Wait until it is settled; whoever is cancelled meanwhile gives up the waiting, and the work goes on."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.then(lambda: None if waiter.done() else waiter.set_result(None))
+        await waiter
+
+    def result(self) -> list[Lease]:
+        """Return the changed leases of a settled entry; raises the Refusal that it ended with."""
+        assert self._outcome is not None, "not settled yet"
+        if isinstance(self._outcome, Refusal):
+            raise self._outcome
+        return self._outcome
 
 
 class Journal:
@@ -93,17 +126,17 @@ class Journal:
         self._watchers.append(watcher)
 
     def commit(self, changes: Sequence[Change], undo: Undo = lambda: None) -> Entry:
-        """Queue a request; its `done` resolves to the changed leases once they are durable and applied.
+        """Queue a request; the entry is settled once its leases are durable and applied.
 
-        `done` fails with StoreUnavailable or a Refusal of the change itself, after `undo` ran (where the disk hangs, it
-        is taken back when the disk has answered). Cancelling a wait for it cancels the waiting, never the work. Raises
-        Busy when too many wait already, StoreUnavailable while a commit hangs.
+        Or it is refused, with StoreUnavailable or a Refusal of the change itself, after `undo` ran (where the disk
+        hangs, it is taken back when the disk has answered). Raises Busy when too many wait already, StoreUnavailable
+        while a commit hangs.
         """
         if self._committing and self.problem is not None:
             raise StoreUnavailable(self.problem)  # a commit hangs: don't let others wait behind it
         if len(self._entries) >= PENDING_MAX:
             raise Busy("too many requests wait for the disk: try again in a second")
-        entry = Entry(changes, undo, asyncio.get_running_loop().create_future())
+        entry = Entry(changes, undo)
         self._entries.append(entry)
         self._idle.clear()
         self._wake.set()
@@ -186,8 +219,7 @@ class Journal:
         logger.error("%s", problem.detail)
         for entry in under_way:
             entry.abandoned = True
-            if not entry.done.done():
-                entry.done.set_exception(problem)
+            entry.settle(problem)
         waiting, self._entries = self._entries, []
         for entry in waiting:
             self._refuse(entry, problem)
@@ -248,8 +280,7 @@ class Journal:
     def _finish(self, entry: Entry, made: list[Event]) -> None:
         for event in made:
             self._publish(event)
-        if not entry.done.done():
-            entry.done.set_result([event.lease for event in made])
+        entry.settle([event.lease for event in made])
         if entry.abandoned:
             # Nobody was told of this grant (its caller got 503), so nobody owns it.
             for event in made:
@@ -267,8 +298,7 @@ class Journal:
     def _refuse(self, entry: Entry, refusal: Refusal, *, undo: bool = True) -> None:
         if undo:
             entry.undo()
-        if not entry.done.done():
-            entry.done.set_exception(refusal)
+        entry.settle(refusal)
 
 
 def end(lease_id: str, because: EndedBecause, at: float) -> Change:

@@ -6,7 +6,6 @@ world through the seams alone, and its callers not at all: HTTP, handoff and tes
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -88,22 +87,26 @@ class LeaseService:
         Raises the refusal of the first request that can't be granted, with a pointer into the array when there are
         several.
         """
-        while unsettled := self.unsettled(requests):
-            await asyncio.wait(unsettled)
+        while (unsettled := self.unsettled(requests)) is not None:
+            await unsettled.wait()
         decision = self.decide(requests, caller)
         if decision.entry is not None:
-            await wait_for(decision.entry)
+            await decision.entry.wait()
         return self.granted(decision)
 
-    def unsettled(self, requests: Sequence[LeaseRequest]) -> list[asyncio.Future[list[Lease]]]:
-        """Return what to wait for before deciding: grants of the same names on their way. The caller may be asking
+    def unsettled(self, requests: Sequence[LeaseRequest]) -> Entry | None:
+        """Return what to wait for before deciding: a grant of the same name on its way. The caller may be asking
         twice."""
-        claims = [self.table.named(each.service, each.instance, each.endpoint) for each in requests if each.instance]
-        return [self._granting[claim.id].done for claim in claims if claim is not None and claim.id in self._granting]
+        for each in requests:
+            if each.instance is not None:
+                claim = self.table.named(each.service, each.instance, each.endpoint)
+                if claim is not None and claim.id in self._granting:
+                    return self._granting[claim.id]
+        return None
 
     def decide(self, requests: Sequence[LeaseRequest], caller: Caller) -> Decision:
         """Decide a call whose names are settled, and send it to the disk. Raises as `grant` does; once the entry is
-        done, `granted` has the answer."""
+        settled, `granted` has the answer."""
         now = self.clock.now()
         grants: list[Grant] = []
         changes: list[Change] = []
@@ -126,9 +129,9 @@ class LeaseService:
         return Decision(answers, entry)
 
     def granted(self, decision: Decision) -> Granted:
-        """Return what came of a decision whose entry is done; raises the Refusal that it ended with."""
+        """Return what came of a decision whose entry is settled; raises the Refusal that it ended with."""
         if decision.entry is not None:
-            decision.entry.done.result()
+            decision.entry.result()
         leases = [answer.lease if isinstance(answer, Grant) else answer for answer in decision.answers]
         return Granted([self.table.get(lease.id) or lease for lease in leases],
                        [answer.token if isinstance(answer, Grant) else None for answer in decision.answers])
@@ -420,7 +423,8 @@ class LeaseService:
         except Refusal:
             undo()
             raise
-        return (await wait_for(entry))[0]
+        await entry.wait()
+        return entry.result()[0]
 
     def _watch(self, process: ProcessId) -> None:
         try:
@@ -434,20 +438,6 @@ class LeaseService:
         if process is not None and not self.table.is_owner(process):
             self._exited.discard(process)
             self._processes.unwatch(process)
-
-
-async def wait_for(entry: Entry) -> list[Lease]:
-    """Wait for a commit; whoever is cancelled meanwhile gives up the waiting, and the work goes on."""
-    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def wake(done: asyncio.Future[list[Lease]]) -> None:
-        done.exception()  # seen: whoever asked may have hung up, and a refusal is no fault to be logged
-        if not waiter.done():
-            waiter.set_result(None)
-
-    entry.done.add_done_callback(wake)
-    await waiter
-    return entry.done.result()
 
 
 def describe(owner: Owner) -> str:

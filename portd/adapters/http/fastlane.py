@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
-from asyncio import Future
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 from aiohttp.helpers import rfc822_formatted_time
@@ -24,6 +23,7 @@ from portd.adapters.http.leases import Grants, LeaseCalls, as_requests
 from portd.core.errors import ForbiddenOrigin, Refusal
 from portd.core.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.rights import Caller
+from portd.journal import Entry
 from portd.service import Decision, LeaseService
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ class FastLane:
             wish = self._decode(data[head_size + 4:])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None  # the long way finds the words for it
-        if self._service.unsettled(as_requests(wish)):
+        if self._service.unsettled(as_requests(wish)) is not None:
             return None  # the long way can wait
         return wish, head
 
-    def grant(self, wish: Grants, caller: Caller, send: Send) -> Future[Any] | None:
-        """Grant, and send the answer: at once, or when the future that is returned is done."""
+    def grant(self, wish: Grants, caller: Caller, send: Send) -> Entry | None:
+        """Grant, and send the answer: at once, or when the entry that is returned is settled."""
         try:
             decision = self._service.decide(as_requests(wish), caller)
         except Refusal as refusal:
@@ -91,8 +91,8 @@ class FastLane:
         if decision.entry is None:
             send(self._respond(decision, wish, caller))
             return None
-        decision.entry.done.add_done_callback(lambda _: send(self._respond(decision, wish, caller)))
-        return decision.entry.done
+        decision.entry.then(lambda: send(self._respond(decision, wish, caller)))
+        return decision.entry
 
     def _respond(self, decision: Decision, wish: Grants, caller: Caller) -> bytes | None:
         try:

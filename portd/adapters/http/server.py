@@ -13,6 +13,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 from aiohttp import HttpVersion11, web
@@ -29,6 +30,7 @@ from portd.core.problems import (
     headers_of,
     problem_of,
 )
+from portd.journal import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Connection(RequestHandler):
         self._wire: Any = transport
         self._head_timer: asyncio.TimerHandle | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
-        self._fast: asyncio.Future[Any] | None = None
+        self._fast: Entry | None = None
         self._is_partial = False
         self._last_head: Head | None = None
         self._late: list[bytes] = []
@@ -150,7 +152,8 @@ class Connection(RequestHandler):
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         """Answer a grant that is under way, then close."""
         if self._fast is not None:
-            await asyncio.wait([self._fast], timeout=timeout)  # its answer is sent by a callback that came before
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._fast.wait(), timeout)  # its answer is sent by a callback that came before
         await super().shutdown(timeout)
 
     def _is_idle(self) -> bool:
