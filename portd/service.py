@@ -48,13 +48,14 @@ class Granted(NamedTuple):
     @property
     def is_new(self) -> bool:
         """Tell whether the call granted anything that was not there before."""
-        return any(token is not None for token in self.tokens)
+        return self.tokens.count(None) < len(self.tokens)
 
 
 class Decision(NamedTuple):
     """A call for leases that has been decided, and is on its way to the disk: `entry`, None where nothing changes."""
 
-    answers: list[Grant | Lease]
+    leases: list[Lease]
+    tokens: list[str | None]
     entry: Entry | None
 
 
@@ -110,15 +111,18 @@ class LeaseService:
         now = self.clock.now()
         grants: list[Grant] = []
         changes: list[Change] = []
-        answers: list[Grant | Lease] = []
+        leases: list[Lease] = []
+        tokens: list[str | None] = []
         try:
             for index, request in enumerate(requests):
                 try:
-                    answers.append(self._grant_one(request, caller, now, grants, changes))
+                    lease, token = self._grant_one(request, caller, now, grants, changes)
                 except Refusal as refusal:
                     if len(requests) > 1:
                         refusal.pointer = f"/{index}{refusal.pointer or ''}"
                     raise
+                leases.append(lease)
+                tokens.append(token)
             entry = self.journal.commit(changes, lambda: self._undo(grants)) if changes else None
         except BaseException:
             self._undo(grants)
@@ -126,31 +130,29 @@ class LeaseService:
         if entry is not None:
             for grant in grants:
                 self._granting[grant.lease.id] = entry
-        return Decision(answers, entry)
+        return Decision(leases, tokens, entry)
 
     def granted(self, decision: Decision) -> Granted:
         """Return what came of a decision whose entry is settled; raises the Refusal that it ended with."""
         if decision.entry is not None:
             decision.entry.result()
-        leases = [answer.lease if isinstance(answer, Grant) else answer for answer in decision.answers]
-        return Granted([self.table.get(lease.id) or lease for lease in leases],
-                       [answer.token if isinstance(answer, Grant) else None for answer in decision.answers])
+        return Granted([self.table.get(lease.id) or lease for lease in decision.leases], decision.tokens)
 
     def _grant_one(self, request: LeaseRequest, caller: Caller, now: Now, grants: list[Grant],
-                   changes: list[Change]) -> Grant | Lease:
+                   changes: list[Change]) -> tuple[Lease, str | None]:
         process = self.granter.process(request.pid, caller, required=request.ttl is None)
         if request.instance is not None:
             existing = self.table.named(request.service, request.instance, request.endpoint)
             if existing is not None:
                 changes.extend(self._again(existing, request, caller, process, now))
-                return existing
+                return existing, None
         shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service) if grants else ()
         grant = self.granter.grant(request, caller, process, now, shared)
         grants.append(grant)
         if request.ttl is None and process is not None:
             self._watch(process.id)
         changes.append(Change(grant.lease.id, "granted", lease=grant.lease))
-        return grant
+        return grant.lease, grant.token
 
     def _again(self, lease: Lease, request: LeaseRequest, caller: Caller, process: Process | None,
                now: Now) -> list[Change]:

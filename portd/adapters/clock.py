@@ -38,7 +38,7 @@ class LeaseClock:
             self._lost_s += gap_s
             logger.warning("portd did not run for %.1f s; every ttl lease gets that time back", gap_s)
         # To the microsecond, as times are shown: whoever asks for a moment that was shown means just that one.
-        return Now(round(time.time(), 6), monotonic - self._lost_s)
+        return Now(time.time_ns() // 1000 / 1_000_000, monotonic - self._lost_s)
 
     @property
     def lost_s(self) -> float:

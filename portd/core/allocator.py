@@ -113,13 +113,6 @@ class Allocator:
         """Return the static port of a service's main endpoint, or None."""
         return self._statics.get(service) if endpoint == MAIN_ENDPOINT else None
 
-    def reserved_for(self, ask: Ask) -> str | None:
-        """Return the other service that the wished port is static for, or None."""
-        for static in self._static_ports.get(ask.port or 0, ()):
-            if static.service != ask.name[0] and meet(static.place, Place(ask.protocol, ask.address, static.port)):
-                return static.service
-        return None
-
     def candidates(self, ask: Ask) -> Iterator[Place]:
         """Yield places to try, best first: the wish, the endpoint's last port, then the pool's longest unused ones.
 
@@ -128,7 +121,7 @@ class Allocator:
         PortTaken when it is cooling down for another instance; else PoolExhausted when the line is empty.
         """
         if ask.port is not None:
-            other = self.reserved_for(ask)
+            other = self._reserved_for(ask, ask.port)
             cooling = self._blocked(ask, ask.port, "cooling")
             if other is None and not cooling:  # a port on probation may be wished for: the kernel tells, if it is taken
                 yield Place(ask.protocol, ask.address, ask.port)
@@ -154,14 +147,22 @@ class Allocator:
                             "release some, wait for the cooldown, or widen the pool in the configuration")
 
     def _may_return_to(self, last: Place, ask: Ask) -> bool:
-        wish = ask._replace(port=last.port)
         in_pool = last.address != ask.address or self._pool_of.get(last.port) in (None, ask.pool)
-        return in_pool and self.reserved_for(wish) is None and not self._blocked(ask, last.port)
+        return in_pool and self._reserved_for(ask, last.port) is None and not self._blocked(ask, last.port)
+
+    def _reserved_for(self, ask: Ask, port: int) -> str | None:
+        """Return the other service that the port is static for, or None."""
+        for static in self._static_ports.get(port, ()):
+            if static.service != ask.name[0] and meet(static.place, Place(ask.protocol, ask.address, port)):
+                return static.service
+        return None
 
     def _blocked(self, ask: Ask, port: int, kind: Literal["cooling", "declined"] | None = None) -> bool:
+        if port not in self._quarantine:
+            return False
         return any(quarantine.exempt != ask.name[:2] and kind in (None, quarantine.kind)
                    and meet(quarantine.place, Place(ask.protocol, ask.address, port))
-                   for quarantine in self._quarantine.get(port, ()))
+                   for quarantine in self._quarantine[port])
 
     def own_address(self, service: str, instance: str) -> str:
         """Pick the instance's own loopback address; raises PoolExhausted when the block is used up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
@@ -84,8 +85,9 @@ def moment(at: float | None) -> datetime | None:
     return None if at is None else datetime.fromtimestamp(at, UTC)
 
 
+@lru_cache(maxsize=1024)
 def view_owner(owner: Owner, *, cmdline: bool) -> OwnerView:
-    """Show an owner, its command line only where `cmdline` says so."""
+    """Show an owner, its command line only where `cmdline` says so. One process often has many leases."""
     return OwnerView(pid=owner.pid, uid=owner.uid, user=owner.user, exe=owner.exe,
                      cmdline=owner.cmdline if cmdline else None, unit=owner.unit,
                      started_at=moment(owner.started_at), known_by=owner.known_by)

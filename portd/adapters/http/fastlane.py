@@ -102,8 +102,8 @@ class FastLane:
         except Exception:
             logger.exception("a grant failed")
             return None
-        revision = f"X-Portd-Revision: {self._service.table.revision}\r\n"
-        return _response(answer.status, _REASONS[answer.status], "application/json", revision, encode(answer.body))
+        revision = b"X-Portd-Revision: %d\r\n" % self._service.table.revision
+        return _response(answer.status, _REASONS[answer.status], b"application/json", revision, encode(answer.body))
 
     def _read(self, guest: Guest, data: bytes) -> Head | None:
         if guest.peer is None or guest.peer.pid is None or not self._is_plain(guest, data):
@@ -139,10 +139,9 @@ def _length(head: bytes) -> int:
 def _refuse(refusal: Refusal) -> bytes:
     problem = problem_of(refusal)
     headers = "".join(f"{name}: {value}\r\n" for name, value in headers_of(refusal).items())
-    return _response(problem.status, b"Refused", PROBLEM_TYPE, headers, encode(problem))
+    return _response(problem.status, b"Refused", PROBLEM_TYPE.encode(), headers.encode("latin-1"), encode(problem))
 
 
-def _response(status: int, reason: bytes, content_type: str, headers: str, body: bytes) -> bytes:
-    head = (f"{headers}Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-            f"Date: {rfc822_formatted_time()}\r\n\r\n")
-    return b"HTTP/1.1 %d %s\r\n%s%s" % (status, reason, head.encode("latin-1"), body)
+def _response(status: int, reason: bytes, content_type: bytes, headers: bytes, body: bytes) -> bytes:
+    return (b"HTTP/1.1 %d %s\r\n%sContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n\r\n%s"
+            % (status, reason, headers, content_type, len(body), rfc822_formatted_time().encode(), body))
