@@ -65,6 +65,7 @@ class Entry:
             self._outcome = outcome
             for tell in self._waiting:
                 tell()
+            self._waiting.clear()  # who waits mostly refers to the entry: a circle of garbage for each grant
 
     def then(self, tell: Tell) -> None:
         """Have `tell` called as soon as it is settled, at once if it is; it must not raise or wait."""
