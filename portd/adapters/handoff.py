@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Final, Protocol
 import msgspec
 from msgspec import Meta, Struct
 
-from portd.core.errors import InvalidRequest, PortTaken, Refusal
+from portd.core.errors import Busy, InvalidRequest, PortTaken, Refusal
 from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.problems import pointer_of, problem_of
@@ -33,6 +34,9 @@ IDLE_S: Final = 30.0
 """Seconds that a connection may stay without asking."""
 FIRST_MESSAGE_S: Final = 0.05
 """Seconds that a stop gives callers who have connected and not asked yet. A local one needs a thousandth of it."""
+ACCEPT_AGAIN_S: Final = 0.1
+"""Seconds until the door is opened again when no descriptor was left for who came."""
+_OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE)
 STOP_S: Final = 0.5
 """Seconds that a stop gives what is under way: a grant waits for the disk."""
 
@@ -72,11 +76,12 @@ class HandoffServer:
     def serve(self, listener: socket.socket) -> None:
         """Accept on a bound, listening SOCK_SEQPACKET socket until the stop."""
         self._listeners.append(listener)
-        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        self._watch(listener)
 
     async def close(self) -> None:
         """Stop accepting, answer what has been asked, and cut off who is connected then."""
-        for listener in self._listeners:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
         await self._wait(FIRST_MESSAGE_S)
@@ -91,10 +96,18 @@ class HandoffServer:
         if self._connections:
             await asyncio.wait(self._connections, timeout=timeout_s)
 
+    def _watch(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
     def _accept(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in _OUT_OF_FILES:  # who waits at the door keeps it readable: don't ask again at once
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(ACCEPT_AGAIN_S, self._watch, listener)
             return
         connection.setblocking(False)
         if len(self._connections) >= CONNECTIONS_MAX:
@@ -164,6 +177,8 @@ class HandoffServer:
                 sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
                 sockets["tcp"].listen(wish.backlog)
         except OSError as error:
+            if error.errno in _OUT_OF_FILES:
+                raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
             raise PortTaken(f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
                             f"it for another, or see 'portd who {lease.port}'", pointer="/lease") from error
         return [sockets[part] for part in ("tcp", "udp") if part in sockets]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +188,38 @@ def test_more_connections_than_the_bound_are_closed_and_there_is_room_again(make
     with Puppet(daemon) as puppet:
         answer, _ = wait_for(lambda: puppet.hand_over({"request": {"service": "room"}}), "there is room again")
     assert answer["lease"]
+
+
+def test_at_the_file_limit_it_says_busy_and_goes_on_when_there_is_room(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    with owner() as process, handoff(daemon) as connection:
+        lease = daemon.lease("none", pid=process.pid, hold="none")
+
+        def ask(wish: dict[str, Any]) -> tuple[Any, list[socket.socket]]:
+            connection.send(json.dumps(wish).encode())
+            answer, sockets = receive(connection)
+            return json.loads(answer), sockets
+
+        assert ask({"lease": "none"})[0]["problem"]["code"] == "not_found"  # it has been let in
+        allow_files(daemon.pid, None)
+        with handoff(daemon) as late:
+            late.send(b'{"lease": "none"}')
+            problem = ask({"lease": lease["id"]})[0]["problem"]
+            assert (problem["code"], problem["status"]) == ("busy", 503)
+            assert not select.select([late], [], [], 0)[0], "nobody is let in without a descriptor"
+            allow_files(daemon.pid, 4096)
+            assert json.loads(receive(late)[0])["problem"]["code"] == "not_found"
+        _, (passed,) = ask({"lease": lease["id"]})
+        with passed:
+            assert passed.getsockname() == (lease["address"], lease["port"])
+
+
+def allow_files(pid: int, count: int | None) -> None:
+    """Let a process have so many descriptors; None: not one more than it has."""
+    if count is None:
+        taken = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        count = next(number for number in range(len(taken) + 1) if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
 
 
 @contextlib.contextmanager
