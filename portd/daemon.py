@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import uvloop
 
+from portd import __version__
 from portd.adapters import systemd
 from portd.adapters.clock import LeaseClock
 from portd.adapters.dns.server import DnsServer
@@ -65,7 +66,11 @@ logger = logging.getLogger("portd")
 
 STOP_TIMEOUT_S: Final = 1.0
 """Seconds that a stop gives to what is under way; two are promised for the whole of it."""
-PRUNE_EVERY_S: Final = 3600.0
+PRUNE_LOOK_S: Final = 10.0
+PRUNE_LOOKS: Final = 360
+"""Looks between two rounds of forgetting, where little happens: an hour."""
+PRUNE_EVENTS: Final = 10 * EVENTS_KEPT
+"""Events that make it worth forgetting sooner, about 50 MB: ten seconds of nothing but grants."""
 DAY_S: Final = 86_400.0
 EXIT_FAULT: Final = 70
 """Exit status of a daemon that gave itself up (sysexits.h, EX_SOFTWARE): the unit starts it again."""
@@ -210,7 +215,7 @@ class Daemon:
                 places = await self._open_doors()
                 self._settle_memory()
                 systemd.notify("READY=1", f"STATUS={len(self._table)} leases")
-                logger.info("portd %s serves %s", _version(), ", ".join(places))
+                logger.info("portd %s serves %s", __version__, ", ".join(places))
                 await self._stop.wait()
                 systemd.notify("STOPPING=1")
                 await self._close()
@@ -261,11 +266,15 @@ class Daemon:
 
     async def _prune(self) -> None:
         while True:
+            pruned_at = self._table.revision
             try:
                 await self._store.prune(time.time() - self._settings.store.history_days * DAY_S, EVENTS_KEPT)
             except StoreUnavailable as error:
                 self._journal.doubt(error.detail)
-            await asyncio.sleep(PRUNE_EVERY_S)
+            for _ in range(PRUNE_LOOKS):
+                await asyncio.sleep(PRUNE_LOOK_S)
+                if self._table.revision - pruned_at >= PRUNE_EVENTS:
+                    break
 
     def _reload(self) -> None:
         """Take up what can change while running, and say what can't."""
@@ -360,12 +369,6 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(settings.listen.tls_cert, settings.listen.tls_key)
     return context
-
-
-def _version() -> str:
-    from portd import __version__
-
-    return __version__
 
 
 def main(config_path: str | None = None, user: bool | None = None, check_config: bool = False) -> int:

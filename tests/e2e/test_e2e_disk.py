@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +156,17 @@ def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_
         assert str(on_disk.store) in last or str(disk) in last
     on_disk.start()
     assert lease["id"] in on_disk.leases()
+
+
+def test_much_that_happens_is_forgotten_soon_and_does_not_fill_the_disk(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(prelude="import portd.daemon as d; "
+                                 "d.EVENTS_KEPT = 20; d.PRUNE_EVENTS = 100; d.PRUNE_LOOK_S = 0.02").start()
+
+    def events() -> int:
+        with contextlib.closing(sqlite3.connect(f"file:{daemon.store}?mode=ro", uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM events").fetchone()[0])
+
+    for _ in range(150):
+        daemon.call("DELETE", f"/v1/leases/{daemon.lease('busy', ttl=60)['id']}")
+    wait_for(lambda: events() < 150, "what is older than the newest events is forgotten")
+    assert events() >= 20
