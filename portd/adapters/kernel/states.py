@@ -86,6 +86,8 @@ class StateWatch:
 
     def nudge(self) -> None:
         """Look soon: somebody was granted a port and will listen on it. Cheap, however often it is called."""
+        if len(self._eager) == len(EAGER_S) - 1:
+            return  # nudged since the last look: the next one comes no later for it
         self._eager = list(EAGER_S[1:])
         due = asyncio.get_running_loop().time() + max(EAGER_S[0], COST_FACTOR * self._cost_s)
         if due < self._due:
