@@ -86,6 +86,13 @@ def test_both_ways_give_the_same_answers(daemon: Daemon, over: str) -> None:
         == [(False, True)] * 11
 
 
+def test_a_client_that_wants_the_end_of_its_connection_gets_it_and_no_other_does(daemon: Daemon) -> None:
+    with cleared(daemon), dialed(daemon, "unix") as connection:
+        for head in ("", "Connection: keep-alive\r\n", "Connection: Keep-Alive\r\n", "Connection: close\r\n"):
+            assert ask(connection, request({"service": "plain"}, head)).status == 201
+        assert connection.recv(1) == b""
+
+
 def read_answers(connection: socket.socket, count: int) -> list[tuple[int, Any]]:
     """Read that many answers of one connection."""
     answers, said = [], b""

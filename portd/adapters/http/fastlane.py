@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_LINE: Final = b"POST /v1/leases HTTP/1.1\r\n"
 _HARMLESS: Final = frozenset({b"host", b"content-type", b"content-length", b"accept", b"user-agent",
-                              b"accept-encoding", b"accept-language"})
+                              b"accept-encoding", b"accept-language", b"connection"})
 """Headers that change nothing about a grant. One that is not here sends the request the long way."""
 _LENGTH = re.compile(rb"[1-9][0-9]{0,6}\Z")
 _REASONS: Final = {200: b"OK", 201: b"Created"}
@@ -121,6 +121,8 @@ class FastLane:
                 return False
             headers[name] = value.strip()
         if headers.get(b"content-type", b"application/json") != b"application/json":
+            return False
+        if headers.get(b"connection", b"keep-alive").lower() != b"keep-alive":
             return False
         if not _LENGTH.match(headers.get(b"content-length", b"")) or _length(head) > BODY_MAX_BYTES:
             return False
