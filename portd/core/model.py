@@ -137,10 +137,11 @@ class Announcement(Struct, frozen=True, gc=False, kw_only=True):
     problem: str | None = None
 
 
-class Lease(Struct, frozen=True, gc=False, kw_only=True):
+class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """The right of one owner to one (protocol, address, port) of this host.
 
-    The fields below the line never leave the daemon: no view of a lease shows them.
+    The fields below the line never leave the daemon: no view of a lease shows them. What has its default is not stored:
+    a default never changes, or the leases of older stores would change with it.
     """
 
     id: str

@@ -16,14 +16,31 @@ from portd.seams import REVISION_GAP, Loaded
 EVENTS_LOADED: Final = 10_000
 """The newest events that a start reads: as many as followers may resume from."""
 
-_LIVE: Final = "SELECT body FROM leases WHERE ended_at IS NULL ORDER BY created_at"
+SURPLUS_READ: Final = 10_000
+"""Events that are looked up at a time to be forgotten: some milliseconds of this thread."""
+
+_PRUNED_TO: Final = "(SELECT value FROM meta WHERE key = 'pruned_to')"
+_LIVE: Final = "SELECT id, revision, body FROM live LEFT JOIN events USING (revision)"
 # With max() the other columns are those of the row that has it (https://www.sqlite.org/lang_select.html#bareagg).
-_NEWEST_ENDED: Final = "SELECT rowid FROM (SELECT rowid, max(ended_at) FROM leases WHERE ended_at >= 0 GROUP BY {})"
+_NEWEST_ENDED: Final = "SELECT revision FROM (SELECT revision, max(ended_at) FROM ended GROUP BY {})"
 _REMEMBERED: Final = f"""
-    SELECT body FROM leases WHERE rowid IN
+    SELECT body FROM ended WHERE revision IN
         ({_NEWEST_ENDED.format("service, instance, endpoint")} UNION {_NEWEST_ENDED.format("port")})
     ORDER BY ended_at"""
-_EVENTS: Final = "SELECT revision, type, at, body FROM events ORDER BY revision DESC LIMIT ?"
+_EVENTS: Final = f"""
+    SELECT revision, type, at, body FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT ?"""
+_LEASE: Final = """
+    SELECT body FROM live JOIN events USING (revision) WHERE id = ?1
+    UNION ALL SELECT body FROM ended WHERE id = ?1"""
+# All that live there, whenever they began: the tables that are written at a grant tell a port and no more.
+_HISTORY: Final = """
+    SELECT body FROM live JOIN events USING (revision) WHERE port = :port
+    UNION ALL SELECT body FROM (
+        SELECT body FROM ended WHERE port = :port{where} ORDER BY created_at DESC LIMIT :limit)"""
+_ENDED: Final = "SELECT body FROM ended{where} ORDER BY ended_at DESC LIMIT :limit"
+_SURPLUS: Final = """
+    SELECT revision FROM events WHERE revision > ? AND revision <= ? AND revision NOT IN (SELECT revision FROM live)
+    ORDER BY revision LIMIT ?"""
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -41,52 +58,72 @@ def load(database: sqlite3.Connection) -> Loaded:
     """Read what the daemon starts from, as of one moment. Raises StoreDamaged when it does not fit together."""
     with database:  # ends the transaction
         database.execute("BEGIN")
-        live = _leases(database, _LIVE)
+        live_rows = database.execute(_LIVE).fetchall()
         remembered = _leases(database, _REMEMBERED)
-        rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
+        event_rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
         started = database.execute("SELECT value FROM meta WHERE key = 'started_after'").fetchone()
-    events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(rows)]
+    events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(event_rows)]
     revision = events[-1].revision if events else 0
-    ahead = max((lease.revision for lease in (*live, *remembered)), default=0)
+    ahead = max((lease.revision for lease in remembered), default=0)
     if ahead > revision:  # the newest event is never pruned
-        raise StoreDamaged(f"events are missing: a lease has revision {ahead}, the newest event {revision}")
-    return Loaded(live, remembered, events, max(started[0], revision) + REVISION_GAP if started else 0)
+        raise StoreDamaged(f"events are missing: a lease ended at revision {ahead}, the newest event is {revision}")
+    return Loaded(_live(live_rows, events), remembered, events,
+                  max(started[0], revision) + REVISION_GAP if started else 0)
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:
     """Read one lease, live or ended."""
-    found = _leases(database, "SELECT body FROM leases WHERE id = ?", lease_id)
+    found = _leases(database, _LEASE, (lease_id,))
     return found[0] if found else None
 
 
 def history(database: sqlite3.Connection, port: int, protocol: Protocol | None, at: float | None,
             limit: int) -> list[Lease]:
     """Read who had the port, newest first; a lease of `both` protocols is found by either, and finds either."""
-    where, values = "port = ?", [port]  # type: tuple[str, list[Any]]
-    if protocol is not None and protocol != "both":
-        where += " AND protocol IN (?, 'both')"
-        values.append(protocol)
+    where = ""
+    if protocol == "both":
+        protocol = None
+    if protocol is not None:
+        where += " AND protocol IN (:protocol, 'both')"
     if at is not None:
-        where += " AND created_at <= ? AND (ended_at IS NULL OR ended_at > ?)"
-        values += [at, at]
-    return _leases(database, f"SELECT body FROM leases WHERE {where} ORDER BY created_at DESC, rowid DESC LIMIT ?",
-                   *values, limit)
+        where += " AND created_at <= :at AND ended_at > :at"
+    found = [lease for lease in _leases(database, _HISTORY.format(where=where),
+                                        {"port": port, "protocol": protocol, "at": at, "limit": limit})
+             if protocol in (None, *lease.protocols) and (at is None or lease.created_at <= at)]
+    return sorted(found, key=lambda lease: (lease.created_at, lease.id), reverse=True)[:limit]
 
 
 def ended(database: sqlite3.Connection, service: str | None, limit: int) -> list[Lease]:
     """Read ended leases, newest end first."""
-    where, values = ("", []) if service is None else (" AND service = ?", [service])
-    return _leases(database, f"SELECT body FROM leases WHERE ended_at >= 0{where} ORDER BY ended_at DESC LIMIT ?",
-                   *values, limit)
+    where = "" if service is None else " WHERE service = :service"
+    return _leases(database, _ENDED.format(where=where), {"service": service, "limit": limit})
 
 
-def last_pruned_revision(database: sqlite3.Connection, events_kept: int) -> int:
-    """Return the revision up to which events may go; 0 when all are kept. The newest one always stays: it carries the
-    revision on."""
-    row = database.execute("SELECT revision FROM events ORDER BY revision DESC LIMIT 1 OFFSET ?",
-                           (max(1, events_kept),)).fetchone()
-    return int(row[0]) if row else 0
+def last_surplus_revision(database: sqlite3.Connection, events_kept: int) -> int:
+    """Return the revision up to which events are news no more. The newest one always is: it carries the revision on."""
+    row = database.execute(f"SELECT revision FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC "
+                           "LIMIT 1 OFFSET ?", (max(1, events_kept),)).fetchone()
+    return int((row or database.execute(f"SELECT {_PRUNED_TO}").fetchone())[0])
 
 
-def _leases(database: sqlite3.Connection, statement: str, *values: Any) -> list[Lease]:
+def surplus_events(database: sqlite3.Connection, after: int, last: int) -> list[int]:
+    """Return the revisions after one and up to another that no live lease needs, the first SURPLUS_READ of them.
+
+    None of them will be needed again: what a lease becomes is an event of its own.
+    """
+    return [revision for revision, in database.execute(_SURPLUS, (after, last, SURPLUS_READ)).fetchall()]
+
+
+def _live(rows: list[tuple[str, int, bytes | None]], events: list[Event]) -> list[Lease]:
+    """Make the live leases, oldest first; one that an event has already is not made again."""
+    known = {event.revision: event.lease for event in events}
+    live = []
+    for lease_id, revision, body in rows:
+        if body is None:
+            raise StoreDamaged(f"events are missing: lease {lease_id} is as of revision {revision}, and there is none")
+        live.append(known.get(revision) or decode_lease(body))
+    return sorted(live, key=lambda lease: lease.created_at)
+
+
+def _leases(database: sqlite3.Connection, statement: str, values: Any = ()) -> list[Lease]:
     return [decode_lease(body) for body, in database.execute(statement, values).fetchall()]

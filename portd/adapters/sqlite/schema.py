@@ -57,6 +57,42 @@ MIGRATIONS: Final[Sequence[str]] = (
         value INTEGER NOT NULL
     ) STRICT;
     """,
+    # 2. A grant is what happens by the thousand, so it appends to two tables and no more: `events`, where alone the
+    # body of a live lease is, and `live`, which tells what event that is. `ended` has a lease whole, once it has
+    # ended: its key is the revision of the end, so that it grows at its end alone, and `ended_by_end` holds all that
+    # the remembered and the forgetting compare, so that neither reads a body in vain. Events up to `pruned_to` (in
+    # `meta`) are no news any more: some have gone, and only what the live leases are is left.
+    # An event that had gone while its lease lives on is made up from the lease: it lies below `pruned_to`.
+    """
+    CREATE TABLE live (
+        id TEXT NOT NULL PRIMARY KEY,
+        port INTEGER NOT NULL,
+        revision INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE ended (
+        revision INTEGER NOT NULL PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        service TEXT NOT NULL,
+        instance TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        protocol TEXT NOT NULL,
+        address TEXT NOT NULL,
+        port INTEGER NOT NULL,
+        uid INTEGER,
+        created_at REAL NOT NULL,
+        ended_at REAL NOT NULL,
+        body BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX ended_by_port ON ended (port, created_at);
+    CREATE INDEX ended_by_end ON ended (ended_at, service, instance, endpoint, port);
+    INSERT INTO live SELECT id, port, revision FROM leases WHERE ended_at IS NULL ORDER BY id;
+    INSERT INTO ended SELECT revision, id, service, instance, endpoint, protocol, address, port, uid, created_at,
+        ended_at, body FROM leases WHERE ended_at IS NOT NULL ORDER BY revision;
+    INSERT INTO meta SELECT 'pruned_to', ifnull(min(revision) - 1, 0) FROM events;
+    ALTER TABLE events DROP COLUMN lease_id;
+    INSERT OR IGNORE INTO events SELECT revision, created_at, 'updated', body FROM leases WHERE ended_at IS NULL;
+    DROP TABLE leases;
+    """,
 )
 
 _MAGIC = b"SQLite format 3\0"

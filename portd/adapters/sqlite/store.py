@@ -23,7 +23,7 @@ from portd.adapters.sqlite import reading
 from portd.adapters.sqlite.connection import Connection
 from portd.adapters.sqlite.lock import StateLock
 from portd.adapters.sqlite.schema import prepare, wal_of
-from portd.adapters.sqlite.writing import FORGET_EVENTS, FORGET_LEASES, PRUNE_STEP, Durability, Writer, connect
+from portd.adapters.sqlite.writing import PRUNE_STEP, Durability, Writer, connect
 from portd.core.errors import StoreDamaged, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, Protocol
 from portd.seams import Loaded
@@ -124,14 +124,14 @@ class SqliteStore:
     async def prune(self, ended_before: float, events_kept: int) -> int:
         """Forget leases that ended before `ended_before` (epoch seconds) and all but the newest events (one always
         stays), a step of PRUNE_STEP rows at a time; returns how many rows went."""
-        last_pruned = await self._read(reading.last_pruned_revision, events_kept)
-        total = 0
-        for statement, bound in ((FORGET_LEASES, ended_before), (FORGET_EVENTS, last_pruned)):
-            gone = PRUNE_STEP
-            while gone == PRUNE_STEP:
-                gone = await self._writing.run(self._writer.forget, statement, bound)
-                total += gone
-                self._fold_if_worth_it()
+        last, total = await self._read(reading.last_surplus_revision, events_kept), 0
+        while gone := await self._forget(self._writer.forget_ended, ended_before):
+            total += gone
+        await self._writing.run(self._writer.end_news, last)
+        surplus = [0]
+        while surplus := await self._read(reading.surplus_events, surplus[-1], last):
+            for start in range(0, len(surplus), PRUNE_STEP):
+                total += await self._forget(self._writer.forget_events, surplus[start:start + PRUNE_STEP])
         return total
 
     async def close(self) -> None:
@@ -158,6 +158,11 @@ class SqliteStore:
                 "problem": self._writer.problem}
 
     # --- parts ---
+
+    async def _forget(self, step: Callable[[sqlite3.Connection, Any], int], which: Any) -> int:
+        gone = await self._writing.run(step, which)
+        self._fold_if_worth_it()
+        return gone
 
     def _fold_if_worth_it(self) -> None:
         """Queue the folding behind the commit that made it worth it: its answer does not wait."""

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from portd.adapters.sqlite.schema import MIGRATIONS
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
-from portd.core.model import Event, Lease, encode_lease
+from portd.core.model import Event, encode_lease
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +41,16 @@ ROWS_MAX: Final = 64
 """Rows in one statement. Each statement gives the GIL up and waits to have it back, while the loop's thread wants it
 too, so a statement a row costs both. More rows than this gain nothing."""
 
-_UPSERT: Final = """
-    INSERT INTO leases (id, service, instance, endpoint, protocol, address, port, state, uid, created_at, ended_at,
-        revision, body) VALUES {rows}
-    ON CONFLICT (id) DO UPDATE SET address = excluded.address, port = excluded.port, state = excluded.state,
-        uid = excluded.uid, ended_at = excluded.ended_at, revision = excluded.revision, body = excluded.body"""
-_INSERT_EVENT: Final = "INSERT INTO events (revision, at, type, lease_id, body) VALUES {rows}"
-FORGET_LEASES: Final = f"""
-    DELETE FROM leases WHERE rowid IN
-        (SELECT rowid FROM leases WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
-FORGET_EVENTS: Final = f"""
-    DELETE FROM events WHERE revision IN (SELECT revision FROM events WHERE revision <= ? LIMIT {PRUNE_STEP})"""
+_APPEND_EVENTS: Final = "INSERT INTO events (revision, at, type, body) VALUES {rows}"
+_SET_LIVE: Final = "INSERT OR REPLACE INTO live (id, port, revision) VALUES {rows}"
+_END_LIVE: Final = "DELETE FROM live WHERE id IN (VALUES {rows})"
+_APPEND_ENDED: Final = """
+    INSERT INTO ended (revision, id, service, instance, endpoint, protocol, address, port, uid, created_at, ended_at,
+        body) VALUES {rows}"""
+_FORGET_ENDED: Final = f"""
+    DELETE FROM ended WHERE revision IN
+        (SELECT revision FROM ended WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
+_FORGET_EVENTS: Final = "DELETE FROM events WHERE revision IN (VALUES {rows})"
 
 _NOTHING_WRITTEN: Final = {
     "SQLITE_FULL": "the disk is full",
@@ -118,12 +117,13 @@ class Writer:
         self._refuse_if_sealed()
         committing = False
         try:
-            bodies = [(event, encode_lease(event.lease)) for event in events]
-            # Of several changes of one lease in a batch the last is what the lease is now.
-            leases = {event.lease.id: _row(event.lease, body) for event, body in bodies}
+            rows = [(event.revision, event.at, event.type, encode_lease(event.lease)) for event in events]
+            live, ended = _leases(events, rows)
             database.execute("BEGIN IMMEDIATE")
-            _insert(database, _UPSERT, list(leases.values()))
-            _insert(database, _INSERT_EVENT, [(e.revision, e.at, e.type, e.lease.id, body) for e, body in bodies])
+            _for_all(database, _APPEND_EVENTS, rows)
+            _for_all(database, _SET_LIVE, live)
+            _for_all(database, _END_LIVE, [row[1:2] for row in ended])
+            _for_all(database, _APPEND_ENDED, ended)
             if not events:
                 database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             committing = True
@@ -134,23 +134,22 @@ class Writer:
 
     def reserve(self, database: sqlite3.Connection, revision: int) -> None:
         """Record the revision after which this start takes its own up. Raises as `write` does."""
-        self._refuse_if_sealed()
-        try:
-            database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", (revision,))
-        except sqlite3.Error as error:
-            raise self._failure(database, error, committing=True) from error
-        self._written()
+        self._run(database, "INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", revision)
         self.fold(database)  # syncs whatever the durability, and is done with what a crash has left in the log
 
-    def forget(self, database: sqlite3.Connection, statement: str, bound: float) -> int:
-        """Delete one step's rows; returns how many. Raises as `write` does."""
-        self._refuse_if_sealed()
-        try:
-            gone = database.execute(statement, (bound,)).rowcount
-        except sqlite3.Error as error:
-            raise self._failure(database, error, committing=True) from error
-        self._written()
-        return gone
+    def forget_ended(self, database: sqlite3.Connection, before: float) -> int:
+        """Delete the PRUNE_STEP leases that ended first, of those that ended before a time; returns how many these
+        were. Raises as `write` does."""
+        return self._run(database, _FORGET_ENDED, before)
+
+    def end_news(self, database: sqlite3.Connection, revision: int) -> None:
+        """Record the revision up to which events are news no more, before the first of them goes. Raises as `write`
+        does."""
+        self._run(database, "UPDATE meta SET value = ?1 WHERE key = 'pruned_to' AND value < ?1", revision)
+
+    def forget_events(self, database: sqlite3.Connection, revisions: Sequence[int]) -> int:
+        """Delete events; returns how many. Raises as `write` does."""
+        return self._run(database, _for_rows(_FORGET_EVENTS, 1, len(revisions)), *revisions)
 
     def fold(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> None:
         """Copy the log's pages into the database, so that the log starts over. A failure loses nothing: the log still
@@ -184,6 +183,16 @@ class Writer:
         if self.sealed is not None:
             raise StoreLost(f"{self._path} is not trusted any more: {self.sealed}; start over from the disk")
 
+    def _run(self, database: sqlite3.Connection, statement: str, *values: float) -> int:
+        """Run a statement that is a transaction by itself; returns how many rows it changed."""
+        self._refuse_if_sealed()
+        try:
+            changed = database.execute(statement, values).rowcount
+        except sqlite3.Error as error:
+            raise self._failure(database, error, committing=True) from error
+        self._written()
+        return changed
+
     def _failure(self, database: sqlite3.Connection, error: Exception, *, committing: bool) -> PortdError:
         """Roll back, and say what is known: the connection can be used again, or the store is sealed."""
         reason = _reason(error)
@@ -214,7 +223,24 @@ class Writer:
         self.log_frames = frames
 
 
-def _insert(database: sqlite3.Connection, statement: str, rows: Sequence[Row]) -> None:
+def _leases(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Make the rows of the leases that are live after these events, and of those that have ended.
+
+    Of several changes of one lease in a batch the last is what the lease is now.
+    """
+    last = {event.lease.id: (event.lease, row) for event, row in zip(events, rows, strict=True)}
+    live, ended = [], []
+    for lease, (revision, _, _, body) in last.values():
+        assert (lease.ended_at is None) == (lease.state != "ended"), "the store tells live leases by their open end"
+        if lease.ended_at is None:
+            live.append((lease.id, lease.port, revision))
+        else:
+            ended.append((revision, lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol,
+                          lease.address, lease.port, lease.owner.uid, lease.created_at, lease.ended_at, body))
+    return live, ended
+
+
+def _for_all(database: sqlite3.Connection, statement: str, rows: Sequence[Row]) -> None:
     start = 0
     while left := len(rows) - start:
         count = min(ROWS_MAX, 1 << left.bit_length() - 1)  # powers of two: few statements to be compiled, and kept
@@ -235,9 +261,3 @@ def _reason(error: Exception) -> str | None:
 
 def _name(error: Exception) -> str:
     return getattr(error, "sqlite_errorname", None) or type(error).__name__
-
-
-def _row(lease: Lease, body: bytes) -> Row:
-    assert (lease.ended_at is None) == (lease.state != "ended"), "the store tells live leases by their open end"
-    return (lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol, lease.address, lease.port,
-            lease.state, lease.owner.uid, lease.created_at, lease.ended_at, lease.revision, body)

@@ -226,7 +226,7 @@ def test_a_log_that_another_programs_reading_keeps_from_folding_is_told_and_fold
 
             with closing(sqlite3.connect(tmp_path / "portd.db", isolation_level=None)) as other:
                 other.execute("BEGIN")
-                other.execute("SELECT count(*) FROM leases").fetchone()
+                other.execute("SELECT count(*) FROM events").fetchone()
                 await commit_until(lambda: "keeps reading" in (store.condition()["problem"] or ""))
                 other.execute("COMMIT")
             await commit_until(lambda: store.condition()["problem"] is None)

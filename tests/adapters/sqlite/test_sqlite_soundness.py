@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from portd.adapters.sqlite import schema
+from portd.adapters.sqlite import reading, schema, writing
 from portd.core.errors import StoreDamaged
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 from tests.adapters.sqlite.stores import opened
@@ -109,7 +110,7 @@ def test_a_lease_that_can_not_be_decoded_is_damage_and_nothing_is_folded(path):
     after = crashed(path)
     with closing(sqlite3.connect(after, isolation_level=None)) as database:
         database.execute("PRAGMA wal_autocheckpoint = 0")
-        database.execute("UPDATE leases SET body = x'00' WHERE id = 'lease-000007'")
+        database.execute("UPDATE events SET body = x'00' WHERE revision = 7")
         database.execute("BEGIN")
         for_the_copy = {file: file.read_bytes() for file in (after, schema.wal_of(after))}
     for file, content in for_the_copy.items():
@@ -118,9 +119,21 @@ def test_a_lease_that_can_not_be_decoded_is_damage_and_nothing_is_folded(path):
     assert "can't be read" in refusal(after)
 
 
-def test_events_that_are_missing_are_damage(path):
+@pytest.mark.parametrize("gone", ["revision = 1", "revision = 500", "revision > 990"])
+def test_a_live_lease_whose_event_is_missing_is_damage(path, gone):
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("DELETE FROM events WHERE revision > 990")
+        database.execute(f"DELETE FROM events WHERE {gone}")
+    assert "events are missing" in refusal(path)
+
+
+def test_an_end_that_is_newer_than_every_event_is_damage(path):
+    async def end():
+        async with opened(path) as store:
+            await store.commit([an_event(1001, ended(a_lease(1000), 1_700_009_000.0), "ended")])
+
+    asyncio.run(end())
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("DELETE FROM events WHERE revision = 1001")
     assert "events are missing" in refusal(path)
 
 
@@ -167,62 +180,27 @@ def test_a_half_made_database_is_made_anew(tmp_path):
     assert not (tmp_path / "portd.db.new").exists()
 
 
-# --- migrations ---
+STATEMENTS = {
+    "lease": reading._LEASE,
+    "history": reading._HISTORY.format(where=" AND created_at <= :at AND ended_at > :at"),
+    "ended": reading._ENDED.format(where=" WHERE service = :service"),
+    "events": reading._EVENTS,
+    "surplus": reading._SURPLUS,
+    "forget ended": writing._FORGET_ENDED,
+    "forget events": writing._FORGET_EVENTS.format(rows="(?)"),
+    "end": writing._END_LIVE.format(rows="(?)"),
+}
 
-LATER = (*schema.MIGRATIONS, "ALTER TABLE leases ADD COLUMN zone TEXT;", "CREATE TABLE notes (note TEXT) STRICT;")
-"""The schema as later versions of portd might have it."""
 
-
-def dump(path: Path) -> tuple[int, list[str]]:
+@pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
+def test_what_is_asked_while_the_daemon_runs_neither_reads_history_in_vain_nor_sorts_it(path, statement):
+    """At most it goes through what is live, or through an index in its order."""
     with closing(sqlite3.connect(path)) as database:
-        return database.execute("PRAGMA user_version").fetchone()[0], list(database.iterdump())
-
-
-@pytest.mark.parametrize("older", range(1, len(LATER)))
-def test_a_database_of_every_older_number_is_brought_to_the_newest_with_all_it_has(tmp_path, older):
-    path = tmp_path / "portd.db"
-    schema.prepare(path, LATER[:older])
-    lease = a_lease(1)
-    with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("INSERT INTO events VALUES (1, 2.0, 'granted', ?, x'00')", (lease.id,))
-    schema.prepare(path, LATER)
-    version, statements = dump(path)
-    assert version == len(LATER)
-    assert any("zone TEXT" in statement for statement in statements)
-    assert any("notes" in statement for statement in statements)
-    assert any(lease.id in statement for statement in statements)
-    # The header tells it by itself, with no log beside it: an older portd can judge it unopened.
-    assert path.read_bytes()[60:64] == len(LATER).to_bytes(4, "big")
-
-
-def test_a_migration_that_fails_changes_nothing(tmp_path):
-    path = tmp_path / "portd.db"
-    schema.prepare(path)
-    before = dump(path)
-    with pytest.raises(sqlite3.Error):
-        schema.prepare(path, (*LATER, "CREATE TABLE leases (again TEXT);"))
-    assert dump(path) == before
-
-
-def test_the_newest_schema_is_not_migrated_again(path):
-    before = contents(path)
-    schema.prepare(path)
-    assert contents(path) == before
-
-
-def test_statements_are_served_by_indexes(path):
-    """Whatever is asked while the daemon runs reads no more than it returns, however much history there is."""
-    statements = ["SELECT body FROM leases WHERE ended_at IS NULL ORDER BY created_at",
-                  "SELECT body FROM leases WHERE id = 'x'",
-                  "SELECT body FROM leases WHERE port = 1 ORDER BY created_at DESC",
-                  "SELECT rowid FROM leases WHERE ended_at < 1 ORDER BY ended_at LIMIT 5",
-                  "SELECT revision FROM events WHERE revision <= 1 LIMIT 5"]
-    with closing(sqlite3.connect(path)) as database:
-        for statement in statements:
-            plan = " ".join(row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}"))
-            assert "SEARCH" in plan, plan
-            assert "SCAN" not in plan, plan
-            assert "TEMP B-TREE" not in plan, plan
+        explained = database.execute("EXPLAIN QUERY PLAN " + re.sub(r"\?|:\w+", "1", statement.replace("?1", "?")))
+        plan = " ".join(row[3] for row in explained)
+    assert "SEARCH" in plan or "USING INDEX" in plan, plan
+    assert not re.search(r"SCAN (ended|events)(?! USING INDEX)", plan), plan
+    assert "TEMP B-TREE" not in plan, plan
 
 
 def test_history_and_ends_survive_a_restart(path):

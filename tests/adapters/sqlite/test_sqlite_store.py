@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import aiosqlite
@@ -108,6 +110,50 @@ def test_commits_get_in_between_the_steps_of_pruning(tmp_path):
             await store.commit(granted([count + 1]))
             assert not pruning.done()
             assert await pruning == 2 * count - 1  # every lease that ended, every event but the newest at that time
+
+    asyncio.run(run())
+
+
+def revisions_kept(path):
+    with closing(sqlite3.connect(path)) as database:
+        return {revision for revision, in database.execute("SELECT revision FROM events")}
+
+
+def test_the_event_that_a_live_lease_is_known_by_is_kept_until_the_lease_changes_or_ends(tmp_path):
+    path = tmp_path / "portd.db"
+
+    async def run():
+        async with opened(path) as store:
+            await store.commit(granted(range(1, 201)))
+            assert await store.prune(0.0, 1) == 0
+            assert revisions_kept(path) == set(range(1, 201))
+            assert [event.revision for event in (await store.load()).events] == [200]
+            await store.commit([*(an_event(200 + n, ended(a_lease(n), 1e9), "ended") for n in range(1, 81)),
+                                *(an_event(200 + n, a_lease(n, drain=True), "draining") for n in range(81, 121)),
+                                *granted([321])])
+            before = await store.load()
+            assert await store.prune(0.0, 1) == 200
+            assert revisions_kept(path) == {*range(121, 201), *range(281, 322)}
+            after = await store.load()
+            assert (after.live, after.remembered) == (before.live, before.remembered)
+            assert [event.revision for event in after.events] == [321]
+
+    asyncio.run(run())
+
+
+def test_a_pruning_that_a_crash_cut_short_is_finished_by_the_next_and_tells_no_half_of_the_past(tmp_path):
+    path = tmp_path / "portd.db"
+
+    async def run():
+        async with opened(path) as store:
+            await store.commit([an_event(n, ended(a_lease(n), 1e9), "ended") for n in range(1, 201)])
+            await store._writing.run(store._writer.end_news, 150)
+            await store._writing.run(store._writer.forget_events, range(21, 71))
+        async with opened(path) as store:
+            assert [event.revision for event in (await store.load()).events] == list(range(151, 201))
+            assert await store.prune(0.0, 100) == 100
+            assert [event.revision for event in (await store.load()).events] == list(range(151, 201))
+        assert revisions_kept(path) == set(range(151, 201))
 
     asyncio.run(run())
 
