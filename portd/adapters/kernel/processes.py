@@ -18,57 +18,56 @@ from collections.abc import Callable
 from typing import Final
 
 from portd.adapters.kernel import procfs
-from portd.core.model import KnownBy, Owner, ProcessId
+from portd.core.model import KnownBy, ProcessId
 from portd.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
+AT_ONCE_S: Final = 0.001
+"""How long a process is taken to run, and as the same user, since it was asked: what comes within it comes at once. Who
+is gone meanwhile might as well have gone after the answer, and no pid comes round so soon."""
 FRESH_S: Final = 0.1
-"""How long a watched process' command line and network are taken for what they were: one that leases by the hundred
-is not read for each. An exec within it is seen when the port is bound, at the latest. Its user is asked every time,
-for rights hang on it."""
+"""How long a process' command line and network are taken for what they were: one that leases by the hundred is not
+read for each. An exec within it is seen when the port is bound, at the latest."""
 
 
-class _Watched:
-    """A process that is waited for, and how it was described last (None until somebody asks for it again)."""
+class _Known:
+    """A process by its pidfd, and how it was described last (None until somebody asks). Times are loop seconds."""
 
-    __slots__ = ("id", "looked_at", "owner", "pidfd")
+    __slots__ = ("asked_at", "id", "last", "pidfd", "read_at")
 
     def __init__(self, identity: ProcessId, pidfd: int) -> None:
         self.id = identity
         self.pidfd = pidfd
-        self.owner: Owner | None = None
-        self.looked_at = float("-inf")
+        self.last: Process | None = None
+        self.asked_at = self.read_at = float("-inf")
 
 
 class KernelProcesses:
-    """Implements `Processes`. One pidfd for each watched process, however many leases it has."""
+    """Implements `Processes`. One pidfd for each watched process, however many leases it has, and one for the process
+    that was found last: a watch is about to follow."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._network = procfs.network_namespace("self")
         self._numbered = _pidfds_are_numbered()
-        self._watched: dict[ProcessId, _Watched] = {}
-        self._newest: dict[int, _Watched] = {}  # by pid; an older one may have exited, its callback still to come
+        self._watched: dict[ProcessId, _Known] = {}
+        self._found: _Known | None = None
+        self._newest: dict[int, _Known] = {}  # by pid; an older one may have exited, its callback still to come
 
     def find(self, pid: int, known_by: KnownBy) -> Process:
-        """Read a live process; one that is watched is read again only where it may have changed.
+        """Read a live process; one whose pidfd is open is read again only where it may have changed.
 
         Raises ProcessGone, for the id of a thread too; ForeignNetwork; OSError(EMFILE) at the file limit. A process
         whose network namespace the kernel hides (another user's, without CAP_SYS_PTRACE) is taken for this host's.
         """
-        watched = self._newest.get(pid)
-        if watched is not None and not _has_exited(watched.pidfd):
-            return Process(watched.id, self._describe_again(watched, known_by))
-        pidfd = _open(pid)
-        try:
-            stat = _stat(pid)
-            owner = procfs.describe(pid, known_by, stat)
-            self._check_network(pid)
-            if owner is None or _has_exited(pidfd):
-                raise ProcessGone(pid)
-            return Process(self._identity(pid, pidfd, stat), owner)
-        finally:
-            os.close(pidfd)
+        known, now = self._newest.get(pid), self._loop.time()
+        if known is not None:
+            last = known.last
+            if last is not None and now - known.asked_at < AT_ONCE_S and last.owner.known_by == known_by:
+                return last
+            if not _has_exited(known.pidfd):
+                return self._read_again(known, known_by, now)
+        return self._read(pid, known_by, now)
 
     def watch(self, process: ProcessId, on_exit: OnExit) -> None:
         """Call `on_exit` once, on the event loop, when the process is gone; the first of several calls counts.
@@ -78,25 +77,21 @@ class KernelProcesses:
         """
         if process in self._watched:
             return
-        pidfd = _open(process.pid)
-        try:
-            if not self._is(process, pidfd):
-                raise ProcessGone(process.pid)
-            self._loop.add_reader(pidfd, self._exited, process, on_exit)
-        except BaseException:
-            os.close(pidfd)
-            raise
-        self._watched[process] = self._newest[process.pid] = _Watched(process, pidfd)
+        known = self._found
+        if known is None or known.id != process:
+            known = self._find_again(process)
+        elif _has_exited(known.pidfd):
+            raise ProcessGone(process.pid)
+        self._loop.add_reader(known.pidfd, self._exited, process, on_exit)
+        self._watched[process] = known
+        self._found = None
 
     def unwatch(self, process: ProcessId) -> None:
         """Close the pidfd; nothing happens when there is none."""
-        watched = self._watched.pop(process, None)
-        if watched is None:
-            return
-        if self._newest[process.pid] is watched:
-            del self._newest[process.pid]
-        self._loop.remove_reader(watched.pidfd)
-        os.close(watched.pidfd)
+        known = self._watched.pop(process, None)
+        if known is not None:
+            self._loop.remove_reader(known.pidfd)
+            self._forget(known)
 
     def is_alive(self, process: ProcessId) -> bool:
         """Tell whether exactly this process still runs.
@@ -121,6 +116,7 @@ class KernelProcesses:
         """Close every pidfd; nobody is told of an exit any more."""
         for process in list(self._watched):
             self.unwatch(process)
+        self._keep(None)
 
     @property
     def watched_count(self) -> int:
@@ -131,20 +127,65 @@ class KernelProcesses:
         self.unwatch(process)
         on_exit(process)
 
-    def _describe_again(self, watched: _Watched, known_by: KnownBy) -> Owner:
-        """Return a watched process' description, read again after an exec or a change of user."""
-        pid, owner, now = watched.id.pid, watched.owner, self._loop.time()
-        is_fresh = now - watched.looked_at < FRESH_S
+    def _read(self, pid: int, known_by: KnownBy, now: float) -> Process:
+        """Read a process whose pidfd is not open yet."""
+        pidfd = _open(pid)
+        try:
+            stat = _stat(pid)
+            owner = procfs.describe(pid, known_by, stat)
+            self._check_network(pid)
+            if owner is None or _has_exited(pidfd):
+                raise ProcessGone(pid)
+            known = _Known(self._identity(pid, pidfd, stat), pidfd)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        found = known.last = Process(known.id, owner)
+        known.read_at = now
+        self._keep(known)
+        return found
+
+    def _read_again(self, known: _Known, known_by: KnownBy, now: float) -> Process:
+        """Return a process as it was described, or describe it anew after an exec or a change of user."""
+        pid, last = known.id.pid, known.last
+        is_fresh = now - known.read_at < FRESH_S
         if not is_fresh:
             self._check_network(pid)
-            watched.looked_at = now
-        if owner is None or owner.known_by != known_by or owner.uid != procfs.uid(pid) \
-                or not (is_fresh or owner.cmdline == procfs.cmdline(pid)):
+            known.read_at = now
+        if last is None or last.owner.known_by != known_by or last.owner.uid != procfs.uid(pid) \
+                or not (is_fresh or last.owner.cmdline == procfs.cmdline(pid)):
             owner = procfs.describe(pid, known_by)
-            if owner is None or _has_exited(watched.pidfd):
+            if owner is None or _has_exited(known.pidfd):
                 raise ProcessGone(pid)
-            watched.owner = owner
-        return owner
+            last = known.last = Process(known.id, owner)
+        known.asked_at = now
+        return last
+
+    def _find_again(self, process: ProcessId) -> _Known:
+        """Open the pidfd of a process that was found before (a restart); raises ProcessGone, OSError."""
+        pidfd = _open(process.pid)
+        try:
+            if not self._is(process, pidfd):
+                raise ProcessGone(process.pid)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        known = _Known(process, pidfd)
+        self._keep(known)
+        return known
+
+    def _keep(self, found: _Known | None) -> None:
+        """Keep the pidfd of who was found last, instead of the one before."""
+        if self._found is not None:
+            self._forget(self._found)
+        self._found = found
+        if found is not None:
+            self._newest[found.id.pid] = found
+
+    def _forget(self, known: _Known) -> None:
+        if self._newest.get(known.id.pid) is known:
+            del self._newest[known.id.pid]
+        os.close(known.pidfd)
 
     def _check_network(self, pid: int) -> None:
         network = procfs.network_namespace(pid)

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from portd.adapters.kernel import procfs
-from portd.adapters.kernel.processes import KernelProcesses
+from portd.adapters.kernel.processes import AT_ONCE_S, KernelProcesses
 from portd.core.model import ProcessId
 from portd.seams import ForeignNetwork, ProcessGone
 
@@ -183,17 +183,19 @@ def test_exec_keeps_the_identity_and_is_described_anew(run, spawn, wait_until, p
     run(main())
 
 
-def test_a_watched_process_that_changes_its_user_is_described_anew_at_once(run, spawn, as_root):
+def test_a_watched_process_that_changes_its_user_is_described_anew_at_once(run, spawn, wait_until, as_root):
     child = spawn(python="import os; input(); os.setuid(65534); print(flush=True); input()")
 
     async def main():
-        processes = KernelProcesses()
+        processes, clock = KernelProcesses(), asyncio.get_running_loop().time
         before = processes.find(child.pid, "peercred")
         processes.watch(before.id, print)
         assert processes.find(child.pid, "peercred").owner.uid == 0
         child.stdin.write("\n")
         child.stdin.flush()
         child.stdout.readline()
+        changed_at = clock()
+        wait_until(lambda: clock() > changed_at + AT_ONCE_S)
         assert processes.find(child.pid, "peercred").owner.uid == 65534
         assert processes.find(child.pid, "socket").owner.known_by == "socket"
         processes.close()
@@ -285,6 +287,31 @@ def test_a_pid_that_was_reused_before_the_loop_heard_of_the_exit_is_told_apart(r
         finally:
             end(second)
         assert await exits.wait(2) == [old, new]
+
+    run(main())
+
+
+def test_an_exit_is_told_once_though_a_later_process_with_the_pid_has_come_and_is_not_watched_any_more(run, as_root):
+    first = subprocess.Popen(["sleep", "60"])
+
+    async def main():
+        processes, exits = KernelProcesses(), Exits()
+        old = processes.find(first.pid, "peercred").id
+        processes.watch(old, exits)
+        end(first)
+        second = born_with(first.pid)
+        try:
+            new = processes.find(second.pid, "peercred").id
+            processes.watch(new, exits)
+            processes.unwatch(new)
+            await exits.wait()
+            await turns()
+            assert exits.seen == [old]
+            assert processes.find(second.pid, "peercred").id == new
+            assert processes.watched_count == 0
+        finally:
+            end(second)
+            processes.close()
 
     run(main())
 
@@ -394,6 +421,27 @@ def test_a_thousand_that_end_together_are_all_told(run, descriptors):
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def test_one_pidfd_at_the_most_stays_open_for_those_that_were_found_and_are_not_watched(run, spawn, descriptors):
+    children = [spawn("sleep", "60") for _ in range(3)]
+
+    async def main():
+        processes = KernelProcesses()
+        await turns()
+        before = descriptors()
+        found = [processes.find(child.pid, "peercred").id for child in children]
+        assert descriptors() == before + 1
+        processes.watch(found[2], print)
+        assert descriptors() == before + 1
+        processes.find(children[0].pid, "peercred")
+        processes.watch(found[1], print)
+        assert descriptors() == before + 2
+        processes.find(children[0].pid, "peercred")
+        processes.close()
+        assert descriptors() == before
+
+    run(main())
 
 
 def test_closing_gives_every_descriptor_back_and_tells_nobody(run, spawn, descriptors):
