@@ -27,7 +27,9 @@ Sockets = dict[Part, socket.socket]
 BoundSockets = Callable[[Part, int], Collection[Listener]]
 """Gives what is bound to a port without a connection, listening or not, portd's own too (`SocketDiag.bound`)."""
 
-_TYPES: Final = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_TYPES: Final[dict[Part, int]] = {"tcp": socket.SOCK_STREAM | _FLAGS, "udp": socket.SOCK_DGRAM | _FLAGS}
+_PARTS: Final[dict[Protocol, tuple[Part, ...]]] = {"tcp": ("tcp",), "udp": ("udp",), "both": ("tcp", "udp")}
 _REFUSALS: Final[dict[int | None, Taken]] = {
     errno.EADDRINUSE: "busy",
     errno.EADDRNOTAVAIL: "no_address",
@@ -56,12 +58,12 @@ class KernelHolds:
     def take(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> Taken:
         """Bind the port for the lease, all of its protocols or none; with `none` it is only tested."""
         assert lease_id not in self._held, f"lease {lease_id} has a hold"
+        parts, kept = _PARTS[protocol], _kept_parts(protocol, kind)
         try:
-            sockets = self._bind_all(_parts(protocol), address, port)
+            sockets = self._bind_all(parts, address, port)
         except OSError as error:
             return _refusal(error)
-        kept = _kept_parts(protocol, kind)
-        for part in _parts(protocol):
+        for part in parts:
             if part not in kept:
                 sockets.pop(part).close()
         self._keep(lease_id, sockets, kind)
@@ -94,7 +96,7 @@ class KernelHolds:
         this host does: there is nothing to wait for.
         """
         try:
-            sockets = self._bind_all(_parts(protocol), address, port)
+            sockets = self._bind_all(_PARTS[protocol], address, port)
         except OSError as error:
             return _refusal(error) == "no_address"
         for bound in sockets.values():
@@ -113,7 +115,7 @@ class KernelHolds:
         What the hold does not keep (UDP, or anything with `none`) is bound now; raises OSError where somebody has it.
         """
         held = self._held.get(lease_id, {})
-        missing = self._bind_all([part for part in _parts(protocol) if part not in held], address, port)
+        missing = self._bind_all([part for part in _PARTS[protocol] if part not in held], address, port)
         if missing:
             held = self._held[lease_id] = {**held, **missing}
         if "udp" in held:
@@ -162,8 +164,8 @@ class KernelHolds:
     # --- parts ---
 
     def _keep(self, lease_id: str, sockets: Sockets, kind: HoldKind) -> None:
-        if "tcp" in sockets:
-            sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == "shared")
+        if kind == "shared" and "tcp" in sockets:
+            sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
         self._register(lease_id, sockets)
 
     def _register(self, lease_id: str, sockets: Sockets) -> None:
@@ -221,7 +223,7 @@ class KernelHolds:
 
 def _bind(part: Part, address: str, port: int, *, reuse: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    bound = socket.socket(family, _TYPES[part] | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    bound = socket.socket(family, _TYPES[part])
     try:
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
@@ -241,10 +243,6 @@ def _is_in_way(other: Listener, address: str) -> bool:
     return overlaps(other.address, address)
 
 
-def _parts(protocol: Protocol) -> tuple[Part, ...]:
-    return ("tcp", "udp") if protocol == "both" else (protocol,)
-
-
 def _kept_parts(protocol: Protocol, kind: HoldKind) -> tuple[Part, ...]:
     """Return which protocols a hold keeps bound.
 
@@ -253,7 +251,7 @@ def _kept_parts(protocol: Protocol, kind: HoldKind) -> tuple[Part, ...]:
     """
     if kind == "none" or (kind == "shared" and protocol == "udp"):
         return ()
-    return ("tcp",) if kind == "shared" else _parts(protocol)
+    return ("tcp",) if kind == "shared" else _PARTS[protocol]
 
 
 def _refusal(error: OSError) -> Taken:
