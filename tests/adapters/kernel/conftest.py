@@ -1,10 +1,11 @@
-"""What the kernel's tests share: children that end with the test, both event loops, and the file limit."""
+"""What the kernel's tests share: children that end with the test, both event loops, holds, and the file limit."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
+
+from portd.adapters.kernel.holds import KernelHolds
+from portd.adapters.kernel.netlink import SocketDiag
+from tests.adapters.kernel.strangers import stranger
 
 DEADLINE_S = 20.0
 """How long a condition may take on a slow machine; on a quick one nobody waits for it."""
@@ -116,3 +121,27 @@ def as_root() -> None:
     """Skip where the test is not root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+@pytest.fixture
+def diag() -> Iterator[SocketDiag]:
+    """The kernel's table of sockets."""
+    with contextlib.closing(SocketDiag()) as diag:
+        diag.listeners(1)  # its own descriptor is open from now on
+        yield diag
+
+
+@pytest.fixture
+def holds(diag) -> Iterator[KernelHolds]:
+    """Holds that end with the test."""
+    with contextlib.closing(KernelHolds(diag.bound)) as holds:
+        yield holds
+
+
+@pytest.fixture
+def port() -> int:
+    """A port outside the kernel's own choice that nobody has on any address."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), stranger("::", port), stranger("::", port, udp=True):
+            return port
+    pytest.fail("no free port")

@@ -1,235 +1,24 @@
-"""Holds: what the kernel promises of them, and what portd promises with them. Real sockets, real servers."""
+"""Holds: what portd promises with them, whoever else is at the port. Real sockets, real processes."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
-import http.server
 import itertools
 import os
-import random
 import socket
-import socketserver
-import struct
-import sys
-from collections.abc import Iterator
 
 import pytest
-from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.addresses import overlaps
+from tests.adapters.kernel.strangers import can_bind, leave_behind, stranger
 
-IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
 TEST_NET = "192.0.2.1"  # RFC 5737: nobody's address
 RESTRICTED = 88  # a port below 1024 that nothing here uses
-
-# --- the bed ---
-
-
-@pytest.fixture
-def diag() -> Iterator[SocketDiag]:
-    with contextlib.closing(SocketDiag()) as diag:
-        diag.listeners(1)  # its own descriptor is open from now on
-        yield diag
-
-
-@pytest.fixture
-def holds(diag) -> Iterator[KernelHolds]:
-    with contextlib.closing(KernelHolds(diag.bound)) as holds:
-        yield holds
-
-
-@pytest.fixture
-def port() -> int:
-    """A port outside the kernel's own choice that nobody has on any address."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), stranger("::", port), stranger("::", port, udp=True):
-            return port
-    pytest.fail("no free port")
-
-
-def stranger(address: str, port: int, *, reuse: bool = False, listen: bool = False, udp: bool = False,
-             v6only: bool | None = None) -> socket.socket:
-    """Bind as another program would."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    one = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
-    try:
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::" if v6only is None else v6only)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-        one.bind((address, port))
-        if listen:
-            one.listen()
-    except BaseException:
-        one.close()
-        raise
-    return one
-
-
-def can_bind(address: str, port: int, **options) -> bool:
-    """Tell whether a stranger gets the port; EADDRINUSE is the only refusal."""
-    try:
-        stranger(address, port, **options).close()
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return False
-    return True
-
-
-SERVER = """
-import socket, sys
-address, port, reuse, leave = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "reuse", sys.argv[4]
-server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-server.bind((address, port)); server.listen(); print("listens", flush=True)
-connection, _ = server.accept()
-if leave == "TIME_WAIT":
-    connection.close()
-print("accepted", flush=True)
-sys.stdin.read()
-"""
-
-
-def leave_behind(spawn, address: str, port: int, leave: str, *, reuse: str) -> socket.socket:
-    """Let a server die with a connection that it has closed (TIME_WAIT), or with an open one. Returns the client."""
-    server = spawn(address, str(port), reuse, leave, python=SERVER)
-    assert server.stdout.readline() == "listens\n"
-    client = socket.create_connection((address, port))
-    assert server.stdout.readline() == "accepted\n"
-    if leave == "TIME_WAIT":
-        assert client.recv(1) == b""
-        client.close()
-    server.kill()
-    server.wait()
-    return client
-
-
-# --- what the kernel promises ---
-
-
-def test_over_a_shared_hold_a_server_listens_and_a_bare_bind_does_not(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    assert not can_bind("127.0.0.1", port)
-    with stranger("127.0.0.1", port, reuse=True, listen=True) as server:
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            connection, _ = server.accept()
-            connection.close()
-            assert client.recv(1) == b""
-        assert not can_bind("127.0.0.1", port, reuse=True)
-
-
-def test_over_a_shared_hold_java_listens_with_its_ipv6_socket_for_an_ipv4_address(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    assert not can_bind("::ffff:127.0.0.1", port, v6only=False)
-    assert can_bind("::ffff:127.0.0.1", port, v6only=False, reuse=True, listen=True)
-
-
-def test_over_roots_shared_hold_any_user_listens(holds, port, as_nobody):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with as_nobody():
-        assert can_bind("127.0.0.1", port, reuse=True, listen=True)
-        assert not can_bind("127.0.0.1", port)
-
-
-@pytest.mark.parametrize("udp", [False, True])
-@pytest.mark.parametrize("reuse", [False, True])
-def test_an_exclusive_hold_keeps_everybody_off(holds, port, udp, reuse):
-    assert holds.take("a", "udp" if udp else "tcp", "127.0.0.1", port, "exclusive") == "taken"
-    assert not can_bind("127.0.0.1", port, reuse=reuse, udp=udp)
-
-
-def test_the_door_opens_and_closes_at_once_while_an_owner_listens_too(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "exclusive") == "taken"
-    holds.door("a", is_open=True)
-    owner = stranger("127.0.0.1", port, reuse=True, listen=True)
-    holds.door("a", is_open=False)
-    with socket.create_connection(("127.0.0.1", port)):
-        owner.accept()[0].close()
-    owner.close()
-    assert not can_bind("127.0.0.1", port, reuse=True)
-    holds.door("a", is_open=True)
-    assert can_bind("127.0.0.1", port, reuse=True)
-    holds.door("nobody's lease", is_open=True)
-
-
-def test_who_got_in_by_the_door_and_did_not_listen_cannot_listen_once_it_is_closed(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with stranger("127.0.0.1", port, reuse=True) as late:
-        holds.door("a", is_open=False)
-        with pytest.raises(OSError, match="Address already in use"):
-            late.listen()
-
-
-@pytest.mark.parametrize(("held", "asked"), list(itertools.product(
-    ["0.0.0.0", "127.0.0.1", "127.0.0.2", "::", "::1"], repeat=2)))
-def test_a_hold_excludes_the_addresses_that_its_own_includes(holds, port, held, asked):
-    """`::` is dual-stack, as servers bind it."""
-    assert holds.take("a", "tcp", held, port, "exclusive") == "taken"
-    assert can_bind(asked, port, reuse=True) is not overlaps(held, asked)
-    assert holds.is_free("tcp", asked, port) is not overlaps(held, asked)
-    assert (holds.take("b", "tcp", asked, port, "none") == "busy") is overlaps(held, asked)
-
-
-@pytest.mark.parametrize("kind", ["shared", "exclusive"])
-@pytest.mark.parametrize("connect", [False, True], ids=["bind to 0", "connect"])
-def test_the_kernels_own_choice_is_never_a_held_port(holds, kind, connect):
-    low = 50_000
-
-    def choose() -> int:
-        """Let the kernel choose out of two ports."""
-        with socket.socket() as one:
-            try:
-                one.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("=I", (low + 1) << 16 | low))
-            except OSError:
-                pytest.skip("the kernel does not let a socket say its range of ports (before Linux 6.3)")
-            if connect:
-                # A TIME_WAIT of ours would have the number, and not for the hold's sake.
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                one.connect(server.getsockname())
-            else:
-                one.bind(("127.0.0.1", 0))
-            return one.getsockname()[1]
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        while not all(holds.is_free("tcp", "127.0.0.1", one) for one in (low, low + 1)):
-            low += 2
-        assert holds.take("a", "tcp", "127.0.0.1", low, kind) == "taken"
-        assert {choose() for _ in range(20)} == {low + 1}
-        assert holds.take("b", "tcp", "127.0.0.1", low + 1, kind) == "taken"
-        with pytest.raises(OSError) as raised:  # noqa: PT011 - the number is looked at
-            choose()
-        assert raised.value.errno == (errno.EADDRNOTAVAIL if connect else errno.EADDRINUSE)
-
-
-def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with stranger("127.0.0.1", port, reuse=True) as first, stranger("127.0.0.1", port, reuse=True) as second:
-        first.listen()
-        with pytest.raises(OSError, match="Address already in use"):
-            second.listen()
-    with stranger("127.0.0.1", port, reuse=True, listen=True):
-        assert not can_bind("127.0.0.1", port, reuse=True)
-
-
-def test_of_two_udp_sockets_with_reuseaddr_the_later_one_gets_every_datagram(port):
-    """Why no UDP hold is ever an open door."""
-    with stranger("127.0.0.1", port, reuse=True, udp=True) as first, \
-            stranger("127.0.0.1", port, reuse=True, udp=True) as second, \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        for _ in range(5):
-            sender.sendto(b"x", ("127.0.0.1", port))
-        first.setblocking(False)
-        second.setblocking(False)
-        assert [second.recv(9) for _ in range(5)] == [b"x"] * 5
-        with pytest.raises(BlockingIOError):
-            first.recv(9)
-
 
 # --- who has the port already ---
 
@@ -452,51 +241,3 @@ def test_no_sequence_of_takes_and_drops_holds_a_place_twice_or_loses_a_descripto
                     held[lease] = kept
             assert holds.count == len(held)
             assert len(os.listdir("/proc/self/fd")) - before == sum(map(len, held.values()))
-
-
-# --- servers that bind over a shared hold ---
-
-
-async def serve_asyncio(port: int) -> None:
-    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", port)
-    server.close()
-    await server.wait_closed()
-
-
-async def serve_aiohttp(port: int) -> None:
-    runner = web.AppRunner(web.Application())
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-    finally:
-        await runner.cleanup()
-
-
-@pytest.mark.parametrize("serve", [serve_asyncio, serve_aiohttp])
-def test_asyncio_uvloop_and_aiohttp_listen_over_a_shared_hold(holds, port, run, serve):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    run(serve(port))
-
-
-NODE = "require('http').createServer().listen({port}, '127.0.0.1', () => console.log('listens'))"
-
-
-@pytest.mark.parametrize("program", ["node", "http.server"])
-def test_node_and_http_server_listen_over_a_shared_hold(holds, port, spawn, wait_until, diag, program):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    if program == "node":
-        child = spawn("node", "-e", NODE.replace("{port}", str(port)))
-    else:
-        child = spawn(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port))
-    wait_until(lambda: diag.listeners(port) or child.poll() is not None)
-    assert child.poll() is None
-    with socket.create_connection(("127.0.0.1", port)):
-        pass
-
-
-def test_socketserver_without_reuse_and_a_bare_bind_do_not(holds, port):
-    assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with pytest.raises(OSError, match="Address already in use"):
-        socketserver.TCPServer(("127.0.0.1", port), socketserver.BaseRequestHandler)
-    assert not can_bind("127.0.0.1", port)
-    http.server.HTTPServer(("127.0.0.1", port), http.server.BaseHTTPRequestHandler).server_close()
