@@ -14,12 +14,6 @@ from portd.adapters.kernel import netlink
 from portd.adapters.kernel.netlink import SocketDiag
 
 
-@pytest.fixture
-def diag() -> Iterator[SocketDiag]:
-    with contextlib.closing(SocketDiag()) as diag:
-        yield diag
-
-
 def bound(address: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, listen: bool = False,
           v6only: bool = True) -> socket.socket:
     """Bind to a port of the kernel's choice."""
