@@ -25,8 +25,7 @@ _LIVE: Final = "SELECT id, revision, body FROM live LEFT JOIN events USING (revi
 _NEWEST_ENDED: Final = "SELECT revision FROM (SELECT revision, max(ended_at) FROM ended GROUP BY {})"
 _REMEMBERED: Final = f"""
     SELECT body FROM ended WHERE revision IN
-        ({_NEWEST_ENDED.format("service, instance, endpoint")} UNION {_NEWEST_ENDED.format("port")})
-    ORDER BY ended_at"""
+        ({_NEWEST_ENDED.format("service, instance, endpoint")} UNION {_NEWEST_ENDED.format("port")})"""
 _EVENTS: Final = f"""
     SELECT revision, type, at, body FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT ?"""
 _LEASE: Final = """
@@ -67,6 +66,7 @@ def load(database: sqlite3.Connection) -> Loaded:
     ahead = max((lease.revision for lease in remembered), default=0)
     if ahead > revision:  # the newest event is never pruned
         raise StoreDamaged(f"events are missing: a lease ended at revision {ahead}, the newest event is {revision}")
+    remembered.sort(key=lambda lease: lease.ended_at or 0.0)  # here, since SQLite would sort the bodies
     return Loaded(_live(live_rows, events), remembered, events,
                   max(started[0], revision) + REVISION_GAP if started else 0)
 
@@ -82,7 +82,7 @@ def history(database: sqlite3.Connection, port: int, protocol: Protocol | None, 
     """Read who had the port, newest first; a lease of `both` protocols is found by either, and finds either."""
     where = ""
     if protocol == "both":
-        protocol = None
+        protocol = None  # any
     if protocol is not None:
         where += " AND protocol IN (:protocol, 'both')"
     if at is not None:
@@ -115,13 +115,14 @@ def surplus_events(database: sqlite3.Connection, after: int, last: int) -> list[
 
 
 def _live(rows: list[tuple[str, int, bytes | None]], events: list[Event]) -> list[Lease]:
-    """Make the live leases, oldest first; one that an event has already is not made again."""
-    known = {event.revision: event.lease for event in events}
+    """Make the live leases, oldest first. One that an event has already is not made again."""
+    leases = {event.revision: event.lease for event in events}
     live = []
     for lease_id, revision, body in rows:
-        if body is None:
-            raise StoreDamaged(f"events are missing: lease {lease_id} is as of revision {revision}, and there is none")
-        live.append(known.get(revision) or decode_lease(body))
+        lease = leases.get(revision) or (decode_lease(body) if body else None)
+        if lease is None or lease.id != lease_id:
+            raise StoreDamaged(f"events are missing: there is none of revision {revision}, which left {lease_id}")
+        live.append(lease)
     return sorted(live, key=lambda lease: lease.created_at)
 
 

@@ -58,11 +58,11 @@ MIGRATIONS: Final[Sequence[str]] = (
     ) STRICT;
     """,
     # 2. A grant is what happens by the thousand, so it appends to two tables and no more: `events`, where alone the
-    # body of a live lease is, and `live`, which tells what event that is. `ended` has a lease whole, once it has
-    # ended: its key is the revision of the end, so that it grows at its end alone, and `ended_by_end` holds all that
-    # the remembered and the forgetting compare, so that neither reads a body in vain. Events up to `pruned_to` (in
-    # `meta`) are no news any more: some have gone, and only what the live leases are is left.
-    # An event that had gone while its lease lives on is made up from the lease: it lies below `pruned_to`.
+    # body of a live lease is, and `live`, which tells what event that is. A lease that has ended is in `ended`, whole:
+    # the key is the revision of the end, so that the table grows at its end alone, and the indexes hold all that the
+    # remembered and the forgetting compare, so that neither reads a body in vain. Events up to `pruned_to` (in `meta`)
+    # are no news any more: most have gone, what is left is what live leases are. Where that had gone too, an event is
+    # made up here from the lease; it lies below `pruned_to`, and nobody is ever told of it.
     """
     CREATE TABLE live (
         id TEXT NOT NULL PRIMARY KEY,
@@ -83,7 +83,7 @@ MIGRATIONS: Final[Sequence[str]] = (
         ended_at REAL NOT NULL,
         body BLOB NOT NULL
     ) STRICT;
-    CREATE INDEX ended_by_port ON ended (port, created_at);
+    CREATE INDEX ended_by_port ON ended (port, created_at, ended_at);
     CREATE INDEX ended_by_end ON ended (ended_at, service, instance, endpoint, port);
     INSERT INTO live SELECT id, port, revision FROM leases WHERE ended_at IS NULL ORDER BY id;
     INSERT INTO ended SELECT revision, id, service, instance, endpoint, protocol, address, port, uid, created_at,

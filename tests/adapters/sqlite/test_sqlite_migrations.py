@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from portd.adapters.sqlite import schema
 from portd.core.errors import StoreDamaged
 from portd.seams import REVISION_GAP
+from tests.adapters.sqlite.disk import Platters, read_journal
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 from tests.adapters.sqlite.schema1 import make_schema_1
 from tests.adapters.sqlite.stores import opened
@@ -104,6 +106,33 @@ def test_the_taking_over_of_schema_1_happens_whole_or_not_at_all(tmp_path):
     with pytest.raises(sqlite3.Error):
         schema.prepare(path, (*schema.MIGRATIONS, "CREATE TABLE live (again TEXT);"))
     assert dump(path) == before
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_power_cut_while_schema_1_is_taken_over_loses_nothing(disk, tmp_path, kept):
+    directory = tmp_path / "state"
+    directory.mkdir()
+    make_schema_1(directory / "portd.db", HISTORY, pruned_to=45)
+    platters = Platters(directory)
+    child = disk.start("migrating.py", str(directory / "portd.db"), directory=directory, journal=tmp_path / "journal")
+    assert child.communicate()[0] == ""
+    assert child.returncode == 0
+    chance, versions = random.Random(5), set()
+    for index, entry in enumerate(read_journal(tmp_path / "journal")):
+        platters.ask(entry)
+        after = tmp_path / f"after-{index}"
+        platters.cut_power(after, chance, kept)
+        versions.add(schema.judge(after / "portd.db"))
+        loaded = asyncio.run(load(after / "portd.db"))
+        assert loaded.live == [event.lease for event in HISTORY[10:30] + TEN_BOUND]
+        assert loaded.remembered == [event.lease for event in TEN_ENDS]
+        assert loaded.events == HISTORY[45:]
+    assert versions == {1, len(schema.MIGRATIONS)}
+
+
+async def load(path):
+    async with opened(path) as store:
+        return await store.load()
 
 
 @pytest.mark.parametrize("older", range(1, len(LATER)))

@@ -126,6 +126,13 @@ def test_a_live_lease_whose_event_is_missing_is_damage(path, gone):
     assert "events are missing" in refusal(path)
 
 
+@pytest.mark.parametrize("revision", [8, 5000])
+def test_a_live_lease_whose_event_is_another_leases_or_nobodys_is_damage(path, revision):
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("UPDATE live SET revision = ? WHERE id = 'lease-000007'", (revision,))
+    assert "events are missing" in refusal(path)
+
+
 def test_an_end_that_is_newer_than_every_event_is_damage(path):
     async def end():
         async with opened(path) as store:
