@@ -278,20 +278,22 @@ class Granter:
 
     def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Place:
         tries = 0
-        for place in self._allocator.candidates(ask):
+
+        def works(place: Place) -> bool:
+            nonlocal tries
             if place.port < PRIVILEGED_BELOW and not privileged:
                 if ask.exact:
                     raise PortReserved(f"port {place.port} is privileged: only root, the admin group or a static port "
                                        "of the configuration gets it; or ask for an own address", pointer="/port")
-                continue
+                return False
             if self._table.in_way(place) is not None:
-                continue
+                return False
             tries += 1
             if tries > TRIES_MAX:
                 raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by strangers; try again")
             taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold)
             if taken == "taken":
-                return place
+                return True
             if taken == "busy" and self._allocator.pool_of(place.port) is not None and not self._mine(place):
                 self._allocator.decline(place, now.tick)
             elif taken == "no_address":
@@ -301,7 +303,9 @@ class Granter:
             elif taken == "forbidden" and ask.exact:
                 raise PortReserved(f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE",
                                    pointer="/port")
-        raise AssertionError("candidates() ends by raising")
+            return False
+
+        return self._allocator.pick(ask, works)
 
     def _mine(self, place: Place) -> bool:
         return bool(self._table.on_port(place.port))

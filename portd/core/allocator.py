@@ -1,17 +1,17 @@
-"""Who gets which port: pools, wishes, stickiness and quarantine. It picks candidates and never tests them.
+"""Who gets which port: pools, wishes, stickiness and quarantine. It proposes ports and never tests them itself.
 
 A port number is in one place at a time: in its pool's line (free), used by leases, or in quarantine (cooling after a
 lease, or on probation after a stranger was met there). The line is ordered by when a number became free, so a pick
 takes the longest unused one in constant time, whatever the size of the pool and however full it is. A number that is
 leased for one protocol or address is not picked for another: nobody wants to explain port 20017 twice.
 
-The kernel is asked elsewhere: the caller tries each candidate, and says what became of it.
+The kernel is asked elsewhere: the caller tries each proposal, and says what became of it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network
 from typing import Final, Literal, NamedTuple
 
@@ -113,18 +113,20 @@ class Allocator:
         """Return the static port of a service's main endpoint, or None."""
         return self._statics.get(service) if endpoint == MAIN_ENDPOINT else None
 
-    def candidates(self, ask: Ask) -> Iterator[Place]:
-        """Yield places to try, best first: the wish, the endpoint's last port, then the pool's longest unused ones.
+    def pick(self, ask: Ask, works: Callable[[Place], bool]) -> Place:
+        """Return the first place that works, best first: the wish, the endpoint's last port, then the pool's longest
+        unused ones.
 
-        The caller takes the one that it wants with `use`, and tells of each that a stranger had with `decline`; the
-        line moves on by that alone. An exact wish raises PortReserved when the port is another service's static one,
-        PortTaken when it is cooling down for another instance; else PoolExhausted when the line is empty.
+        The caller takes it with `use`, and tells of each that a stranger had with `decline`; the line moves on by that
+        alone. An exact wish raises PortReserved when the port is another service's static one, PortTaken when it is
+        cooling down for another instance or does not work; else PoolExhausted when the line is empty.
         """
         if ask.port is not None:
             other = self._reserved_for(ask, ask.port)
             cooling = self._blocked(ask, ask.port, "cooling")
-            if other is None and not cooling:  # a port on probation may be wished for: the kernel tells, if it is taken
-                yield Place(ask.protocol, ask.address, ask.port)
+            place = Place(ask.protocol, ask.address, ask.port)
+            if other is None and not cooling and works(place):  # also one on probation: the kernel tells if it is taken
+                return place
             if ask.exact and other is not None:
                 raise PortReserved(f"port {ask.port} is static for {other}: ask for another, or without 'exact'",
                                    pointer="/port")
@@ -134,13 +136,17 @@ class Allocator:
                                 f"or see 'portd who {ask.port}'", pointer="/port")
         last = self._last.get(ask.name)
         if last is not None and last.port != ask.port and self._may_return_to(last, ask):
-            yield Place(ask.protocol, ask.address, last.port)
+            place = Place(ask.protocol, ask.address, last.port)
+            if works(place):
+                return place
         line = self._lines[ask.pool]
         for _ in range(len(line)):
             if not line:
                 break
             port = next(iter(line))
-            yield Place(ask.protocol, ask.address, port)
+            place = Place(ask.protocol, ask.address, port)
+            if works(place):
+                return place
             if port in line:  # not this time, but nothing is wrong with it
                 line.move_to_end(port)
         raise PoolExhausted(f"pool {ask.pool} has no free port: {self._account(ask.pool)}; "
