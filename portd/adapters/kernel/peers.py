@@ -12,7 +12,7 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Final
 
 from portd.adapters.kernel import procfs
@@ -36,6 +36,8 @@ class KernelPeers:
     def __init__(self, exact: Exact) -> None:
         self._exact = exact
         self._recent: dict[int, None] = {}
+        self._wanted: set[int] | None = None
+        self._search: asyncio.Task[dict[int, int]] | None = None
 
     def of_unix(self, connection: socket.socket) -> Peer:
         """Read who called connect(): SO_PEERCRED and SO_PEERGROUPS (unix(7)). Costs 2 µs.
@@ -58,16 +60,33 @@ class KernelPeers:
         return Peer(uid, None, _groups_of_user(uid), "socket", inode)
 
     async def with_pid(self, peer: Peer) -> Peer:
-        """Find the process that has the peer's socket open, in a thread: it may walk all of /proc."""
+        """Find the process that has the peer's socket open, in a thread: it may walk all of /proc.
+
+        Whoever asks while a search is under way is served by the next one, together: hundreds may come at once, and
+        each search looks through the same processes.
+        """
         if not peer.inode:
             return peer
-        pid = await asyncio.to_thread(_process_with, peer.inode, tuple(self._recent))
-        if pid is not None:
+        if self._wanted is None:
+            self._wanted = set()
+            self._search = asyncio.create_task(self._search_after(self._search))
+        assert self._search is not None
+        self._wanted.add(peer.inode)
+        found = await asyncio.shield(self._search)
+        return peer._replace(pid=found.get(peer.inode))
+
+    async def _search_after(self, before: asyncio.Task[dict[int, int]] | None) -> dict[int, int]:
+        """Find the process of each wanted inode once the search before has ended."""
+        if before is not None and not before.done():
+            await asyncio.wait([before])
+        wanted, self._wanted = self._wanted or set(), None
+        found = await asyncio.to_thread(_processes_with, wanted, tuple(self._recent))
+        for pid in found.values():
             self._recent.pop(pid, None)
             self._recent[pid] = None
-            if len(self._recent) > RECENT_MAX:
-                del self._recent[next(iter(self._recent))]
-        return peer._replace(pid=pid)
+        for pid in tuple(self._recent)[:-RECENT_MAX]:
+            del self._recent[pid]
+        return found
 
 
 def _groups_at_connect(connection: socket.socket, uid: int) -> Iterable[int]:
@@ -90,20 +109,24 @@ def _groups_of_user(uid: int) -> frozenset[int]:
     return frozenset(os.getgrouplist(user.pw_name, user.pw_gid))
 
 
-def _process_with(inode: int, likely_pids: tuple[int, ...]) -> int | None:
-    """Find a process that has the socket open: likely ones first, then the newest ones.
-
-    Of a family that inherited the socket it is the eldest: who forked has connected.
-    """
+def _processes_with(inodes: Set[int], likely_pids: tuple[int, ...]) -> dict[int, int]:
+    """Find a process that has each of these sockets open: likely ones first, then the newest ones."""
     own = os.getpid()  # last of all: its thousands of holds are slow to look through
+    found: dict[int, int] = {}
     for pid in (*likely_pids, *(pid for pid in procfs.pids() if pid != own), own):
-        if inode in procfs.socket_inodes(pid):
-            return _eldest_with(inode, pid)
-    return None
+        if len(found) == len(inodes):
+            break
+        if here := (inodes - found.keys()) & procfs.socket_inodes(pid):
+            found |= _eldest_with(here, pid)
+    return found
 
 
-def _eldest_with(inode: int, pid: int) -> int:
-    above = procfs.parent(pid)
-    while above and inode in procfs.socket_inodes(above):
-        pid, above = above, procfs.parent(above)
-    return pid
+def _eldest_with(inodes: Set[int], pid: int) -> dict[int, int]:
+    """Find, of a family that inherited these sockets, the eldest that has each: who forked has connected."""
+    found: dict[int, int] = {}
+    member: int | None = pid
+    while member and inodes:
+        found |= dict.fromkeys(inodes, member)
+        member = procfs.parent(member)
+        inodes = inodes & procfs.socket_inodes(member) if member else inodes
+    return found
