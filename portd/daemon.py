@@ -7,6 +7,7 @@ doors first, then what is under way, the store last. Leases stay for the next st
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import logging
 import os
@@ -72,6 +73,10 @@ PRUNE_LOOKS: Final = 360
 PRUNE_EVENTS: Final = 10 * EVENTS_KEPT
 """Events that make it worth forgetting sooner, about 50 MB: ten seconds of nothing but grants."""
 DAY_S: Final = 86_400.0
+ROOM_FOR: Final = 1 << 15
+"""Descriptors that there is room for from the start, 8 bytes of kernel memory each. The kernel doubles a full table,
+and where there are threads it waits until all cores have seen the new one (expand_fdtable in fs/file.c): each time the
+loop stood still for 7 to 20 ms."""
 EXIT_FAULT: Final = 70
 """Exit status of a daemon that gave itself up (sysexits.h, EX_SOFTWARE): the unit starts it again."""
 
@@ -357,10 +362,13 @@ def host_name() -> str:
 
 
 def raise_file_limit() -> None:
-    """Take all the descriptors that the hard limit gives: each hold and each owner costs one."""
+    """Take all the descriptors that the hard limit gives, each hold and each owner costs one, and make room for them
+    while there are no threads yet."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with open(os.devnull) as file:
+        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, min(hard, ROOM_FOR) - 1))
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:
