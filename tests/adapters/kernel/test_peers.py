@@ -210,3 +210,19 @@ def test_many_callers_at_once_are_each_found(run, peers, call):
         assert [peer.pid for peer in found] == [child.pid for _, child in calls]
 
     run(main())
+
+
+def test_callers_that_come_while_another_is_looked_for_are_found_though_it_hangs_up(run, peers, call):
+    calls = [call("AF_INET") for _ in range(5)]
+
+    async def main():
+        looks = []
+        for connection, _ in calls:
+            looks.append(asyncio.create_task(peers.with_pid(of_tcp(peers, connection))))
+            await asyncio.sleep(0)
+            looks[0].cancel()
+        gone, *found = await asyncio.gather(*looks, return_exceptions=True)
+        assert isinstance(gone, asyncio.CancelledError)
+        assert [peer.pid for peer in found] == [child.pid for _, child in calls[1:]]
+
+    run(main())
