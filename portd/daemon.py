@@ -7,11 +7,9 @@ doors first, then what is under way, the store last. Leases stay for the next st
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import ssl
@@ -40,7 +38,7 @@ from portd.adapters.http.ports import PortCalls
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.services import ServiceCalls
 from portd.adapters.http.status import StatusCalls, pool_status
-from portd.adapters.kernel import procfs
+from portd.adapters.kernel import descriptors, procfs
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.listeners import KernelSocketTable
 from portd.adapters.kernel.netlink import SocketDiag
@@ -73,10 +71,6 @@ PRUNE_LOOKS: Final = 360
 PRUNE_EVENTS: Final = 10 * EVENTS_KEPT
 """Events that make it worth forgetting sooner, about 50 MB: ten seconds of nothing but grants."""
 DAY_S: Final = 86_400.0
-ROOM_FOR: Final = 1 << 15
-"""Descriptors that there is room for from the start, 8 bytes of kernel memory each. The kernel doubles a full table,
-and where there are threads it waits until all cores have seen the new one (expand_fdtable in fs/file.c): each time the
-loop stood still for 7 to 20 ms."""
 EXIT_FAULT: Final = 70
 """Exit status of a daemon that gave itself up (sysexits.h, EX_SOFTWARE): the unit starts it again."""
 
@@ -93,7 +87,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Start, serve until SIGTERM or SIGINT, stop."""
-        raise_file_limit()
+        descriptors.take_all()
         store_path = Path(self._settings.store.path or self._paths.store)
         self._metrics = Metrics(self._gauges)
         self._store = await SqliteStore.open(store_path, self._settings.store.durability, self._metrics.commit)
@@ -359,16 +353,6 @@ def policy(settings: Settings) -> Policy:
 def host_name() -> str:
     """Return this host's name, without its domain."""
     return socket.gethostname().partition(".")[0] or "localhost"
-
-
-def raise_file_limit() -> None:
-    """Take all the descriptors that the hard limit gives, each hold and each owner costs one, and make room for them
-    while there are no threads yet."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with open(os.devnull) as file:
-        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, min(hard, ROOM_FOR) - 1))
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from portd.daemon import ROOM_FOR
+from portd.adapters.kernel.descriptors import ROOM_FOR
 from tests.e2e.conftest import MakeDaemon
 
 
