@@ -146,6 +146,7 @@ class LeaseService:
             if existing is not None:
                 changes.extend(self._again(existing, request, caller, process, now))
                 return existing, None
+            self._check_instance(request, caller, process)
         shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service) if grants else ()
         grant = self.granter.grant(request, caller, process, now, shared)
         grants.append(grant)
@@ -173,6 +174,14 @@ class LeaseService:
             return [Change(lease.id, "updated", {"owner": process.owner, "process": process.id})]
         raise PortTaken(f"{lease.instance} (endpoint {lease.endpoint}) has port {lease.port} already, for "
                         f"{describe(lease.owner)}: take another instance name, or none", pointer="/instance")
+
+    def _check_instance(self, request: LeaseRequest, caller: Caller, process: Process | None) -> None:
+        """Refuse an endpoint of another user's instance: it would speak in its name, on an address of its own too."""
+        uid = caller.uid if process is None else process.owner.uid
+        for lease in self.table.of_instance(request.service, request.instance or ""):
+            if lease.owner.uid != uid and not caller.admin:
+                raise PortTaken(f"{lease.instance} is an instance of {describe(lease.owner)}: take another instance "
+                                "name, or none", pointer="/instance")
 
     def _undo_move(self, lease: Lease, moved: Lease) -> None:
         self._moving.pop(lease.id, None)

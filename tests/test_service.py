@@ -57,6 +57,24 @@ async def test_another_owner_is_refused_a_taken_instance(world):
 
 
 @in_world()
+async def test_an_instance_is_one_users_with_all_its_endpoints(world):
+    world.processes.start(41)
+    world.processes.start(42, uid=2000)
+    world.processes.start(43)
+    lease = await world.grant(41, service="orders", instance="orders-1", address="own")
+    with pytest.raises(PortTaken) as refused:
+        await world.grant(42, uid=2000, service="orders", instance="orders-1", endpoint="metrics", address="own")
+    assert refused.value.pointer == "/instance"
+    for pid, admin in ((43, False), (42, True)):
+        endpoint = await world.grant(pid, uid=2000 if admin else 1000, admin=admin, service="orders",
+                                     instance="orders-1", endpoint=f"of-{pid}", address="own")
+        assert endpoint.address == lease.address
+    for each in world.service.table.of_instance("orders", "orders-1"):
+        await world.service.release(each.id, world.caller(41, admin=True))
+    assert (await world.grant(42, uid=2000, service="orders", instance="orders-1")).instance == "orders-1"
+
+
+@in_world()
 async def test_without_an_instance_each_grant_takes_the_lowest_free_number(world):
     world.processes.start(41)
     leases = [await world.grant(41, service="orders") for _ in range(3)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from portd.core.allocator import Place, meet, place_of
 from portd.core.model import Event, Lease, ProcessId
@@ -89,6 +89,11 @@ class LeaseTable:
     def of_process(self, process: ProcessId) -> list[Lease]:
         """Return the leases and claims of a process."""
         return [self._lease(lease_id) for lease_id in self._processes.get(process, ())]
+
+    def of_instance(self, service: str, instance: str) -> list[Lease]:
+        """Return the leases and claims of an instance: its endpoints."""
+        instances = self._instances.get(service)
+        return [] if instances is None else [self._lease(lease_id) for lease_id in instances.of(instance)]
 
     def is_owner(self, process: ProcessId) -> bool:
         """Tell whether a lease or claim lasts as long as this process does."""
@@ -181,7 +186,7 @@ class LeaseTable:
             if lease.lifetime != "ttl":
                 self._owners[lease.process] += 1
         self._uids[lease.owner.uid] = self._uids.get(lease.owner.uid, 0) + 1
-        self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance)
+        self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance, lease.id)
 
     def _leave(self, lease: Lease) -> None:
         del self._names[lease.name]
@@ -199,7 +204,7 @@ class LeaseTable:
         if not self._uids[lease.owner.uid]:
             del self._uids[lease.owner.uid]
         instances = self._instances[lease.service]
-        instances.leave(lease.instance)
+        instances.leave(lease.instance, lease.id)
         if not instances:
             del self._instances[lease.service]
 
@@ -227,7 +232,7 @@ class _Instances:
 
     def __init__(self, service: str) -> None:
         self._service = service
-        self._leases: dict[str, int] = {}
+        self._leases: dict[str, list[str]] = {}
         self._next = 1
         self._freed: list[int] = []
 
@@ -244,11 +249,14 @@ class _Instances:
             self._next += 1
         return name
 
-    def enter(self, instance: str) -> None:
-        self._leases[instance] = self._leases.get(instance, 0) + 1
+    def of(self, instance: str) -> Sequence[str]:
+        return self._leases.get(instance, ())
 
-    def leave(self, instance: str) -> None:
-        self._leases[instance] -= 1
+    def enter(self, instance: str, lease_id: str) -> None:
+        self._leases.setdefault(instance, []).append(lease_id)
+
+    def leave(self, instance: str, lease_id: str) -> None:
+        self._leases[instance].remove(lease_id)
         if self._leases[instance]:
             return
         del self._leases[instance]
