@@ -127,7 +127,7 @@ def test_an_array_over_the_quota_leaves_nothing_behind(make_daemon: MakeDaemon) 
 @pytest.mark.parametrize("headers", [
     {"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Host": "127.0.0.1.evil.example"}, {"Host": ""},
     {"Host": "192.0.2.1"}, {"Host": "[2001:db8::1]:80"}, {"Host": "localhost@evil.example"},
-    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost.evil.example"},
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}, {"Origin": "http://localhost.evil.example"},
     {"Origin": "http://127.0.0.1:1"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
 ], ids=str)
 def test_what_a_page_of_another_origin_could_send_is_refused(daemon: Daemon, headers: dict[str, str]) -> None:

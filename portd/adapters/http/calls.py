@@ -118,9 +118,7 @@ def decode_body(decode: Callable[[bytes], Any], kind: Any, data: bytes) -> Any:
         try:
             return decode(data)
         except msgspec.ValidationError:
-            if b".0" not in data:
-                raise
-            # 158.0 is an integer by JSON Schema (draft 2020-12, validation, section 6.1.1), and none to msgspec.
+            # 158.0 and 1.58e2 are integers by JSON Schema (draft 2020-12, validation, section 6.1.1), none to msgspec.
             return msgspec.convert(_with_integers(msgspec.json.decode(data)), kind)
     except msgspec.ValidationError as error:
         what, pointer = pointer_of(error)

@@ -87,10 +87,8 @@ class Gate:
         if not guest.is_unix and not self._is_own(host):
             raise ForbiddenOrigin(f"{host!r} is no name of this daemon: use 127.0.0.1 or localhost")
         origin = headers.get("Origin")
-        if origin is not None:
-            parts = urlsplit(origin)
-            if guest.is_unix or parts.netloc.lower() != host.lower():
-                raise ForbiddenOrigin(f"a page of {origin} may not call this daemon")
+        if origin is not None and (guest.is_unix or _host_of(origin) != host.lower()):
+            raise ForbiddenOrigin(f"a page of {origin} may not call this daemon")
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise ForbiddenOrigin("a page of another site may not call this daemon")
 
@@ -106,6 +104,14 @@ class Gate:
             return ipaddress.ip_address(name).is_loopback
         except ValueError:
             return False
+
+
+def _host_of(origin: str) -> str | None:
+    """Return the host and port of an origin, or None for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _gid(name: str) -> int:
