@@ -118,6 +118,10 @@ class Journal:
         """Return a lease as an observation that the disk does not have yet left it, or None."""
         return next((event.lease for event in reversed(self._unwritten) if event.lease.id == lease_id), None)
 
+    def unwritten_ends(self) -> list[Lease]:
+        """Return the leases whose end the disk does not have yet, newest end first."""
+        return [event.lease for event in reversed(self._unwritten) if event.type == "ended"]
+
     def start_after(self, revision: int) -> None:
         """Take revisions up after this one."""
         self._revision = revision

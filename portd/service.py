@@ -407,7 +407,8 @@ class LeaseService:
 
     async def ended(self, service: str | None = None) -> list[Lease]:
         """Return ended leases that are remembered, newest first, a bounded number."""
-        return await self._store.ended(service)
+        fresh = {lease.id: lease for lease in self.journal.unwritten_ends() if service in (None, lease.service)}
+        return [*fresh.values(), *(lease for lease in await self._store.ended(service) if lease.id not in fresh)]
 
     async def history(self, port: int, protocol: Protocol | None, at: float | None, limit: int) -> list[Lease]:
         """Return who had the port, newest first; live leases as they are now."""

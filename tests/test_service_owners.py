@@ -52,6 +52,20 @@ async def test_a_process_that_dies_between_request_and_grant_leaves_no_lease(wor
 
 
 @in_world()
+async def test_a_lease_that_has_ended_is_listed_as_such_before_the_disk_has_it_and_once(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders")
+    world.processes.end(41)
+    assert [each.id for each in world.service.journal.unwritten_ends()] == [lease.id]
+    assert [(each.id, each.ended_because) for each in await world.service.ended("orders")] == [
+        (lease.id, "owner_exited")]
+    assert await world.service.ended("billing") == []
+    await world.service.journal.drain(5.0)
+    assert world.service.journal.unwritten_ends() == []
+    assert [each.id for each in await world.service.ended()] == [lease.id]
+
+
+@in_world()
 async def test_a_later_process_with_the_same_pid_is_another_owner(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders", instance="orders-1")
