@@ -151,7 +151,7 @@ class Granter:
                                       endpoint=request.endpoint, protocol=protocol, address=address,
                                       check=request.check)
         ask = Ask((request.service, instance, request.endpoint), protocol, address, wish, request.pool, request.exact)
-        privileged = caller.admin or own or static is not None
+        privileged = caller.admin or own or (static is not None and wish == static.port)
         token = self._make_token()
         lease_id = self._make_id(now.at)
         place = self._find(lease_id, ask, hold, now, privileged=privileged)

@@ -131,6 +131,15 @@ async def test_a_static_port_is_its_services_for_good(world):
     assert (await world.grant(42, service="orders")).port == 8080
 
 
+@in_world(statics=[StaticPort("web", 80, "tcp", LOOPBACK)])
+async def test_a_static_port_opens_no_other_privileged_one(world):
+    world.processes.start(41)
+    with pytest.raises(PortReserved):
+        await world.grant(41, service="web", port=443, exact=True)
+    assert (await world.grant(41, service="web", port=443)).port == 20000
+    assert (await world.grant(41, service="web")).port == 80
+
+
 @in_world()
 async def test_privileged_ports_are_for_admins_and_own_addresses(world):
     world.processes.start(41)
