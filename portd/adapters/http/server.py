@@ -183,7 +183,8 @@ class Connection(RequestHandler):
             self.force_close()
             return
         self.transport.write(response)
-        self._take_late()
+        if self._late:
+            self._loop.call_soon(self._take_late)  # not here: the journal is settling a batch
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
