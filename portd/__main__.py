@@ -29,6 +29,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return DONE
+    except OSError as error:  # a full disk, mostly
+        print(f"portd: {error.strerror or error}", file=sys.stderr)
+        _discard_stdout()
+        return NO
     except KeyboardInterrupt:
         return 130
 
@@ -83,7 +87,7 @@ def _closest(name: str) -> str:
 
 
 def _discard_stdout() -> None:
-    """Whoever read our output has gone (`portd ls | head -1`): let the interpreter's last flush go nowhere."""
+    """Our output can't be written, or who read it has gone (`portd ls | head -1`): let the last flush go nowhere."""
     import os
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

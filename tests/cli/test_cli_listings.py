@@ -59,6 +59,14 @@ def test_a_reader_that_goes_away_is_no_error(daemon: Daemon) -> None:
     assert done.stderr == ""
 
 
+def test_output_that_cant_be_written_is_told_in_one_line(daemon: Daemon) -> None:
+    daemon.portd("lease", "unwritten", "--ttl", "60")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "portd", "ls"], env=daemon.environ, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stderr) == (1, "portd: No space left on device\n")
+
+
 def test_who_names_a_process_that_never_heard_of_portd(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = str(stranger.getsockname()[1])
