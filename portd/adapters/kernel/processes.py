@@ -25,8 +25,9 @@ from portd.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
 AT_ONCE_S: Final = 0.001
-"""How long a process is taken to run, and as the same user, since it was asked: what comes within it comes at once. Who
-is gone meanwhile might as well have gone after the answer, and no pid comes round so soon."""
+"""How long (or a turn of the loop, where that is longer) a process is taken to run, and as the same user, since it was
+asked: what comes within it comes at once. Who is gone meanwhile might as well have gone after the answer, and no pid
+comes round so soon."""
 FRESH_S: Final = 0.1
 """How long a process' command line and network are taken for what they were: one that leases by the hundred is not
 read for each. An exec within it is seen when the port is bound, at the latest."""
