@@ -19,6 +19,7 @@ import msgspec
 from portd.core import announcing
 from portd.core.allocator import Allocator, Ask, Place
 from portd.core.errors import (
+    FILE_LIMIT,
     Busy,
     InvalidRequest,
     NotOwner,
@@ -50,7 +51,8 @@ TRIES_MAX: Final = 512
 """Candidates that one grant tries: each costs a bind (10 µs), so a pool full of strangers blocks the loop for 5 ms at
 the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
 DEFAULT_ADDRESS: Final = "127.0.0.1"
-"""What a request without an address binds; a static port's own address takes its place."""
+DEFAULT_PROTOCOL: Final = "tcp"
+"""What a request binds that says nothing else; a static port's own address and protocol take their place."""
 PRIVILEGED_BELOW: Final = 1024
 """Ports that only root may bind by the kernel's rule: a lease on one is a privilege too, except on an own address."""
 
@@ -144,7 +146,8 @@ class Granter:
         wish = request.port
         if static is not None and wish in (None, static.port):
             wish = static.port
-            protocol = static.protocol if static.protocol != "both" else protocol
+            if static.protocol != "both" and protocol == DEFAULT_PROTOCOL:
+                protocol = static.protocol
             address = address if own or request.address != DEFAULT_ADDRESS else static.address
         hold = self._hold(request, protocol)
         announce = announcing.resolve(request.announce, service=request.service, instance=instance,
@@ -224,7 +227,7 @@ class Granter:
                 return None
             raise InvalidRequest(f"there is no process {pid} (any more)", pointer="/pid") from error
         except OSError as error:
-            raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
+            raise Busy(FILE_LIMIT) from error
         if request_pid is None and process.owner.uid != caller.uid:
             # Credentials are those of connect(): the pid may have passed on to another user's process since.
             raise InvalidRequest(f"process {pid} is not the one that connected: connect again", pointer="/pid")
@@ -299,7 +302,7 @@ class Granter:
             elif taken == "no_address":
                 raise InvalidRequest(f"{place.address} is not an address of this host", pointer="/address")
             elif taken == "no_descriptors":
-                raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')")
+                raise Busy(FILE_LIMIT)
             elif taken == "forbidden" and ask.exact:
                 raise PortReserved(f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE",
                                    pointer="/port")

@@ -17,6 +17,7 @@ from portd.clocks import LeaseClocks
 from portd.core import announcing
 from portd.core.allocator import Allocator
 from portd.core.errors import (
+    FILE_LIMIT,
     Busy,
     InvalidRequest,
     LeaseEnded,
@@ -177,11 +178,12 @@ class LeaseService:
 
     def _check_instance(self, request: LeaseRequest, caller: Caller, process: Process | None) -> None:
         """Refuse an endpoint of another user's instance: it would speak in its name, on an address of its own too."""
+        assert request.instance is not None
+        owner = self.table.owner_of_instance(request.service, request.instance)
         uid = caller.uid if process is None else process.owner.uid
-        for lease in self.table.of_instance(request.service, request.instance or ""):
-            if lease.owner.uid != uid and not caller.admin:
-                raise PortTaken(f"{lease.instance} is an instance of {describe(lease.owner)}: take another instance "
-                                "name, or none", pointer="/instance")
+        if owner is not None and owner.uid != uid and not caller.admin:
+            raise PortTaken(f"{request.instance} is an instance of {describe(owner)}: take another instance name, or "
+                            "none", pointer="/instance")
 
     def _undo_move(self, lease: Lease, moved: Lease) -> None:
         self._moving.pop(lease.id, None)
@@ -444,7 +446,7 @@ class LeaseService:
         except ProcessGone as error:
             raise InvalidRequest(f"process {process.pid} has exited", pointer="/pid") from error
         except OSError as error:
-            raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
+            raise Busy(FILE_LIMIT) from error
 
     def _forget_process(self, process: ProcessId | None) -> None:
         if process is not None and not self.table.is_owner(process):

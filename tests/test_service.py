@@ -69,7 +69,7 @@ async def test_an_instance_is_one_users_with_all_its_endpoints(world):
         endpoint = await world.grant(pid, uid=2000 if admin else 1000, admin=admin, service="orders",
                                      instance="orders-1", endpoint=f"of-{pid}", address="own")
         assert endpoint.address == lease.address
-    for each in world.service.table.of_instance("orders", "orders-1"):
+    for each in list(world.service.table):
         await world.service.release(each.id, world.caller(41, admin=True))
     assert (await world.grant(42, uid=2000, service="orders", instance="orders-1")).instance == "orders-1"
 
@@ -129,6 +129,21 @@ async def test_a_static_port_is_its_services_for_good(world):
         await world.grant(42, service="billing", port=8080, exact=True)
     world.processes.end(41)
     assert (await world.grant(42, service="orders")).port == 8080
+
+
+@in_world(statics=[StaticPort("names", 5353, "udp", LOOPBACK), StaticPort("web", 8080, "tcp", LOOPBACK),
+                   StaticPort("any", 8081, "both", LOOPBACK)])
+async def test_a_static_port_has_its_own_protocol_unless_another_is_asked_for(world):
+    world.processes.start(41)
+
+    async def given(**wish):
+        lease = await world.grant(41, **wish)
+        return lease.protocol, lease.port, lease.lifetime
+
+    assert await given(service="names") == ("udp", 5353, "static")
+    assert await given(service="web") == ("tcp", 8080, "static")
+    assert await given(service="web", protocol="udp") == ("udp", 8080, "static")
+    assert await given(service="any", protocol="both") == ("both", 8081, "static")
 
 
 @in_world(statics=[StaticPort("web", 80, "tcp", LOOPBACK)])

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Protocol
 import msgspec
 from msgspec import Meta, Struct
 
-from portd.core.errors import Busy, InvalidRequest, PortTaken, Refusal
+from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, PortTaken, Refusal
 from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.problems import pointer_of, problem_of
@@ -178,7 +178,7 @@ class HandoffServer:
                 sockets["tcp"].listen(wish.backlog)
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
-                raise Busy("portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')") from error
+                raise Busy(FILE_LIMIT) from error
             raise PortTaken(f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
                             f"it for another, or see 'portd who {lease.port}'", pointer="/lease") from error
         return [sockets[part] for part in ("tcp", "udp") if part in sockets]

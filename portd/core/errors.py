@@ -91,6 +91,9 @@ class PoolExhausted(Refusal):
     code = "pool_exhausted"
 
 
+FILE_LIMIT = "portd is at its file limit: raise LimitNOFILE of its unit (see 'portd doctor')"
+
+
 class Busy(Refusal):
     """Too much at once: the same request may succeed after `retry_after` seconds."""
 

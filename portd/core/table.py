@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from portd.core.allocator import Place, meet, place_of
-from portd.core.model import Event, Lease, ProcessId
+from portd.core.model import Event, Lease, Owner, ProcessId
 
 _NOTHING: Mapping[str, Lease] = {}
 _WILDCARDS = ("0.0.0.0", "::")
@@ -90,10 +90,11 @@ class LeaseTable:
         """Return the leases and claims of a process."""
         return [self._lease(lease_id) for lease_id in self._processes.get(process, ())]
 
-    def of_instance(self, service: str, instance: str) -> list[Lease]:
-        """Return the leases and claims of an instance: its endpoints."""
+    def owner_of_instance(self, service: str, instance: str) -> Owner | None:
+        """Return who has an instance, the owner of its oldest lease or claim; None where nobody has."""
         instances = self._instances.get(service)
-        return [] if instances is None else [self._lease(lease_id) for lease_id in instances.of(instance)]
+        oldest = None if instances is None else instances.oldest(instance)
+        return None if oldest is None else self._lease(oldest).owner
 
     def is_owner(self, process: ProcessId) -> bool:
         """Tell whether a lease or claim lasts as long as this process does."""
@@ -232,7 +233,7 @@ class _Instances:
 
     def __init__(self, service: str) -> None:
         self._service = service
-        self._leases: dict[str, list[str]] = {}
+        self._leases: dict[str, dict[str, None]] = {}  # ids by instance, oldest first
         self._next = 1
         self._freed: list[int] = []
 
@@ -249,14 +250,14 @@ class _Instances:
             self._next += 1
         return name
 
-    def of(self, instance: str) -> Sequence[str]:
-        return self._leases.get(instance, ())
+    def oldest(self, instance: str) -> str | None:
+        return next(iter(self._leases.get(instance, ())), None)
 
     def enter(self, instance: str, lease_id: str) -> None:
-        self._leases.setdefault(instance, []).append(lease_id)
+        self._leases.setdefault(instance, {})[lease_id] = None
 
     def leave(self, instance: str, lease_id: str) -> None:
-        self._leases[instance].remove(lease_id)
+        del self._leases[instance][lease_id]
         if self._leases[instance]:
             return
         del self._leases[instance]
