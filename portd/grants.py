@@ -89,7 +89,7 @@ class _Chance:
         if at + count > len(self._drawn):
             at, self._drawn = 0, os.urandom(DRAWN_BYTES)
         self._at = at + count
-        return self._drawn[at:self._at]
+        return self._drawn[at : self._at]
 
 
 _chance = _Chance()
@@ -116,8 +116,16 @@ def hash_token(token: str) -> bytes:
 class Granter:
     """Decides grants and takes their holds; undoes both where nothing comes of it."""
 
-    def __init__(self, table: LeaseTable, allocator: Allocator, holds: Holds, processes: Processes, policy: Policy,
-                 make_id: Callable[[float], str] = new_id, make_token: Callable[[], str] = new_token) -> None:
+    def __init__(
+        self,
+        table: LeaseTable,
+        allocator: Allocator,
+        holds: Holds,
+        processes: Processes,
+        policy: Policy,
+        make_id: Callable[[float], str] = new_id,
+        make_token: Callable[[], str] = new_token,
+    ) -> None:
         self._table = table
         self._allocator = allocator
         self._holds = holds
@@ -126,8 +134,9 @@ class Granter:
         self._make_id = make_id
         self._make_token = make_token
 
-    def grant(self, request: LeaseRequest, caller: Caller, process: Process | None, now: Now,
-              shared: Iterable[str] = ()) -> Grant:
+    def grant(
+        self, request: LeaseRequest, caller: Caller, process: Process | None, now: Now, shared: Iterable[str] = ()
+    ) -> Grant:
         """Decide one grant: the lease is claimed in the table, counted in its pool, and its hold is taken.
 
         `shared` are instances of the same service that the same call has made: endpoints gather on them. Raises the
@@ -137,8 +146,10 @@ class Granter:
         owner, identity = self._owner(caller, process)
         quota = self.policy.quota_per_uid
         if quota and self._table.count_of_uid(owner.uid) >= quota:
-            raise QuotaExceeded(f"uid {owner.uid} has {quota} leases already, its quota: release some, "
-                                "or raise quota_per_uid in the configuration")
+            raise QuotaExceeded(
+                f"uid {owner.uid} has {quota} leases already, its quota: release some, "
+                "or raise quota_per_uid in the configuration"
+            )
         instance = request.instance or self._table.free_instance(request.service, request.endpoint, shared)
         static = self._allocator.static_for(request.service, request.endpoint)
         address, own = self._address(request, instance)
@@ -150,9 +161,15 @@ class Granter:
                 protocol = static.protocol
             address = address if own or request.address != DEFAULT_ADDRESS else static.address
         hold = self._hold(request, protocol)
-        announce = announcing.resolve(request.announce, service=request.service, instance=instance,
-                                      endpoint=request.endpoint, protocol=protocol, address=address,
-                                      check=request.check)
+        announce = announcing.resolve(
+            request.announce,
+            service=request.service,
+            instance=instance,
+            endpoint=request.endpoint,
+            protocol=protocol,
+            address=address,
+            check=request.check,
+        )
         ask = Ask((request.service, instance, request.endpoint), protocol, address, wish, request.pool, request.exact)
         privileged = caller.admin or own or (static is not None and wish == static.port)
         token = self._make_token()
@@ -164,11 +181,30 @@ class Granter:
         elif static is not None and place.port == static.port:
             lifetime = "static"
         lease = Lease(
-            id=lease_id, service=request.service, instance=instance, endpoint=request.endpoint, protocol=protocol,
-            address=address, port=place.port, pool=request.pool, hold=hold, lifetime=lifetime, owner=owner,
-            tags=request.tags, metadata=request.metadata, check=request.check, announce=announce,
-            host=self.policy.host, created_at=now.at, process=identity, token_hash=hash_token(token),
-            ttl=request.ttl, exact=request.exact, own_address=own)
+            id=lease_id,
+            service=request.service,
+            instance=instance,
+            endpoint=request.endpoint,
+            protocol=protocol,
+            address=address,
+            port=place.port,
+            pool=request.pool,
+            hold=hold,
+            lifetime=lifetime,
+            owner=owner,
+            uid=owner.uid,
+            tags=request.tags,
+            metadata=request.metadata,
+            check=request.check,
+            announce=announce,
+            host=self.policy.host,
+            created_at=now.at,
+            process=identity,
+            token_hash=hash_token(token),
+            ttl=request.ttl,
+            exact=request.exact,
+            own_address=own,
+        )
         self._table.claim(lease)  # no await between the pick and here
         self._allocator.use(lease)
         return Grant(lease, token)
@@ -214,14 +250,18 @@ class Granter:
         pid = request_pid or caller.pid
         if pid is None or (caller.known_by == "token" and request_pid is None):
             if required:
-                raise InvalidRequest("which process calls can't be known here: give 'ttl' (seconds), and renew in time",
-                                     pointer="/ttl")
+                raise InvalidRequest(
+                    "which process calls can't be known here: give 'ttl' (seconds), and renew in time", pointer="/ttl"
+                )
             return None
         try:
             process = self._processes.find(pid, caller.known_by)
         except ForeignNetwork as error:
-            raise OtherNetwork(f"process {pid} lives in another network namespace: its ports are not this host's; run "
-                               "portd in that namespace", pointer="/pid" if request_pid else None) from error
+            raise OtherNetwork(
+                f"process {pid} lives in another network namespace: its ports are not this host's; run "
+                "portd in that namespace",
+                pointer="/pid" if request_pid else None,
+            ) from error
         except ProcessGone as error:
             if not required and request_pid is None:
                 return None
@@ -232,8 +272,10 @@ class Granter:
             # Credentials are those of connect(): the pid may have passed on to another user's process since.
             raise InvalidRequest(f"process {pid} is not the one that connected: connect again", pointer="/pid")
         if request_pid is not None and not caller.admin and process.owner.uid != caller.uid:
-            raise NotOwner(f"process {pid} belongs to uid {process.owner.uid}: only root or the admin group may lease "
-                           "for it", pointer="/pid")
+            raise NotOwner(
+                f"process {pid} belongs to uid {process.owner.uid}: only root or the admin group may lease for it",
+                pointer="/pid",
+            )
         return process
 
     def check_check(self, check: Check | None, protocol: Protocol) -> None:
@@ -241,21 +283,25 @@ class Granter:
         if check is None:
             return
         if isinstance(check, HttpCheck | TcpCheck | GrpcCheck) and protocol == "udp":
-            raise InvalidRequest("this check needs TCP: use 'listen', 'report' or 'command' for a udp lease",
-                                 pointer="/check/kind")
+            raise InvalidRequest(
+                "this check needs TCP: use 'listen', 'report' or 'command' for a udp lease", pointer="/check/kind"
+            )
         if isinstance(check, CommandCheck) and check.command[0] not in self.policy.allow_commands:
-            raise InvalidRequest(f"{check.command[0]} is not among allow_commands in the configuration",
-                                 pointer="/check/command/0")
+            raise InvalidRequest(
+                f"{check.command[0]} is not among allow_commands in the configuration", pointer="/check/command/0"
+            )
 
     # --- parts of a decision ---
 
     def _check(self, request: LeaseRequest) -> None:
         if request.pool not in self._allocator.pools():
-            raise InvalidRequest(f"there is no pool {request.pool}; there is: {', '.join(self._allocator.pools())}",
-                                 pointer="/pool")
+            raise InvalidRequest(
+                f"there is no pool {request.pool}; there is: {', '.join(self._allocator.pools())}", pointer="/pool"
+            )
         if request.ttl is not None and request.ttl > self.policy.max_ttl_s:
-            raise InvalidRequest(f"a ttl of more than {self.policy.max_ttl_s:g} s (max_ttl) is not granted",
-                                 pointer="/ttl")
+            raise InvalidRequest(
+                f"a ttl of more than {self.policy.max_ttl_s:g} s (max_ttl) is not granted", pointer="/ttl"
+            )
         if request.exact and request.port is None:
             raise InvalidRequest("'exact' needs a 'port'", pointer="/exact")
         self.check_check(request.check, request.protocol)
@@ -268,8 +314,11 @@ class Granter:
 
     def _hold(self, request: LeaseRequest, protocol: Protocol) -> HoldKind:
         if request.hold == "shared" and protocol == "udp":
-            raise InvalidRequest("a udp port can't be held 'shared': the last to bind gets every datagram; use "
-                                 "'exclusive' (by handoff) or 'none'", pointer="/hold")
+            raise InvalidRequest(
+                "a udp port can't be held 'shared': the last to bind gets every datagram; use "
+                "'exclusive' (by handoff) or 'none'",
+                pointer="/hold",
+            )
         if request.hold is not None:
             return request.hold
         return "none" if protocol == "udp" else self.policy.hold
@@ -286,8 +335,11 @@ class Granter:
             nonlocal tries
             if place.port < PRIVILEGED_BELOW and not privileged:
                 if ask.exact:
-                    raise PortReserved(f"port {place.port} is privileged: only root, the admin group or a static port "
-                                       "of the configuration gets it; or ask for an own address", pointer="/port")
+                    raise PortReserved(
+                        f"port {place.port} is privileged: only root, the admin group or a static port "
+                        "of the configuration gets it; or ask for an own address",
+                        pointer="/port",
+                    )
                 return False
             if self._table.in_way(place) is not None:
                 return False
@@ -304,8 +356,9 @@ class Granter:
             elif taken == "no_descriptors":
                 raise Busy(FILE_LIMIT)
             elif taken == "forbidden" and ask.exact:
-                raise PortReserved(f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE",
-                                   pointer="/port")
+                raise PortReserved(
+                    f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE", pointer="/port"
+                )
             return False
 
         return self._allocator.pick(ask, works)

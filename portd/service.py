@@ -63,8 +63,17 @@ class Decision(NamedTuple):
 class LeaseService:
     """All that can be done with leases. Methods raise a Refusal where they don't do it; then nothing has changed."""
 
-    def __init__(self, table: LeaseTable, allocator: Allocator, journal: Journal, granter: Granter, store: LeaseStore,
-                 holds: Holds, processes: Processes, clock: Clock) -> None:
+    def __init__(
+        self,
+        table: LeaseTable,
+        allocator: Allocator,
+        journal: Journal,
+        granter: Granter,
+        store: LeaseStore,
+        holds: Holds,
+        processes: Processes,
+        clock: Clock,
+    ) -> None:
         self.table = table
         self.allocator = allocator
         self.journal = journal
@@ -139,8 +148,9 @@ class LeaseService:
             decision.entry.result()
         return Granted([self.table.get(lease.id) or lease for lease in decision.leases], decision.tokens)
 
-    def _grant_one(self, request: LeaseRequest, caller: Caller, now: Now, grants: list[Grant],
-                   changes: list[Change]) -> tuple[Lease, str | None]:
+    def _grant_one(
+        self, request: LeaseRequest, caller: Caller, now: Now, grants: list[Grant], changes: list[Change]
+    ) -> tuple[Lease, str | None]:
         process = self.granter.process(request.pid, caller, required=request.ttl is None)
         if request.instance is not None:
             existing = self.table.named(request.service, request.instance, request.endpoint)
@@ -156,12 +166,13 @@ class LeaseService:
         changes.append(Change(grant.lease.id, "granted", lease=grant.lease))
         return grant.lease, grant.token
 
-    def _again(self, lease: Lease, request: LeaseRequest, caller: Caller, process: Process | None,
-               now: Now) -> list[Change]:
+    def _again(
+        self, lease: Lease, request: LeaseRequest, caller: Caller, process: Process | None, now: Now
+    ) -> list[Change]:
         """Judge a request for a name that is leased: the same owner has it already; a user's new process takes a
         ttl lease over from the one that died; anybody else is refused."""
         identity = None if process is None else process.id
-        same_uid = caller.uid is not None and caller.uid == lease.owner.uid
+        same_uid = caller.uid is not None and caller.uid == lease.uid
         if lease.process is not None and identity == lease.process:
             if lease.lifetime == "ttl":
                 self._clocks.restart(lease, now)
@@ -173,17 +184,22 @@ class LeaseService:
             if process is None:
                 return []
             return [Change(lease.id, "updated", {"owner": process.owner, "process": process.id})]
-        raise PortTaken(f"{lease.instance} (endpoint {lease.endpoint}) has port {lease.port} already, for "
-                        f"{describe(lease.owner)}: take another instance name, or none", pointer="/instance")
+        raise PortTaken(
+            f"{lease.instance} (endpoint {lease.endpoint}) has port {lease.port} already, for "
+            f"{describe(lease.owner)}: take another instance name, or none",
+            pointer="/instance",
+        )
 
     def _check_instance(self, request: LeaseRequest, caller: Caller, process: Process | None) -> None:
         """Refuse an endpoint of another user's instance: it would speak in its name, on an address of its own too."""
         assert request.instance is not None
-        owner = self.table.owner_of_instance(request.service, request.instance)
+        oldest = self.table.oldest_of_instance(request.service, request.instance)
         uid = caller.uid if process is None else process.owner.uid
-        if owner is not None and owner.uid != uid and not caller.admin:
-            raise PortTaken(f"{request.instance} is an instance of {describe(owner)}: take another instance name, or "
-                            "none", pointer="/instance")
+        if oldest is not None and oldest.uid != uid and not caller.admin:
+            raise PortTaken(
+                f"{request.instance} is an instance of {describe(oldest.owner)}: take another instance name, or none",
+                pointer="/instance",
+            )
 
     def _undo_move(self, lease: Lease, moved: Lease) -> None:
         self._moving.pop(lease.id, None)
@@ -203,11 +219,14 @@ class LeaseService:
         period (`seconds`) is durable. Raises NoClock for a lease without a clock."""
         lease = await self._mine(lease_id, caller)
         if lease.lifetime != "ttl":
-            raise NoClock(f"lease {lease.id} ({lease.instance}, port {lease.port}) lasts as long as its process: there "
-                          "is nothing to renew")
+            raise NoClock(
+                f"lease {lease.id} ({lease.instance}, port {lease.port}) lasts as long as its process: there "
+                "is nothing to renew"
+            )
         if seconds is not None and seconds > self.granter.policy.max_ttl_s:
-            raise InvalidRequest(f"a ttl of more than {self.granter.policy.max_ttl_s:g} s (max_ttl) is not granted",
-                                 pointer="/seconds")
+            raise InvalidRequest(
+                f"a ttl of more than {self.granter.policy.max_ttl_s:g} s (max_ttl) is not granted", pointer="/seconds"
+            )
         if seconds is not None and seconds != lease.ttl:
             lease = await self._commit(Change(lease.id, "updated", {"ttl": seconds}))
         self._clocks.restart(lease, self.clock.now())
@@ -219,8 +238,10 @@ class LeaseService:
         lease = await self._mine(lease_id, caller)
         if lease.exact or lease.lifetime == "static":
             kind = "exactly this port was asked for" if lease.exact else "its port is static"
-            raise NotDeclinable(f"lease {lease.id} can't move from port {lease.port}: {kind}; see 'portd who "
-                                f"{lease.port}' for who has it")
+            raise NotDeclinable(
+                f"lease {lease.id} can't move from port {lease.port}: {kind}; see 'portd who "
+                f"{lease.port}' for who has it"
+            )
         if lease.id in self._moving:
             raise Busy(f"lease {lease.id} is being moved from port {lease.port} already")
         moved = self.granter.move(lease, self.clock.now(), privileged=caller.admin or lease.own_address)
@@ -250,8 +271,14 @@ class LeaseService:
                 fields |= {"health": "unknown", "health_note": ""}
         if patch.announce is not UNSET:
             fields["announce"] = announcing.resolve(
-                patch.announce, service=lease.service, instance=lease.instance, endpoint=lease.endpoint,
-                protocol=lease.protocol, address=lease.address, check=fields.get("check", lease.check))
+                patch.announce,
+                service=lease.service,
+                instance=lease.instance,
+                endpoint=lease.endpoint,
+                protocol=lease.protocol,
+                address=lease.address,
+                check=fields.get("check", lease.check),
+            )
         changed = {name: value for name, value in fields.items() if getattr(lease, name) != value}
         return await self._commit(Change(lease.id, "updated", changed)) if changed else lease
 
@@ -259,8 +286,9 @@ class LeaseService:
         """Take the service's own word for its health. Raises InvalidRequest for a lease without a `report` check."""
         lease = await self._mine(lease_id, caller)
         if not isinstance(lease.check, ReportCheck):
-            raise InvalidRequest(f"lease {lease.id} ({lease.instance}) has no check of kind 'report'",
-                                 pointer="/status")
+            raise InvalidRequest(
+                f"lease {lease.id} ({lease.instance}) has no check of kind 'report'", pointer="/status"
+            )
         self.report_to_probes(lease.id, report.status, report.note)
         return self.table.get(lease.id) or lease
 
@@ -340,8 +368,13 @@ class LeaseService:
     def view(self, lease: Lease, *, cmdline: bool, token: str | None = None) -> LeaseView:
         """Show a lease with its running clock."""
         renewed_at, expires_at = self._clocks.times(lease)
-        return view_lease(lease, cmdline=cmdline, renewed_at=renewed_at, expires_at=expires_at,
-                          token=UNSET if token is None else token)
+        return view_lease(
+            lease,
+            cmdline=cmdline,
+            renewed_at=renewed_at,
+            expires_at=expires_at,
+            token=UNSET if token is None else token,
+        )
 
     def tend(self) -> None:
         """Do what is due: end leases whose time has run out, look at quarantined ports. May be called at any time."""
@@ -421,8 +454,9 @@ class LeaseService:
     def live(lease: Lease) -> Lease:
         """Return a lease that is live; raises LeaseEnded for one that is not."""
         if lease.state == "ended":
-            raise LeaseEnded(f"lease {lease.id} on port {lease.port} has ended ({lease.ended_because}); ask for a new "
-                             "one")
+            raise LeaseEnded(
+                f"lease {lease.id} on port {lease.port} has ended ({lease.ended_because}); ask for a new one"
+            )
         return lease
 
     async def _mine(self, lease_id: str, caller: Caller) -> Lease:

@@ -181,3 +181,27 @@ async def test_a_process_lease_has_no_clock(world):
     lease = await world.grant(41, service="orders")
     with pytest.raises(NoClock):
         await world.service.renew(lease.id, world.caller(41), None)
+
+
+@in_world()
+async def test_a_lease_survives_its_owner_changing_user_and_is_released_by_who_leased_it(world):
+    """memcached -u, mosquitto, setpriv, su and every setuid program change their user after the grant."""
+    world.processes.start(41)
+    lease = await world.grant(41, service="cache")
+    world.service.observe_state(lease.id, "bound", world.processes.change(41, uid=65534, exe="/usr/bin/memcached"))
+    await world.settle()
+    now = await world.service.find(lease.id)
+    assert (now.uid, now.owner.uid, now.owner.exe) == (1000, 65534, "/usr/bin/memcached")
+    await world.service.release(lease.id, world.caller(uid=1000))
+    assert world.table.count_of_uid(1000) == world.table.count_of_uid(65534) == 0
+
+
+@in_world()
+async def test_the_exit_of_an_owner_that_changed_user_ends_its_lease(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="cache")
+    world.service.observe_state(lease.id, "bound", world.processes.change(41, uid=65534))
+    world.processes.end(41)
+    await world.settle()
+    assert (await world.service.find(lease.id)).ended_because == "owner_exited"
+    await world.grant(0, service="next", ttl=5.0)  # the daemon goes on

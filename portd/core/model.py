@@ -116,8 +116,9 @@ class ReportCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unkno
 class CommandCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="command"):
     """A program from the configuration's allow-list exits 0 (passing), 1 (warning) or else (critical)."""
 
-    command: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...],
-                       Meta(min_length=1, max_length=32)]
+    command: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(min_length=1, max_length=32)
+    ]
 
 
 Check = HttpCheck | TcpCheck | GrpcCheck | ListenCheck | ReportCheck | CommandCheck
@@ -140,6 +141,9 @@ class Announcement(Struct, frozen=True, gc=False, kw_only=True):
 class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """The right of one owner to one (protocol, address, port) of this host.
 
+    `uid` is the user of the process at the grant: it never changes, and rights and quotas go by it. `owner` describes the
+    process as it is now: it may have changed its user and its program since.
+
     The fields below the line never leave the daemon: no view of a lease shows them. What has its default is not stored:
     a default never changes, or the leases of older stores would change with it.
     """
@@ -159,6 +163,7 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     drain: bool = False
     lifetime: Lifetime
     owner: Owner
+    uid: int | None = None
     tags: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
     check: Check | None = None
@@ -189,7 +194,16 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
 
 
 EventType = Literal[
-    "granted", "bound", "unbound", "conflict", "declined", "draining", "undrained", "updated", "health", "announced",
+    "granted",
+    "bound",
+    "unbound",
+    "conflict",
+    "declined",
+    "draining",
+    "undrained",
+    "updated",
+    "health",
+    "announced",
     "ended",
 ]
 
@@ -220,8 +234,14 @@ def encode_lease(lease: Lease) -> bytes:
 
 
 def decode_lease(data: bytes) -> Lease:
-    """Decode what `encode_lease` made; raises msgspec.DecodeError on anything else."""
-    return _lease_decoder.decode(data)
+    """Decode what `encode_lease` made; raises msgspec.DecodeError on anything else.
+
+    Stores written before leases had a uid of their own know the owner's only.
+    """
+    lease = _lease_decoder.decode(data)
+    if lease.uid is None and lease.owner.uid is not None:
+        return msgspec.structs.replace(lease, uid=lease.owner.uid)
+    return lease
 
 
 _lease_encoder = msgspec.msgpack.Encoder()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from portd.core.allocator import Place, meet, place_of
-from portd.core.model import Event, Lease, Owner, ProcessId
+from portd.core.model import Event, Lease, ProcessId
 
 _NOTHING: Mapping[str, Lease] = {}
 _WILDCARDS = ("0.0.0.0", "::")
@@ -90,11 +90,11 @@ class LeaseTable:
         """Return the leases and claims of a process."""
         return [self._lease(lease_id) for lease_id in self._processes.get(process, ())]
 
-    def owner_of_instance(self, service: str, instance: str) -> Owner | None:
-        """Return who has an instance, the owner of its oldest lease or claim; None where nobody has."""
+    def oldest_of_instance(self, service: str, instance: str) -> Lease | None:
+        """Return the oldest lease or claim of an instance: the instance belongs to its user. None where nobody has it."""
         instances = self._instances.get(service)
         oldest = None if instances is None else instances.oldest(instance)
-        return None if oldest is None else self._lease(oldest).owner
+        return None if oldest is None else self._lease(oldest)
 
     def is_owner(self, process: ProcessId) -> bool:
         """Tell whether a lease or claim lasts as long as this process does."""
@@ -157,6 +157,26 @@ class LeaseTable:
             self._put(lease)
         self.revision = revision
 
+    def indexes(self) -> dict[str, object]:
+        """Return every index in a form that compares equal where the tables do: for tests of their consistency."""
+        return {
+            "names": dict(self._names),
+            "places": {
+                (port, address): sorted(ids)
+                for port, by_address in self._places.items()
+                for address, ids in by_address.items()
+            },
+            "processes": {process: sorted(ids) for process, ids in self._processes.items()},
+            "services": {service: sorted(leases) for service, leases in self._services.items()},
+            "owners": dict(self._owners),
+            "uids": dict(self._uids),
+            "instances": {
+                (service, instance): sorted(ids)
+                for service, instances in self._instances.items()
+                for instance, ids in instances.ids().items()
+            },
+        }
+
     # --- indexes ---
 
     def _lease(self, lease_id: str) -> Lease:
@@ -186,7 +206,7 @@ class LeaseTable:
             self._processes.setdefault(lease.process, {})[lease.id] = None
             if lease.lifetime != "ttl":
                 self._owners[lease.process] += 1
-        self._uids[lease.owner.uid] = self._uids.get(lease.owner.uid, 0) + 1
+        self._uids[lease.uid] = self._uids.get(lease.uid, 0) + 1
         self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance, lease.id)
 
     def _leave(self, lease: Lease) -> None:
@@ -201,9 +221,9 @@ class LeaseTable:
                 self._owners[lease.process] -= 1
                 if not self._owners[lease.process]:
                     del self._owners[lease.process]
-        self._uids[lease.owner.uid] -= 1
-        if not self._uids[lease.owner.uid]:
-            del self._uids[lease.owner.uid]
+        self._uids[lease.uid] -= 1
+        if not self._uids[lease.uid]:
+            del self._uids[lease.uid]
         instances = self._instances[lease.service]
         instances.leave(lease.instance, lease.id)
         if not instances:
@@ -240,6 +260,9 @@ class _Instances:
     def __bool__(self) -> bool:
         return bool(self._leases)
 
+    def ids(self) -> dict[str, dict[str, None]]:
+        return self._leases
+
     def lowest(self) -> str:
         while self._freed:
             name = self._name(self._freed[0])
@@ -262,10 +285,9 @@ class _Instances:
             return
         del self._leases[instance]
         _, _, digits = instance.rpartition("-")
-        if digits.isdecimal() and digits[0] != "0" and int(digits) < self._next \
-                and instance == self._name(int(digits)):
+        if digits.isdecimal() and digits[0] != "0" and int(digits) < self._next and instance == self._name(int(digits)):
             heapq.heappush(self._freed, int(digits))
 
     def _name(self, number: int) -> str:
         suffix = f"-{number}"
-        return self._service[:63 - len(suffix)] + suffix  # an instance is a DNS label too
+        return self._service[: 63 - len(suffix)] + suffix  # an instance is a DNS label too

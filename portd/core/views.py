@@ -54,6 +54,7 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
     drain: bool
     lifetime: Lifetime
     owner: OwnerView
+    uid: int | None
     tags: tuple[str, ...]
     metadata: dict[str, str]
     check: Check | None
@@ -88,30 +89,69 @@ def moment(at: float | None) -> datetime | None:
 @lru_cache(maxsize=1024)
 def view_owner(owner: Owner, *, cmdline: bool) -> OwnerView:
     """Show an owner, its command line only where `cmdline` says so. One process often has many leases."""
-    return OwnerView(pid=owner.pid, uid=owner.uid, user=owner.user, exe=owner.exe,
-                     cmdline=owner.cmdline if cmdline else None, unit=owner.unit,
-                     started_at=moment(owner.started_at), known_by=owner.known_by)
+    return OwnerView(
+        pid=owner.pid,
+        uid=owner.uid,
+        user=owner.user,
+        exe=owner.exe,
+        cmdline=owner.cmdline if cmdline else None,
+        unit=owner.unit,
+        started_at=moment(owner.started_at),
+        known_by=owner.known_by,
+    )
 
 
-def view_lease(lease: Lease, *, cmdline: bool, renewed_at: float | None = None, expires_at: float | None = None,
-               token: str | UnsetType = UNSET) -> LeaseView:
+def view_lease(
+    lease: Lease,
+    *,
+    cmdline: bool,
+    renewed_at: float | None = None,
+    expires_at: float | None = None,
+    token: str | UnsetType = UNSET,
+) -> LeaseView:
     """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease."""
     created_at: Any = moment(lease.created_at)
     return LeaseView(
-        id=lease.id, service=lease.service, instance=lease.instance, endpoint=lease.endpoint,
-        protocol=lease.protocol, address=lease.address, port=lease.port, pool=lease.pool, hold=lease.hold,
-        state=lease.state, health=lease.health, drain=lease.drain, lifetime=lease.lifetime,
-        owner=view_owner(lease.owner, cmdline=cmdline), tags=lease.tags, metadata=lease.metadata, check=lease.check,
-        announce=lease.announce, host=lease.host, created_at=created_at,
+        id=lease.id,
+        service=lease.service,
+        instance=lease.instance,
+        endpoint=lease.endpoint,
+        protocol=lease.protocol,
+        address=lease.address,
+        port=lease.port,
+        pool=lease.pool,
+        hold=lease.hold,
+        state=lease.state,
+        health=lease.health,
+        drain=lease.drain,
+        lifetime=lease.lifetime,
+        owner=view_owner(lease.owner, cmdline=cmdline),
+        uid=lease.uid,
+        tags=lease.tags,
+        metadata=lease.metadata,
+        check=lease.check,
+        announce=lease.announce,
+        host=lease.host,
+        created_at=created_at,
         renewed_at=moment(renewed_at if renewed_at is not None else lease.renewed_at),
-        expires_at=moment(expires_at), ended_at=moment(lease.ended_at), ended_because=lease.ended_because,
-        revision=lease.revision, token=token)
+        expires_at=moment(expires_at),
+        ended_at=moment(lease.ended_at),
+        ended_because=lease.ended_because,
+        revision=lease.revision,
+        token=token,
+    )
 
 
 def view_event(event: Event, *, cmdline: bool) -> EventView:
     """Show an event with the lease as it was then."""
     at: Any = moment(event.at)
     stranger = event.lease.stranger if event.lease.state == "conflict" else None
-    return EventView(event.revision, event.type, at, event.lease.service, event.lease.health_note,
-                     view_lease(event.lease, cmdline=cmdline),
-                     None if stranger is None else view_owner(stranger, cmdline=False))
+    return EventView(
+        event.revision,
+        event.type,
+        at,
+        event.lease.service,
+        event.lease.health_note,
+        view_lease(event.lease, cmdline=cmdline),
+        None if stranger is None else view_owner(stranger, cmdline=False),
+    )

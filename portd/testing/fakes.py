@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from portd.core.allocator import Place, meet
 from portd.core.model import HoldKind, KnownBy, Now, Owner, ProcessId, Protocol
 from portd.seams import Process, ProcessGone, Taken
@@ -94,6 +96,13 @@ class FakeProcesses:
         watcher = self._watched.pop(process.id, None)
         if watcher is not None:
             watcher(process.id)
+
+    def change(self, pid: int, *, uid: int, exe: str = "/bin/fake") -> Owner:
+        """Change the user and the program of a running process, as setuid programs and exec do."""
+        process = self._alive[pid]
+        owner = replace(process.owner, uid=uid, user=f"user{uid}", exe=exe)
+        self._alive[pid] = Process(process.id, owner)
+        return owner
 
     def vanish(self, pid: int) -> None:
         """End a process whose watcher is not told yet, as between the exit and the next turn of the loop."""

@@ -18,7 +18,7 @@ ADDRESSES = ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "::1"]
 def lease(lease_id="a", instance="orders-1", port=20000, address="127.0.0.1", protocol="tcp", pid=1, endpoint="main"):
     return Lease(id=lease_id, service="orders", instance=instance, endpoint=endpoint, protocol=protocol,
                  address=address, port=port, pool="default", hold="shared", lifetime="process",
-                 owner=Owner(pid=pid, uid=pid % 3, known_by="peercred"), host="h", created_at=0.0,
+                 owner=Owner(pid=pid, uid=pid % 3, known_by="peercred"), uid=pid % 3, host="h", created_at=0.0,
                  process=ProcessId(pid, 1, "boot"))
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from portd.core.allocator import Place, meet, place_of
 from portd.core.errors import Refusal, StoreUnavailable
 from portd.core.requests import LeaseRequest
+from portd.core.table import LeaseTable
 from portd.testing.world import World
 
 PORTS = range(20000, 20006)
@@ -91,6 +92,19 @@ class Simulation(RuleBasedStateMachine):
             self.do(self.world.processes.end, pid)
             self.forget_ended()
 
+    @rule(data=st.data(), uid=st.sampled_from([0, 1000, 65534]), exe=st.sampled_from(["/bin/fake", "/bin/other"]))
+    def owner_changes_user_and_listens(self, data, uid, exe):
+        """What memcached -u, setpriv and every setuid program do."""
+        leases = [lease for lease in self.world.table if lease.process is not None
+                  and self.world.processes.is_alive(lease.process)]
+        if not leases:
+            return
+        lease = data.draw(st.sampled_from(sorted(leases, key=lambda lease: lease.id)))
+        owner = self.world.processes.change(lease.process.pid, uid=uid, exe=exe)
+        state = data.draw(st.sampled_from(["bound", "held", "conflict"]))
+        self.do(self.world.service.observe_state, lease.id, state, None if state == "held" else owner)
+        self.forget_ended()
+
     @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))
     def pass_time(self, seconds):
         self.do(self.world.pass_time, seconds)
@@ -148,6 +162,12 @@ class Simulation(RuleBasedStateMachine):
             assert place == place_of(live[lease_id])
         watched = {lease.process for lease in live.values() if lease.lifetime != "ttl"}
         assert self.world.processes.watched_count == len(watched)
+
+    @invariant()
+    def indexes_equal_those_rebuilt_from_the_leases(self):
+        rebuilt = LeaseTable()
+        rebuilt.restore(self.world.table, self.world.table.revision)
+        assert self.world.table.indexes() == rebuilt.indexes()
 
     @invariant()
     def the_pool_adds_up(self):

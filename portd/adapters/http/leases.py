@@ -154,7 +154,7 @@ def _matches(lease: Lease, query: LeaseQuery) -> bool:
     return (query.service in (None, lease.service) and query.instance in (None, lease.instance)
             and query.endpoint in (None, lease.endpoint) and query.protocol in (None, lease.protocol)
             and query.port in (None, lease.port) and query.pid in (None, lease.owner.pid)
-            and query.uid in (None, lease.owner.uid) and query.pool in (None, lease.pool)
+            and query.uid in (None, lease.uid) and query.pool in (None, lease.pool)
             and query.state in (None, lease.state) and query.health in (None, lease.health)
             and all(tag in lease.tags for tag in query.tag))
 

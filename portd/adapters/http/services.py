@@ -87,10 +87,22 @@ class ServiceCalls:
         """Return the routes of this room."""
         return [
             Route("GET", "/v1/services", self.names, "List services with counts by health", {200: ServiceList}),
-            Route("GET", "/v1/services/{name}", self.show, "Show a service's instances, or wait for a change of it",
-                  {200: Instances}, query=ServiceQuery),
-            Route("GET", "/v1/prometheus", self.targets, "List targets for Prometheus' http_sd_configs",
-                  {200: list[Target]}, query=TargetQuery),
+            Route(
+                "GET",
+                "/v1/services/{name}",
+                self.show,
+                "Show a service's instances, or wait for a change of it",
+                {200: Instances},
+                query=ServiceQuery,
+            ),
+            Route(
+                "GET",
+                "/v1/prometheus",
+                self.targets,
+                "List targets for Prometheus' http_sd_configs",
+                {200: list[Target]},
+                query=TargetQuery,
+            ),
         ]
 
     async def names(self, call: Call) -> Answer:
@@ -98,11 +110,15 @@ class ServiceCalls:
         table = self._service.table
         counts = []
         for name in sorted(table.services()):
-            health = Counter(lease.health for lease in table.of_service(name).values()
-                             if lease.endpoint == MAIN_ENDPOINT)
+            health = Counter(
+                lease.health for lease in table.of_service(name).values() if lease.endpoint == MAIN_ENDPOINT
+            )
             instances = len({lease.instance for lease in table.of_service(name).values()})
-            counts.append(ServiceCount(name, instances, health["passing"], health["warning"], health["critical"],
-                                       health["unknown"]))
+            counts.append(
+                ServiceCount(
+                    name, instances, health["passing"], health["warning"], health["critical"], health["unknown"]
+                )
+            )
         return Answer(ServiceList(counts))
 
     async def show(self, call: Call) -> Answer:
@@ -113,17 +129,25 @@ class ServiceCalls:
             await self._feed.wait(name, query.after, query.wait)
         views: list[LeaseView] = []
         if query.scope != "lan":
-            views += [self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid))
-                      for lease in self._select(name, query)]
+            views += [
+                self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid))
+                for lease in self._select(name, query)
+            ]
         if query.scope in ("lan", "all") and query.endpoint == MAIN_ENDPOINT and not query.tag:
             now = self._service.clock.now().at
-            views += [_view_lan(seen, name, now) for seen in await self._lan(None)
-                      if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")]
+            views += [
+                _view_lan(seen, name, now)
+                for seen in await self._lan(None)
+                if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")
+            ]
         return Answer(Instances(name, self._feed.revision, views))
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
-        leases = [lease for lease in self._service.table.of_service(name).values()
-                  if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)]
+        leases = [
+            lease
+            for lease in self._service.table.of_service(name).values()
+            if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
+        ]
         if query.passing:
             leases = serving(leases)
         return sorted(leases, key=lambda lease: (lease.instance, lease.id))
@@ -131,25 +155,53 @@ class ServiceCalls:
     async def targets(self, call: Call) -> Answer:
         """GET /v1/prometheus: the whole list each time; unhealthy ones too, which Prometheus should see as such."""
         query: TargetQuery = call.query
-        chosen = [lease for lease in self._service.table
-                  if lease.protocol != "udp" and not lease.drain and lease.state != "conflict"
-                  and query.endpoint in (None, lease.endpoint) and all(tag in lease.tags for tag in query.tag)]
+        chosen = [
+            lease
+            for lease in self._service.table
+            if lease.protocol != "udp"
+            and not lease.drain
+            and lease.state != "conflict"
+            and query.endpoint in (None, lease.endpoint)
+            and all(tag in lease.tags for tag in query.tag)
+        ]
         return Answer([_target(lease) for lease in sorted(chosen, key=lambda lease: lease.name)])
 
 
 def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
     """Show what another host announces as an instance: it is announced, so it is bound and not critical there; of its
     owner nothing is known here."""
-    owner = OwnerView(pid=None, uid=None, user=None, exe=None, cmdline=None, unit=None, started_at=None,
-                      known_by="token")
+    owner = OwnerView(
+        pid=None, uid=None, user=None, exe=None, cmdline=None, unit=None, started_at=None, known_by="token"
+    )
     at: Any = moment(now)
     return LeaseView(
-        id=f"lan:{seen.name}.{seen.type}", service=service, instance=seen.txt.get("instance", seen.name),
-        endpoint=MAIN_ENDPOINT, protocol="udp" if seen.type.endswith("._udp") else "tcp",
-        address=seen.addresses[0] if seen.addresses else seen.host, port=seen.port, pool="", hold="none",
-        state="bound", health="passing", drain=False, lifetime="ttl", owner=owner, tags=(), metadata=dict(seen.txt),
-        check=None, announce=None, host=seen.host.removesuffix(".local."), created_at=at, renewed_at=None,
-        expires_at=None, ended_at=None, ended_because=None, revision=0)
+        id=f"lan:{seen.name}.{seen.type}",
+        service=service,
+        instance=seen.txt.get("instance", seen.name),
+        endpoint=MAIN_ENDPOINT,
+        protocol="udp" if seen.type.endswith("._udp") else "tcp",
+        address=seen.addresses[0] if seen.addresses else seen.host,
+        port=seen.port,
+        pool="",
+        hold="none",
+        state="bound",
+        health="passing",
+        drain=False,
+        lifetime="ttl",
+        owner=owner,
+        uid=None,
+        tags=(),
+        metadata=dict(seen.txt),
+        check=None,
+        announce=None,
+        host=seen.host.removesuffix(".local."),
+        created_at=at,
+        renewed_at=None,
+        expires_at=None,
+        ended_at=None,
+        ended_because=None,
+        revision=0,
+    )
 
 
 def reachable_host(lease: Lease) -> str:
@@ -160,8 +212,10 @@ def reachable_host(lease: Lease) -> str:
 def _target(lease: Lease) -> Target:
     host = reachable_host(lease)
     labels = {
-        "__meta_portd_service": lease.service, "__meta_portd_instance": lease.instance,
-        "__meta_portd_endpoint": lease.endpoint, "__meta_portd_health": lease.health,
+        "__meta_portd_service": lease.service,
+        "__meta_portd_instance": lease.instance,
+        "__meta_portd_endpoint": lease.endpoint,
+        "__meta_portd_health": lease.health,
         "__meta_portd_tags": "," + ",".join(lease.tags) + "," if lease.tags else "",
         "__meta_portd_host": lease.host,
     }

@@ -219,11 +219,11 @@ def belongs(listener: Listener, holder: Holder, lease: Lease) -> bool:
     if process is not None and holder.owner is not None:
         if (process.pid, process.start_ticks) in holder.line:
             return True
-        if vouches(owner.unit) and owner.unit == holder.owner.unit and owner.uid in (0, holder.owner.uid):
+        if vouches(owner.unit) and owner.unit == holder.owner.unit and lease.uid in (0, holder.owner.uid):
             return True
         if lease.lifetime == "process" or procfs.start_ticks(process.pid) == process.start_ticks:
             return False
-    return owner.uid in (None, listener.uid)
+    return lease.uid in (None, listener.uid)
 
 
 def vouches(unit: str | None) -> bool:

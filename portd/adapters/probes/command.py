@@ -135,7 +135,7 @@ def environment(lease: Lease) -> dict[str, str]:
 
 def _rights(lease: Lease) -> dict[str, Any]:
     """Say as whom the program runs: as the owner where the daemon is root, else as the daemon."""
-    uid = lease.owner.uid
+    uid = lease.uid
     if os.geteuid() != 0 or uid == 0:
         return {}
     if uid is None:

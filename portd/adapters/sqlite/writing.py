@@ -237,7 +237,7 @@ def _lease_rows(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row]
             live.append((lease.id, lease.port, revision))
         else:
             ended.append((revision, lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol,
-                          lease.address, lease.port, lease.owner.uid, lease.created_at, lease.ended_at, body))
+                          lease.address, lease.port, lease.uid, lease.created_at, lease.ended_at, body))
     return live, ended
 
 

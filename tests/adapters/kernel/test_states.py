@@ -74,7 +74,7 @@ class Leases:
         self.live[lease_id] = Lease(
             id=lease_id, service="web", instance=f"web-{len(self.live)}", endpoint="main", protocol=protocol,
             address=address, port=port, pool="default", hold="shared", lifetime=fields.pop("lifetime", "process"),
-            owner=Owner(pid=owner, uid=uid, known_by="peercred"), host="here", created_at=0.0, process=process,
+            owner=Owner(pid=owner, uid=uid, known_by="peercred"), uid=uid, host="here", created_at=0.0, process=process,
             **fields)
         return lease_id
 

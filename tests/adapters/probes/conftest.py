@@ -56,7 +56,8 @@ class Bed:
                    "protocol": "tcp", "address": "127.0.0.1", "pool": "default", "hold": "shared", "state": "bound",
                    "lifetime": "process", "owner": Owner(pid=1, uid=65534, known_by="peercred"), "host": "here",
                    "created_at": 0.0}
-        return Lease(check=check, port=port, **{**default, **fields})
+        described: dict[str, Any] = {**default, **fields}
+        return Lease(check=check, port=port, **{"uid": described["owner"].uid, **described})
 
     def tell(self, event: EventType, lease: Lease, **fields: Any) -> Lease:
         """Let an event happen; returns the lease as it is after it."""
