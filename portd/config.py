@@ -1,6 +1,6 @@
 """The configuration: frozen settings, every bound and every relation between them checked at load.
 
-A mistake is told with the file, the line where it can be found, the key, and the rule that it breaks. This room must
+A mistake is told with the file, the line where it can be found, the key, and the rule that it breaks. This module must
 not know what the settings are used for.
 """
 
@@ -171,8 +171,14 @@ class Paths(Struct, frozen=True):
 
 def system_paths() -> Paths:
     """Return the places of the system daemon."""
-    return Paths("/run/portd/portd.sock", "/run/portd/handoff.sock", ("127.0.0.1:7783",), "/var/lib/portd/portd.db",
-                 "/etc/portd/portd.toml", 0o666)
+    return Paths(
+        "/run/portd/portd.sock",
+        "/run/portd/handoff.sock",
+        ("127.0.0.1:7783",),
+        "/var/lib/portd/portd.db",
+        "/etc/portd/portd.toml",
+        0o666,
+    )
 
 
 def user_paths() -> Paths:
@@ -181,8 +187,14 @@ def user_paths() -> Paths:
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"{tempfile.gettempdir()}/portd-runtime-{os.getuid()}"
     state = os.environ.get("XDG_STATE_HOME") or str(home / ".local/state")
     config = os.environ.get("XDG_CONFIG_HOME") or str(home / ".config")
-    return Paths(f"{runtime}/portd/portd.sock", f"{runtime}/portd/handoff.sock", (), f"{state}/portd/portd.db",
-                 f"{config}/portd/portd.toml", 0o600)
+    return Paths(
+        f"{runtime}/portd/portd.sock",
+        f"{runtime}/portd/handoff.sock",
+        (),
+        f"{state}/portd/portd.db",
+        f"{config}/portd/portd.toml",
+        0o600,
+    )
 
 
 def load(path: str | None, paths: Paths) -> Settings:
@@ -284,23 +296,31 @@ def _problems(settings: Settings) -> list[tuple[str, str]]:
         except ValueError as error:
             found.append((f"static.{name}.address", str(error)))
         for other_name, other_static in settings.static.items():
-            if other_name < name and (static.port, static.address) == (other_static.port, other_static.address) and \
-                    ("both" in (static.protocol, other_static.protocol) or static.protocol == other_static.protocol):
+            if (
+                other_name < name
+                and (static.port, static.address) == (other_static.port, other_static.address)
+                and ("both" in (static.protocol, other_static.protocol) or static.protocol == other_static.protocol)
+            ):
                 found.append((f"static.{name}.port", f"{static.port} is static for {other_name} already"))
     found.extend(_listen_problems(settings))
     zone = settings.dns.zone.removesuffix(".")
     if len(zone) > ZONE_MAX_CHARACTERS or not all(re.match(LABEL_PATTERN, label) for label in zone.lower().split(".")):
         found.append(("dns.zone", f"{zone!r} is not a domain name of 1 to {ZONE_MAX_CHARACTERS} characters"))
-    found.extend(("health.allow_commands", f"{command!r} is not an absolute path")
-                 for command in settings.health.allow_commands if not command.startswith("/"))
+    found.extend(
+        ("health.allow_commands", f"{command!r} is not an absolute path")
+        for command in settings.health.allow_commands
+        if not command.startswith("/")
+    )
     return found
 
 
 def _listen_problems(settings: Settings) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     listen = settings.listen
-    for key, places in (("listen.http", (listen.http,) if isinstance(listen.http, str) else listen.http or ()),
-                        ("dns.listen", (settings.dns.listen,))):
+    for key, places in (
+        ("listen.http", (listen.http,) if isinstance(listen.http, str) else listen.http or ()),
+        ("dns.listen", (settings.dns.listen,)),
+    ):
         for place in places:
             try:
                 host = split_host_port(place)[0] if place else "127.0.0.1"
@@ -321,7 +341,7 @@ def _line_of(text: str, key: str) -> str:
     """Find the line of a dotted key, best effort: ":LINE", or nothing."""
     parts = [part for part in re.split(r"[.\[\]]+", key) if part]
     for depth in range(len(parts), 0, -1):
-        table, name = ".".join(parts[:depth - 1]), parts[depth - 1]
+        table, name = ".".join(parts[: depth - 1]), parts[depth - 1]
         current = ""
         for number, line in enumerate(text.splitlines(), 1):
             stripped = line.strip()

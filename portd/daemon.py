@@ -1,6 +1,6 @@
 """The composition root: builds the parts, runs them in one TaskGroup, starts and stops them in order.
 
-Only this room knows everybody. Start: the store's lock, what it remembers, holds and owners, then the doors; stop: the
+Only this module knows everybody. Start: the store's lock, what it remembers, holds and owners, then the doors; stop: the
 doors first, then what is under way, the store last. Leases stay for the next start.
 """
 
@@ -54,12 +54,12 @@ from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import Fault, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease
 from portd.core.table import LeaseTable
-from portd.doors import is_off, open_doors, place_of
-from portd.feed import EVENTS_KEPT, Feed
-from portd.grants import Granter, Policy, hash_token
-from portd.journal import Journal
+from portd.leasing.deciding import Granter, Policy, hash_token
+from portd.leasing.feed import EVENTS_KEPT, Feed
+from portd.leasing.journal import Journal
+from portd.leasing.service import LeaseService
+from portd.listeners import describe_listener, is_off, open_listeners
 from portd.logs import LeaseLog, set_up
-from portd.service import LeaseService
 
 logger = logging.getLogger("portd")
 
@@ -111,27 +111,45 @@ class Daemon:
         self._table = LeaseTable()
         self._allocator = Allocator(
             {name: pool_ports(pool) for name, pool in settings.pools.items()},
-            [StaticPort(name, static.port, static.protocol, static.address)
-             for name, static in settings.static.items()],
-            settings.own_block, settings.leases.cooldown)
+            [
+                StaticPort(name, static.port, static.protocol, static.address)
+                for name, static in settings.static.items()
+            ],
+            settings.own_block,
+            settings.leases.cooldown,
+        )
         self._journal = Journal(self._table, self._store, self._clock)
         if problem := self._store.condition()["problem"]:
-            self._journal.doubt(problem)
+            self._journal.mark_unwritable(problem)
         granter = Granter(self._table, self._allocator, self._holds, self._processes, policy(settings))
-        self._service = LeaseService(self._table, self._allocator, self._journal, granter, self._store, self._holds,
-                                     self._processes, self._clock)
+        self._service = LeaseService(
+            self._table, self._allocator, self._journal, granter, self._store, self._holds, self._processes, self._clock
+        )
         self._feed = Feed()
-        self._watch = StateWatch(self._sockets, self._table.on_port, lambda: len(self._table),
-                                 self._service.observe_state)
-        self._announcer = Announcer(host_name(), self._service.observe_announcement,
-                                    responder=settings.mdns.responder, interfaces=settings.mdns.interfaces)
-        self._prober = Prober(self._clock, self._service.observe_health, concurrency=settings.health.concurrency,
-                              allow_commands=settings.health.allow_commands, on_result=self._metrics.check)
+        self._watch = StateWatch(
+            self._sockets, self._table.on_port, lambda: len(self._table), self._service.observe_state
+        )
+        self._announcer = Announcer(
+            host_name(),
+            self._service.observe_announcement,
+            responder=settings.mdns.responder,
+            interfaces=settings.mdns.interfaces,
+        )
+        self._prober = Prober(
+            self._clock,
+            self._service.observe_health,
+            concurrency=settings.health.concurrency,
+            allow_commands=settings.health.allow_commands,
+            on_result=self._metrics.check,
+        )
         self._service.report_to_probes = self._prober.reported
-        self._dns = DnsServer([split_host_port(settings.dns.listen)] if settings.dns.listen else [],
-                              settings.dns.zone, settings.dns.ttl, self._metrics.query)
-        watchers = [self._metrics.apply, self._feed.apply, self._prober.apply, self._on_event,
-                    LeaseLog().apply]
+        self._dns = DnsServer(
+            [split_host_port(settings.dns.listen)] if settings.dns.listen else [],
+            settings.dns.zone,
+            settings.dns.ttl,
+            self._metrics.query,
+        )
+        watchers = [self._metrics.apply, self._feed.apply, self._prober.apply, self._on_event, LeaseLog().apply]
         if settings.dns.listen:
             watchers.append(self._dns.apply)
         if settings.mdns.enabled:
@@ -165,8 +183,12 @@ class Daemon:
         UDP sockets that were handed over are not among them: they are their owners', and need no keeper.
         """
         ours = self._holds.inodes()
-        owned = [(lease_id, held) for lease_id, sockets in self._holds.held() for part, held in sockets.items()
-                 if part == "tcp" or os.fstat(held.fileno()).st_ino in ours]
+        owned = [
+            (lease_id, held)
+            for lease_id, sockets in self._holds.held()
+            for part, held in sockets.items()
+            if part == "tcp" or os.fstat(held.fileno()).st_ino in ours
+        ]
         try:
             if systemd.store(owned):
                 logger.info("%d holds are kept for the next start", len(owned))
@@ -179,19 +201,35 @@ class Daemon:
         names = {host_name(), socket.getfqdn(), *(host for host, _ in http_addresses(settings, self._paths))}
         peers = KernelPeers(self._diag.exact)
         gate = Gate(peers, settings.auth.admin_group, tokens, names)
-        self._handoff = HandoffServer(self._service, self._holds, gate.unix_caller, self._watch.nudge)
+        self._handoff = HandoffServer(self._service, self._holds, gate.unix_caller, self._watch.wake)
         http = HttpServer(gate, hash_token, lambda: self._table.revision)
         self._events = EventCalls(self._feed)
-        status = StatusCalls(self._service, {
-            "store": self._store_condition, "mdns": self._mdns_condition, "dns": self._dns_condition,
-            "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
-        }, self._facts, self._metrics.render, self._warnings)
+        status = StatusCalls(
+            self._service,
+            {
+                "store": self._store_condition,
+                "mdns": self._mdns_condition,
+                "dns": self._dns_condition,
+                "cluster": lambda: {"enabled": bool(settings.cluster.engine), "problem": None},
+            },
+            self._facts,
+            self._metrics.render,
+            self._warnings,
+        )
         leases = LeaseCalls(self._service)
         self._fast_lane = FastLane(gate, self._service, leases, hash_token)
-        routes = [route for calls in (
-            leases, ServiceCalls(self._service, self._feed, self._announcer.lan), self._events,
-            PortCalls(self._service, self._sockets), LanCalls(self._announcer.lan), status)
-            for route in calls.routes()]
+        routes = [
+            route
+            for calls in (
+                leases,
+                ServiceCalls(self._service, self._feed, self._announcer.lan),
+                self._events,
+                PortCalls(self._service, self._sockets),
+                LanCalls(self._announcer.lan),
+                status,
+            )
+            for route in calls.routes()
+        ]
         http.add([*routes, openapi_route(routes)])
         return http
 
@@ -204,9 +242,17 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(part) for part in (
-                    self._journal.run(), self._clock.run(), self._watch.run(), self._prober.run(), self._prune(),
-                    systemd.feed_watchdog())]
+                background = [
+                    tasks.create_task(part)
+                    for part in (
+                        self._journal.run(),
+                        self._clock.run(),
+                        self._watch.run(),
+                        self._prober.run(),
+                        self._prune(),
+                        systemd.feed_watchdog(),
+                    )
+                ]
                 if self._settings.mdns.enabled:
                     await self._announcer.start()
                 with suppress(OSError):  # a port 8600 that is taken is no reason to serve nobody: the status says so
@@ -227,20 +273,23 @@ class Daemon:
         """Serve every socket; returns where HTTP is. All are there before any is served: a start that fails keeps
         nobody waiting."""
         passed = [one for sockets in self._passed.values() for one in sockets]
-        opened = open_doors(self._settings, self._paths, passed)
+        opened = open_listeners(self._settings, self._paths, passed)
         await self._http.start(self._fast_lane)
         tls = _tls(self._settings)
         places = []
         for listener in (*passed, *opened):
             if is_off(self._settings, listener):
-                logger.warning("%s is turned off in [listen], but the service manager opens it: whoever comes is "
-                               "turned away; turn it off in portd.socket too", place_of(listener))
+                logger.warning(
+                    "%s is turned off in [listen], but the service manager opens it: whoever comes is "
+                    "turned away; turn it off in portd.socket too",
+                    describe_listener(listener),
+                )
                 systemd.turn_away(listener)
             elif listener.type == socket.SOCK_SEQPACKET:
                 self._handoff.serve(listener)
             else:
                 await self._http.serve(listener, tls if listener.family != socket.AF_UNIX else None)
-                places.append(place_of(listener, "https" if tls else "http"))
+                places.append(describe_listener(listener, "https" if tls else "http"))
         return places
 
     async def _close(self) -> None:
@@ -269,7 +318,7 @@ class Daemon:
             try:
                 await self._store.prune(time.time() - self._settings.store.history_days * DAY_S, EVENTS_KEPT)
             except StoreUnavailable as error:
-                self._journal.doubt(error.detail)
+                self._journal.mark_unwritable(error.detail)
             for _ in range(PRUNE_LOOKS):
                 await asyncio.sleep(PRUNE_LOOK_S)
                 if self._table.revision - pruned_at >= PRUNE_EVENTS:
@@ -287,15 +336,29 @@ class Daemon:
         self._prober.concurrency = fresh.health.concurrency
         self._prober.allow_commands = fresh.health.allow_commands
         set_up(fresh.log.level, fresh.log.format)
-        fixed = [name for name in ("listen", "pools", "own_addresses", "static", "store", "mdns", "dns", "compat",
-                                   "cluster", "auth") if getattr(fresh, name) != getattr(self._settings, name)]
+        fixed = [
+            name
+            for name in (
+                "listen",
+                "pools",
+                "own_addresses",
+                "static",
+                "store",
+                "mdns",
+                "dns",
+                "compat",
+                "cluster",
+                "auth",
+            )
+            if getattr(fresh, name) != getattr(self._settings, name)
+        ]
         if fixed:
             logger.warning("these sections changed and need a restart: %s", ", ".join(fixed))
         logger.info("configuration read again: [leases], [health] and [log] are taken up")
 
     def _on_event(self, event: Event) -> None:
         if event.type in ("granted", "declined"):
-            self._watch.nudge()
+            self._watch.wake()
 
     def _settle_memory(self) -> None:
         """What is there now stays: the garbage collector need not look at it again. What comes later is mostly freed
@@ -317,9 +380,15 @@ class Daemon:
         return {"enabled": True, **self._dns.condition()} if self._settings.dns.listen else {"enabled": False}
 
     def _facts(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "uptime": round(time.monotonic() - self._started_at, 3), "counts": {
-            "connections": self._http.connection_count, "followers": self._events.stream_count,
-            "processes": self._processes.watched_count}}
+        return {
+            "pid": os.getpid(),
+            "uptime": round(time.monotonic() - self._started_at, 3),
+            "counts": {
+                "connections": self._http.connection_count,
+                "followers": self._events.stream_count,
+                "processes": self._processes.watched_count,
+            },
+        }
 
     def _warnings(self) -> list[str]:
         lost = self._clock.lost_s
@@ -328,26 +397,37 @@ class Daemon:
     def _gauges(self) -> Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]]:
         states = Counter((lease.state,) for lease in self._table)
         pools = pool_status(self._service)
-        parts: dict[tuple[str, ...], float] = {(name, part): float(getattr(pool, part)) for name, pool in pools.items()
-                 for part in ("used", "held", "cooling", "declined", "free")}
+        parts: dict[tuple[str, ...], float] = {
+            (name, part): float(getattr(pool, part))
+            for name, pool in pools.items()
+            for part in ("used", "held", "cooling", "declined", "free")
+        }
         none: tuple[str, ...] = ()
         return [
             ("portd_leases", "Live leases by state.", ("state",), {key: float(n) for key, n in states.items()}),
             ("portd_pool_ports", "Ports of a pool by what they are used for.", ("pool", "use"), parts),
             ("portd_revision", "The newest revision.", none, {none: float(self._table.revision)}),
-            ("portd_watched_processes", "Owners whose exit is waited for.", none,
-             {none: float(self._processes.watched_count)}),
+            (
+                "portd_watched_processes",
+                "Owners whose exit is waited for.",
+                none,
+                {none: float(self._processes.watched_count)},
+            ),
             ("portd_http_connections", "Open connections.", none, {none: float(self._http.connection_count)}),
-            ("portd_event_followers", "Followers of the event stream.", none,
-             {none: float(self._events.stream_count)}),
+            ("portd_event_followers", "Followers of the event stream.", none, {none: float(self._events.stream_count)}),
             ("portd_uptime_seconds", "Since the start.", none, {none: time.monotonic() - self._started_at}),
         ]
 
 
 def policy(settings: Settings) -> Policy:
     """Make the part of the settings that grants are judged by."""
-    return Policy(settings.leases.max_ttl, settings.leases.quota_per_uid, settings.leases.hold,
-                  frozenset(settings.health.allow_commands), host_name())
+    return Policy(
+        settings.leases.max_ttl,
+        settings.leases.quota_per_uid,
+        settings.leases.hold,
+        frozenset(settings.health.allow_commands),
+        host_name(),
+    )
 
 
 def host_name() -> str:

@@ -27,8 +27,11 @@ LINES_PER_S: Final = 300
 
 logger = logging.getLogger("portd.leases")
 
-_LEVELS: Final[dict[EventType, int]] = {"conflict": logging.WARNING, "updated": logging.DEBUG,
-                                        "announced": logging.DEBUG}
+_LEVELS: Final[dict[EventType, int]] = {
+    "conflict": logging.WARNING,
+    "updated": logging.DEBUG,
+    "announced": logging.DEBUG,
+}
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
 
@@ -54,9 +57,13 @@ class _Journal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record; where the journal does not take it, stderr does, which leads there too."""
-        fields = {"MESSAGE": self.format(record)[:MESSAGE_MAX_CHARS], "PRIORITY": _priority(record),
-                  "SYSLOG_IDENTIFIER": "portd", "LOGGER": record.name,
-                  **{name.upper(): value for name, value in getattr(record, "fields", {}).items()}}
+        fields = {
+            "MESSAGE": self.format(record)[:MESSAGE_MAX_CHARS],
+            "PRIORITY": _priority(record),
+            "SYSLOG_IDENTIFIER": "portd",
+            "LOGGER": record.name,
+            **{name.upper(): value for name, value in getattr(record, "fields", {}).items()},
+        }
         try:
             self._socket.sendto(b"".join(_journal_field(name, str(value)) for name, value in fields.items()), JOURNAL)
         except OSError:
@@ -81,8 +88,13 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
-        entry = {"at": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name,
-                 "message": record.getMessage(), **getattr(record, "fields", {})}
+        entry = {
+            "at": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
@@ -117,10 +129,23 @@ class LeaseLog:
         level = _LEVELS.get(event.type, logging.INFO)
         if logger.isEnabledFor(level) and (level != logging.INFO or self._may_tell(event.type)):
             lease = event.lease
-            fields = {"lease": lease.id, "service": lease.service, "instance": lease.instance,
-                      "endpoint": lease.endpoint, "port": lease.port, "event": event.type}
-            logger.log(level, "%s (%s) on port %d: %s", lease.instance, lease.endpoint, lease.port, _told(event),
-                       extra={"fields": fields})
+            fields = {
+                "lease": lease.id,
+                "service": lease.service,
+                "instance": lease.instance,
+                "endpoint": lease.endpoint,
+                "port": lease.port,
+                "event": event.type,
+            }
+            logger.log(
+                level,
+                "%s (%s) on port %d: %s",
+                lease.instance,
+                lease.endpoint,
+                lease.port,
+                _told(event),
+                extra={"fields": fields},
+            )
 
     def _may_tell(self, kind: str) -> bool:
         if not self._line_count:
@@ -135,8 +160,10 @@ class LeaseLog:
         """End a second."""
         self._line_count = 0
         if self._untold:
-            logger.info("too much at once to tell singly: %s more in this second",
-                        ", ".join(f"{count} {kind}" for kind, count in self._untold.most_common()))
+            logger.info(
+                "too much at once to tell singly: %s more in this second",
+                ", ".join(f"{count} {kind}" for kind, count in self._untold.most_common()),
+            )
             self._untold.clear()
 
 
@@ -146,12 +173,15 @@ def _told(event: Event) -> str:
     if event.type == "granted":
         return f"leased for {lease.ttl:g} s" if lease.ttl is not None else f"leased to {_named(lease.owner)}"
     if event.type == "conflict":
-        return f"listened on by a stranger, {_named(lease.stranger)}"
+        return f"listened on by a foreign process, {_named(lease.foreign)}"
     if event.type == "health":
         return f"{lease.health}: {lease.health_note}" if lease.health_note else lease.health
-    return {"bound": "its owner listens", "unbound": "its owner does not listen any more",
-            "declined": "leased in place of a port that somebody else had",
-            "ended": f"ended: {lease.ended_because}"}.get(event.type, event.type)
+    return {
+        "bound": "its owner listens",
+        "unbound": "its owner does not listen any more",
+        "declined": "leased in place of a port that somebody else had",
+        "ended": f"ended: {lease.ended_because}",
+    }.get(event.type, event.type)
 
 
 def _named(owner: Owner | None) -> str:

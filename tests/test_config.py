@@ -8,32 +8,35 @@ from portd.config import Paths, Settings, http_addresses, load, parse, pool_port
 from portd.core.errors import ConfigError
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    ("nonsense", "not TOML"),
-    ("[lease]\nmax_ttl = 1", "lease: Object contains unknown field `lease`"),
-    ("[leases]\n\nmax_ttl = 'x'", "f.toml:3: leases.max_ttl: Expected `float`, got `str`"),
-    ("[leases]\nmax_ttl = 1\ncooldwn = 3", "f.toml:3: leases.cooldwn: Object contains unknown field `cooldwn`"),
-    ("[leases]\ncooldown = -1", "f.toml:2: leases.cooldown"),
-    ("[pools.default]\nranges = ['30-20']", "f.toml:1: pools.default: '30-20' is not within 1-65535"),
-    ("[pools.default]\nranges = ['a']", "'a' is not a port or a range"),
-    ("[pools.default]\nranges = [70000]", "pools"),
-    ("[pools.default]\nranges = ['5-6']\nexclude = ['5-6']", "pools.default: has no port"),
-    ("[pools.default]\nranges = ['5-6']\n[pools.b]\nranges = ['6-7']", "pools.b: overlaps pool default"),
-    ("[pools.b]\nranges = ['6-7']", "there must be a pool named 'default'"),
-    ("own_addresses = '10.0.0.0/8'", "f.toml:1: own_addresses: must be a block"),
-    ("own_addresses = '127.77.0.1/16'", "own_addresses"),
-    ("[static.a]\nport = 80\n[static.b]\nport = 80", "static.b.port: 80 is static for a already"),
-    ("[static.a]\nport = 80\naddress = 'x'", "f.toml:3: static.a.address"),
-    ("[listen]\nhttp = 'localhost'", "listen.http"),
-    ("[listen]\nhttp = '192.0.2.1:80'", "is not loopback: tokens would cross the network in the clear"),
-    ("[listen]\ntls_cert = 'x'", "tls_cert and tls_key go together"),
-    ("[dns]\nlisten = 'x'", "dns.listen"),
-    ("[dns]\nzone = 'a..b'", "f.toml:2: dns.zone"),
-    ("[dns]\nzone = '" + "a." * 40 + "'", "dns.zone"),
-    ("[health]\nallow_commands = ['x']", "'x' is not an absolute path"),
-    ("[cluster]\nengine = 'etcd'", "an etcd cluster needs endpoints"),
-    ("[[auth.tokens]]\nname = 'ci'\nsha256 = 'x'", "auth.tokens"),
-])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nonsense", "not TOML"),
+        ("[lease]\nmax_ttl = 1", "lease: Object contains unknown field `lease`"),
+        ("[leases]\n\nmax_ttl = 'x'", "f.toml:3: leases.max_ttl: Expected `float`, got `str`"),
+        ("[leases]\nmax_ttl = 1\ncooldwn = 3", "f.toml:3: leases.cooldwn: Object contains unknown field `cooldwn`"),
+        ("[leases]\ncooldown = -1", "f.toml:2: leases.cooldown"),
+        ("[pools.default]\nranges = ['30-20']", "f.toml:1: pools.default: '30-20' is not within 1-65535"),
+        ("[pools.default]\nranges = ['a']", "'a' is not a port or a range"),
+        ("[pools.default]\nranges = [70000]", "pools"),
+        ("[pools.default]\nranges = ['5-6']\nexclude = ['5-6']", "pools.default: has no port"),
+        ("[pools.default]\nranges = ['5-6']\n[pools.b]\nranges = ['6-7']", "pools.b: overlaps pool default"),
+        ("[pools.b]\nranges = ['6-7']", "there must be a pool named 'default'"),
+        ("own_addresses = '10.0.0.0/8'", "f.toml:1: own_addresses: must be a block"),
+        ("own_addresses = '127.77.0.1/16'", "own_addresses"),
+        ("[static.a]\nport = 80\n[static.b]\nport = 80", "static.b.port: 80 is static for a already"),
+        ("[static.a]\nport = 80\naddress = 'x'", "f.toml:3: static.a.address"),
+        ("[listen]\nhttp = 'localhost'", "listen.http"),
+        ("[listen]\nhttp = '192.0.2.1:80'", "is not loopback: tokens would cross the network in the clear"),
+        ("[listen]\ntls_cert = 'x'", "tls_cert and tls_key go together"),
+        ("[dns]\nlisten = 'x'", "dns.listen"),
+        ("[dns]\nzone = 'a..b'", "f.toml:2: dns.zone"),
+        ("[dns]\nzone = '" + "a." * 40 + "'", "dns.zone"),
+        ("[health]\nallow_commands = ['x']", "'x' is not an absolute path"),
+        ("[cluster]\nengine = 'etcd'", "an etcd cluster needs endpoints"),
+        ("[[auth.tokens]]\nname = 'ci'\nsha256 = 'x'", "auth.tokens"),
+    ],
+)
 def test_a_mistake_is_told_with_its_place(text: str, told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse(text, "f.toml")

@@ -1,4 +1,4 @@
-"""The direction of imports: core <- seams <- service <- daemon; adapters know core and seams, never each other."""
+"""The direction of imports: core <- leasing <- cluster <- wiring; adapters know core and seams, never each other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ import pytest
 import portd
 
 ROOT = Path(portd.__file__).parent
-SERVICE_ROOMS = {"portd.service", "portd.grants", "portd.journal", "portd.feed", "portd.clocks"}
-IMPURE = {"asyncio", "datetime.now", "os", "pathlib", "random", "secrets", "select", "socket", "subprocess",
-          "threading", "time", "aiohttp", "aiosqlite", "sqlite3", "zeroconf"}
+ENGINE = {"portd.leasing"}
+IMPURE = {
+    "asyncio",
+    "datetime.now",
+    "os",
+    "pathlib",
+    "random",
+    "secrets",
+    "select",
+    "socket",
+    "subprocess",
+    "threading",
+    "time",
+    "aiohttp",
+    "aiosqlite",
+    "sqlite3",
+    "zeroconf",
+}
 """What the core must not touch: I/O, clocks, chance."""
 
 
@@ -34,53 +49,73 @@ def imports(path):
                 yield f"{node.module}.{alias.name}"
 
 
-def allowed(room):
-    """Return the packages of portd's that a room may import, and why."""
-    if room.startswith("portd.core"):
+def allowed(module):
+    """Return the packages of portd's that a module may import, and why."""
+    if module.startswith("portd.core"):
         return {"portd.core"}, "the core knows nothing but itself"
-    if room == "portd.seams":
-        return {"portd.core", "portd.seams"}, "seams speak of the core's nouns"
-    if room in SERVICE_ROOMS:
-        return {"portd.core", "portd.seams", *SERVICE_ROOMS}, "the service knows the world through the seams alone"
-    if room.startswith("portd.adapters.http"):
-        return {"portd.core", "portd.seams", "portd.adapters.http", "portd.__version__", *SERVICE_ROOMS}, \
-            "the HTTP room also receives the service"
-    if room.startswith("portd.adapters."):
-        technology = ".".join(room.split(".")[:3])
-        handoff = SERVICE_ROOMS if technology == "portd.adapters.handoff" else set()
-        return {"portd.core", "portd.seams", "portd.__version__", technology, *handoff}, \
-            "an adapter knows core and seams, never another adapter"
-    if room.startswith("portd.testing"):
-        return {"portd.core", "portd.seams", "portd.testing", *SERVICE_ROOMS}, "the fakes stand in for adapters"
-    if room.startswith("portd.cli") or room == "portd.__main__":
-        return {"portd.cli", "portd.__version__", "portd.daemon", "portd.config", "portd.core"}, \
-            "the command line speaks to the daemon as every client does"
-    if room in ("portd.config", "portd.logs"):
+    if module == "portd.leasing.seams":
+        return {"portd.core", "portd.leasing.seams"}, "seams speak of the core's nouns"
+    if module.startswith("portd.leasing"):
+        return {"portd.core", "portd.leasing"}, "the engine knows the world through its seams alone"
+    if module.startswith("portd.cluster"):
+        return {"portd.core", "portd.leasing", "portd.cluster"}, "the cluster watches the engine's events"
+    if module.startswith("portd.adapters.http"):
+        return {
+            "portd.core",
+            "portd.leasing.seams",
+            "portd.adapters.http",
+            "portd.__version__",
+            *ENGINE,
+        }, "the HTTP module also receives the service"
+    if module.startswith("portd.adapters."):
+        technology = ".".join(module.split(".")[:3])
+        handoff = ENGINE if technology == "portd.adapters.handoff" else set()
+        return {
+            "portd.core",
+            "portd.leasing.seams",
+            "portd.__version__",
+            technology,
+            *handoff,
+        }, "an adapter knows core and seams, never another adapter"
+    if module.startswith("portd.testing"):
+        return {"portd.core", "portd.leasing.seams", "portd.testing", *ENGINE}, "the fakes stand in for adapters"
+    if module.startswith("portd.cli") or module == "portd.__main__":
+        return {
+            "portd.cli",
+            "portd.__version__",
+            "portd.daemon",
+            "portd.config",
+            "portd.core",
+        }, "the command line speaks to the daemon as every client does"
+    if module in ("portd.config", "portd.logs"):
         return {"portd.core"}, "settings are data"
-    if room == "portd.doors":
-        return {"portd.core", "portd.config"}, "doors are sockets, whatever is spoken on them"
+    if module == "portd.listeners":
+        return {"portd.core", "portd.config"}, "listeners are sockets, whatever is spoken on them"
     return {"portd"}, "the composition root knows everybody"
 
 
-@pytest.mark.parametrize(("path", "room"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_room_imports_only_what_lies_below_it(path, room):
-    may, why = allowed(room)
+@pytest.mark.parametrize(("path", "module"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_imports_only_what_lies_below_it(path, module):
+    may, why = allowed(module)
     for name in imports(path):
         if name == "portd" or not name.startswith("portd."):
             continue
         inside = any(name == base or name.startswith(base + ".") for base in may)
-        assert inside or room == "portd.daemon", f"{room} imports {name}: {why}"
+        assert inside or module == "portd.daemon", f"{module} imports {name}: {why}"
 
 
-@pytest.mark.parametrize(("path", "room"), [(p, r) for p, r in modules() if r.startswith("portd.core")],
-                         ids=lambda value: value if isinstance(value, str) else "")
-def test_the_core_is_pure(path, room):
+@pytest.mark.parametrize(
+    ("path", "module"),
+    [(p, r) for p, r in modules() if r.startswith("portd.core")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_core_is_pure(path, module):
     found = {name.partition(".")[0] for name in imports(path)} & IMPURE
-    assert not found, f"{room} imports {found}: the core takes time and chance as arguments, and does no I/O"
+    assert not found, f"{module} imports {found}: the core takes time and chance as arguments, and does no I/O"
     assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(ast.parse(path.read_text())))
 
 
 def test_only_the_daemon_knows_everybody():
-    for path, room in modules():
-        if room not in ("portd.daemon", "portd.cli.serving", "portd.cli.doctor"):
-            assert "portd.daemon" not in set(imports(path)), f"{room} imports the composition root"
+    for path, module in modules():
+        if module not in ("portd.daemon", "portd.cli.serving", "portd.cli.doctor"):
+            assert "portd.daemon" not in set(imports(path)), f"{module} imports the composition root"

@@ -27,6 +27,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     block, mark = claim()
     facts = {"wish": block.wish, "http": f"http://127.0.0.1:{block.http}"}
     with mark, ExitStack() as stack:
+
         def stage_of(case: Case) -> Stage:
             kind = "own" if case.daemon is not None else "mortal" if case.spoils_its_daemon else "steady"
             name = case.name if kind == "own" else kind

@@ -92,5 +92,10 @@ def _merged(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 def _toml(tables: Mapping[str, Any], prefix: str = "") -> str:
     """Write tables as TOML; JSON's strings, numbers, booleans and lists are TOML's as well."""
     plain = "".join(f"{key} = {json.dumps(value)}\n" for key, value in tables.items() if not isinstance(value, dict))
-    return (f"[{prefix}]\n" if prefix else "") + plain + "".join(
-        _toml(value, f"{prefix}.{key}".lstrip(".")) for key, value in tables.items() if isinstance(value, dict))
+    return (
+        (f"[{prefix}]\n" if prefix else "")
+        + plain
+        + "".join(
+            _toml(value, f"{prefix}.{key}".lstrip(".")) for key, value in tables.items() if isinstance(value, dict)
+        )
+    )

@@ -23,8 +23,14 @@ class Driver:
 
     def __init__(self, words: Sequence[str], environ: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 - closed by `close`
-        self._process = subprocess.Popen([*words, GREETING], env=dict(environ), stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        self._process = subprocess.Popen(
+            [*words, GREETING],
+            env=dict(environ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
         self.pid = self._process.pid
         self.is_running = True
         self._answers: dict[int, dict[str, Any]] = {}
@@ -53,6 +59,7 @@ class Driver:
 
     def event(self, is_wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Wait for an event; those before it are forgotten."""
+
         def taken() -> dict[str, Any] | None:
             while self._events:
                 if is_wanted(event := self._events.pop(0)):

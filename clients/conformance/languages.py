@@ -32,13 +32,18 @@ PYTHON = ROOT / "clients/python/tests"
 NODE = ROOT / "clients/node/test/driver.mjs"
 GO = ROOT / "clients/go/internal/driver/main.go"
 
-LANGUAGES = {name: language for name, language in {
-    "python": Language(PYTHON / "driver.py", [sys.executable, str(PYTHON / "driver.py")],
-                       cannot=frozenset({"unwatch"})),
-    "asyncio": Language(PYTHON / "driver_aio.py", [sys.executable, str(PYTHON / "driver_aio.py")]),
-    "node": Language(NODE, ["node", str(NODE)], "node", frozenset({"handoff"})),
-    "go": Language(GO, [], "go"),
-}.items() if language.source.exists()}
+LANGUAGES = {
+    name: language
+    for name, language in {
+        "python": Language(
+            PYTHON / "driver.py", [sys.executable, str(PYTHON / "driver.py")], cannot=frozenset({"unwatch"})
+        ),
+        "asyncio": Language(PYTHON / "driver_aio.py", [sys.executable, str(PYTHON / "driver_aio.py")]),
+        "node": Language(NODE, ["node", str(NODE)], "node", frozenset({"handoff"})),
+        "go": Language(GO, [], "go"),
+    }.items()
+    if language.source.exists()
+}
 
 
 def command(name: str, directory: Path) -> list[str]:
@@ -48,7 +53,13 @@ def command(name: str, directory: Path) -> list[str]:
         return list(language.command)
     binary = directory / "driver"
     if not binary.exists():
-        built = subprocess.run(["go", "build", "-o", str(binary), "./internal/driver"], cwd=GO.parents[2],
-                               capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
+        built = subprocess.run(
+            ["go", "build", "-o", str(binary), "./internal/driver"],
+            cwd=GO.parents[2],
+            capture_output=True,
+            text=True,
+            timeout=BUILD_TIMEOUT_S,
+            check=False,
+        )
         assert built.returncode == 0, built.stderr
     return [str(binary)]

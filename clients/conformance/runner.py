@@ -23,9 +23,19 @@ ENDINGS = {"eof": {0}, "term": SIGNAL_STATUSES, "kill": {-9}}
 FAULTS = re.compile("Traceback|ResourceWarning|panic:|Unhandled")
 """What no driver may write on stderr: a fault of the client that no answer told of."""
 STEPS = {
-    "call": {"with", "expect", "error"}, "send": {"with"}, "expect": set(), "error": set(), "event": {"expect"},
-    "no_event": set(), "driver_ends": set(), "daemon": set(), "ask": {"body", "expect"}, "standin": set(),
-    "heard": set(), "stranger": {"port"}, "dial": {"address"},
+    "call": {"with", "expect", "error"},
+    "send": {"with"},
+    "expect": set(),
+    "error": set(),
+    "event": {"expect"},
+    "no_event": set(),
+    "driver_ends": set(),
+    "daemon": set(),
+    "ask": {"body", "expect"},
+    "standin": set(),
+    "heard": set(),
+    "stranger": {"port"},
+    "dial": {"address"},
 }
 """The first key of each step, and those that may follow it."""
 
@@ -112,8 +122,10 @@ class Play:
                 self._forget_answer()
             getattr(self, f"_{verb}")(step)
         except AssertionError as error:
-            raise AssertionError(f"step {number}, {step}: {error}\nthe driver wrote: {self._driver.errors()}\n"
-                                 f"the daemon wrote: {self._stage.log()[-2000:]}") from None
+            raise AssertionError(
+                f"step {number}, {step}: {error}\nthe driver wrote: {self._driver.errors()}\n"
+                f"the daemon wrote: {self._stage.log()[-2000:]}"
+            ) from None
 
     # --- the driver ---
 

@@ -14,7 +14,7 @@ from tests.cli.bed import wait_for
 BUSY = b'{"type":"urn:portd:problem:busy","title":"Too much at once","status":503,"detail":"later","code":"busy"}'
 ANSWERS = {
     "busy": b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY), BUSY),
+    b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(BUSY), BUSY),
     "cut": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{",
     "noise": b"220 mail.example ESMTP ready\r\n",
 }

@@ -45,14 +45,19 @@ def ports(event: dict[str, Any]) -> list[int]:
 
 
 def test_services_of_every_language_are_found_by_all_and_seen_to_leave(
-        stages: Stages, workshop: Path, stack: ExitStack) -> None:
+    stages: Stages, workshop: Path, stack: ExitStack
+) -> None:
     stage = stages(Case("neighbours", []))
-    services = {f"in-{language}": [start(language, stage, workshop, stack) for _ in range(INSTANCES)]
-                for language in SPOKEN}
-    served = {service: [asked(driver, "listen", service=service)["port"] for driver in drivers]
-              for service, drivers in services.items()}
-    callers = {(language, service): start(language, stage, workshop, stack)
-               for language in SPOKEN for service in services}
+    services = {
+        f"in-{language}": [start(language, stage, workshop, stack) for _ in range(INSTANCES)] for language in SPOKEN
+    }
+    served = {
+        service: [asked(driver, "listen", service=service)["port"] for driver in drivers]
+        for service, drivers in services.items()
+    }
+    callers = {
+        (language, service): start(language, stage, workshop, stack) for language in SPOKEN for service in services
+    }
     for (_, service), caller in callers.items():
         found = asked(caller, "resolve_all", service=service)["instances"]
         assert sorted(one["port"] for one in found) == sorted(served[service])

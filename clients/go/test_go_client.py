@@ -29,9 +29,16 @@ TIMEOUT_S = 240.0
 
 def go(*words: str, directory: Path = HERE, **environ: str) -> str:
     """Run the go command without network, and return what it printed; fails the test when it fails."""
-    done = subprocess.run(["go", *words], cwd=directory, env={**os.environ, "GOFLAGS": "-mod=mod", "GOPROXY": "off",
-                                                              **environ},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        ["go", *words],
+        cwd=directory,
+        env={**os.environ, "GOFLAGS": "-mod=mod", "GOPROXY": "off", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -48,11 +55,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Return a function that builds a program of somebody who uses the client, and returns the binary's path."""
+
     def built(name: str, source: str) -> str:
         directory = tmp_path_factory.mktemp(name)
         (directory / "main.go").write_text(source)
-        (directory / "go.mod").write_text(f"module example.org/{name}\n\ngo 1.19\n\nrequire {MODULE} v0.0.0\n\n"
-                                          f"replace {MODULE} => {HERE}\n")
+        (directory / "go.mod").write_text(
+            f"module example.org/{name}\n\ngo 1.19\n\nrequire {MODULE} v0.0.0\n\nreplace {MODULE} => {HERE}\n"
+        )
         go("build", "-o", "program", ".", directory=directory)
         return str(directory / "program")
 
@@ -70,8 +79,15 @@ def test_its_own_tests_pass_under_the_race_detector() -> None:
     assert not environ, "portd's variables would lead the tests to another daemon"
     raced = ["-race"] if shutil.which("gcc") else []
     root = HERE.parents[1]
-    written = go("test", "-count=1", "-v", *raced, ".", PORTD_COMMAND=f"{sys.executable} -m portd",
-                 PYTHONPATH=f"{root}:{root}/clients/python")
+    written = go(
+        "test",
+        "-count=1",
+        "-v",
+        *raced,
+        ".",
+        PORTD_COMMAND=f"{sys.executable} -m portd",
+        PYTHONPATH=f"{root}:{root}/clients/python",
+    )
     assert "--- SKIP" not in written
 
 
@@ -88,10 +104,14 @@ def port_of(program: subprocess.Popen[str]) -> int:
     return int(line.split()[-1])
 
 
-@pytest.mark.parametrize("run", [[], ["run", "three", "--check", "http:/healthz", "--socket", "--"]],
-                         ids=["by themselves", "under portd run"])
+@pytest.mark.parametrize(
+    "run",
+    [[], ["run", "three", "--check", "http:/healthz", "--socket", "--"]],
+    ids=["by themselves", "under portd run"],
+)
 def test_of_three_instances_that_find_each_other_a_killed_one_leaves(
-        daemon: Daemon, build: Callable[..., str], run: list[str]) -> None:
+    daemon: Daemon, build: Callable[..., str], run: list[str]
+) -> None:
     binary = build("three", service_source("three"))
     finder = build("finder", LOOK_UP.replace('"orders"', '"three"'))
     with ExitStack() as stack:

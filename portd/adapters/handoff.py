@@ -2,7 +2,7 @@
 
 One message asks, one answers, on a SOCK_SEQPACKET connection. What is passed is the hold itself: the owner's socket and
 portd's copy are one, so when the owner has gone and its lease ends, closing the copy closes the port; no connection
-waits in the backlog of a dead owner. As HTTP does, this room receives the service.
+waits in the backlog of a dead owner. As HTTP does, this module receives the service.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from portd.core.model import Protocol as LeaseProtocol
 from portd.core.problems import pointer_of, problem_of
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller, check_change, sees_cmdline
-from portd.service import LeaseService
+from portd.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class Wish(Struct, frozen=True, forbid_unknown_fields=True):
 class PassedHolds(Protocol):
     """What the handoff needs of the holds."""
 
-    def pass_on(self, lease_id: str, protocol: LeaseProtocol, address: str,
-                port: int) -> Mapping[Any, socket.socket]: ...
+    def pass_on(
+        self, lease_id: str, protocol: LeaseProtocol, address: str, port: int
+    ) -> Mapping[Any, socket.socket]: ...
 
 
 Identify = Callable[[socket.socket], Caller]
@@ -64,11 +65,11 @@ Nudge = Callable[[], None]
 class HandoffServer:
     """Serves the handoff socket."""
 
-    def __init__(self, service: LeaseService, holds: PassedHolds, identify: Identify, nudge: Nudge) -> None:
+    def __init__(self, service: LeaseService, holds: PassedHolds, identify: Identify, wake: Nudge) -> None:
         self._service = service
         self._holds = holds
         self._identify = identify
-        self._nudge = nudge
+        self._nudge = wake
         self._decode = msgspec.json.Decoder(Wish).decode
         self._listeners: list[socket.socket] = []
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
@@ -179,8 +180,11 @@ class HandoffServer:
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
                 raise Busy(FILE_LIMIT) from error
-            raise PortTaken(f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
-                            f"it for another, or see 'portd who {lease.port}'", pointer="/lease") from error
+            raise PortTaken(
+                f"port {lease.port} of {lease.instance} is somebody's already ({error.strerror}): decline "
+                f"it for another, or see 'portd who {lease.port}'",
+                pointer="/lease",
+            ) from error
         return [sockets[part] for part in ("tcp", "udp") if part in sockets]
 
 
@@ -188,4 +192,3 @@ def _send(connection: socket.socket, answer: bytes, sockets: list[socket.socket]
     descriptors = array.array("i", [passed.fileno() for passed in sockets])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if sockets else []
     connection.sendmsg([answer], ancillary)  # whoever does not read gets no second chance: BlockingIOError ends it
-

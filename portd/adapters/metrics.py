@@ -30,15 +30,26 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._events: Tally[str] = Tally()
         self._ended: Tally[str] = Tally()
-        self._commits = Histogram("portd_store_commit_seconds", "Time of a commit, the sync included.",
-                                  buckets=COMMIT_BUCKETS, registry=self._registry)
+        self._commits = Histogram(
+            "portd_store_commit_seconds",
+            "Time of a commit, the sync included.",
+            buckets=COMMIT_BUCKETS,
+            registry=self._registry,
+        )
         self._committed = Counter("portd_store_committed_events", "Events written.", registry=self._registry)
-        self._checks = Counter("portd_checks", "Health checks by kind and result.", ["kind", "result"],
-                               registry=self._registry)
-        self._check_time = Histogram("portd_check_seconds", "Time of a health check, by kind.", ["kind"],
-                                     buckets=CHECK_BUCKETS, registry=self._registry)
-        self._queries = Counter("portd_dns_queries", "DNS queries by type and answer.", ["qtype", "rcode"],
-                                registry=self._registry)
+        self._checks = Counter(
+            "portd_checks", "Health checks by kind and result.", ["kind", "result"], registry=self._registry
+        )
+        self._check_time = Histogram(
+            "portd_check_seconds",
+            "Time of a health check, by kind.",
+            ["kind"],
+            buckets=CHECK_BUCKETS,
+            registry=self._registry,
+        )
+        self._queries = Counter(
+            "portd_dns_queries", "DNS queries by type and answer.", ["qtype", "rcode"], registry=self._registry
+        )
         self._query_counters: dict[tuple[str, str], Any] = {}
         self._registry.register(_Live(gauges, self._events, self._ended))
 
@@ -77,8 +88,10 @@ class _Live:
 
     def __init__(self, gauges: Gauges, events: Mapping[str, int], ended: Mapping[str, int]) -> None:
         self._gauges = gauges
-        self._counts = (("portd_events", "Events by type.", "type", events),
-                        ("portd_leases_ended", "Leases ended, by why.", "because", ended))
+        self._counts = (
+            ("portd_events", "Events by type.", "type", events),
+            ("portd_leases_ended", "Leases ended, by why.", "because", ended),
+        )
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the registry need not ask the daemon before it runs."""

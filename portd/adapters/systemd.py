@@ -49,7 +49,7 @@ def store(owned: Iterable[Owned]) -> bool:
     if not waiting or not os.environ.get("NOTIFY_SOCKET"):
         return False
     for start in range(0, len(waiting), PARCEL_SIZE):
-        with _parcel(waiting[start:start + PARCEL_SIZE]) as parcel:
+        with _parcel(waiting[start : start + PARCEL_SIZE]) as parcel:
             # FDPOLL=0: its other end is closed, which the manager would take for the end of its use.
             if not _send(("FDSTORE=1", f"FDNAME={PARCELS}", "FDPOLL=0"), parcel.fileno()):
                 return False
@@ -62,8 +62,9 @@ def unpack(parcels: Iterable[socket.socket]) -> dict[str, list[socket.socket]]:
     for parcel in parcels:
         with parcel:
             try:
-                message, descriptors, _, _ = socket.recv_fds(parcel, PARCEL_MAX_BYTES, PARCEL_SIZE,
-                                                             socket.MSG_CMSG_CLOEXEC)
+                message, descriptors, _, _ = socket.recv_fds(
+                    parcel, PARCEL_MAX_BYTES, PARCEL_SIZE, socket.MSG_CMSG_CLOEXEC
+                )
             except OSError:
                 continue  # empty: a run that died while it unpacked
             for lease_id, descriptor in zip(message.decode().split(), descriptors, strict=True):
@@ -97,6 +98,7 @@ def turn_away(listener: socket.socket) -> None:
 
     The manager keeps it open whatever this process does with its copy: unanswered, callers would wait for ever.
     """
+
     def hang_up() -> None:
         with contextlib.suppress(OSError):
             listener.accept()[0].close()
@@ -119,8 +121,9 @@ def _parcel(owned: list[Owned]) -> socket.socket:
     packer, parcel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with packer:
         try:
-            socket.send_fds(packer, [" ".join(lease_id for lease_id, _ in owned).encode()],
-                            [kept.fileno() for _, kept in owned])
+            socket.send_fds(
+                packer, [" ".join(lease_id for lease_id, _ in owned).encode()], [kept.fileno() for _, kept in owned]
+            )
         except BaseException:
             parcel.close()
             raise

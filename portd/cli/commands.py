@@ -10,8 +10,14 @@ GROUPS = {
     "lease ports": {"run": "running", "lease": "leasing", "renew": "leasing", "release": "leasing", "drain": "leasing"},
     "see who has what": {"ls": "listing", "who": "listing", "history": "listing"},
     "find services": {"services": "finding", "resolve": "finding", "browse": "following", "watch": "following"},
-    "the daemon": {"serve": "serving", "status": "condition", "doctor": "doctor", "demo": "demo",
-                   "install": "installing", "uninstall": "installing"},
+    "the daemon": {
+        "serve": "serving",
+        "status": "condition",
+        "doctor": "doctor",
+        "demo": "demo",
+        "install": "installing",
+        "uninstall": "installing",
+    },
 }
 
 

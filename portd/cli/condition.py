@@ -23,8 +23,11 @@ def status(values: dict[str, Any]) -> int:
     lines = [
         ("portd", f"{found['version']} at {client.url}, pid {found['pid']}, up {_long(found['uptime'])}"),
         ("revision", str(found["revision"])),
-        ("leases", f"{counts['leases']} of {counts['services']} services: "
-                   + ", ".join(f"{counts[state]} {state}" for state in ("bound", "held", "conflict"))),
+        (
+            "leases",
+            f"{counts['leases']} of {counts['services']} services: "
+            + ", ".join(f"{counts[state]} {state}" for state in ("bound", "held", "conflict")),
+        ),
         *((f"pool {name}", _pool(pool)) for name, pool in found["pools"].items()),
         *((name, _condition(found[name])) for name in ("store", "mdns", "dns", "cluster")),
         *(("warning", warning) for warning in found["warnings"]),
@@ -43,8 +46,11 @@ def _condition(part: dict[str, Any]) -> str:
         return str(part["problem"])
     if part.get("enabled") is False:
         return "off"
-    details = (f"{key.replace('_', ' ')} {value}" for key, value in part.items()
-               if key not in {"enabled", "problem"} and isinstance(value, (str, int, float)))
+    details = (
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in part.items()
+        if key not in {"enabled", "problem"} and isinstance(value, (str, int, float))
+    )
     return "fine; " + ", ".join(details)
 
 

@@ -56,14 +56,17 @@ def confine(ports: Iterable[int]) -> None:
     try:
         abi = call(CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(CREATE_RULESET_VERSION))
     except OSError as error:
-        raise ConfinementUnavailable(f"--confine needs Landlock, which this kernel lacks or has switched off ({error})"
-                                     ) from error
+        raise ConfinementUnavailable(
+            f"--confine needs Landlock, which this kernel lacks or has switched off ({error})"
+        ) from error
     if abi < ABI_WITH_NETWORK:
-        raise ConfinementUnavailable(f"--confine needs Landlock's network rules (Linux 6.7, ABI {ABI_WITH_NETWORK}); "
-                                     f"this kernel has ABI {abi}")
+        raise ConfinementUnavailable(
+            f"--confine needs Landlock's network rules (Linux 6.7, ABI {ABI_WITH_NETWORK}); this kernel has ABI {abi}"
+        )
     attributes = RulesetAttr(0, ACCESS_NET_BIND_TCP)
-    ruleset = call(CREATE_RULESET, ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)),
-                   ctypes.c_uint32(0))
+    ruleset = call(
+        CREATE_RULESET, ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)), ctypes.c_uint32(0)
+    )
     try:
         for port in ports:
             rule = NetPortAttr(ACCESS_NET_BIND_TCP, port)

@@ -66,9 +66,11 @@ def demo(values: dict[str, Any]) -> int:
         stage.look_up()
         stage.crash()
         stage.come_back()
-    _say("Done: all processes are ended, and the directory is gone.",
-         "Now with yours:   portd serve --user            (in one terminal)",
-         "                  portd run orders -- python3 -m http.server {port}    (in another)")
+    _say(
+        "Done: all processes are ended, and the directory is gone.",
+        "Now with yours:   portd serve --user            (in one terminal)",
+        "                  portd run orders -- python3 -m http.server {port}    (in another)",
+    )
     return 0
 
 
@@ -131,8 +133,10 @@ class Stage:
         ended = next(event for event in self._client.events(revision) if event.name == "ended")
         took_ms = (time.perf_counter() - started_s) * 1000
         process.wait()
-        _command(f"kill -9 {process.pid}",
-                 f"lease {lease['id']} ended {took_ms:.0f} ms later, as event {ended.id}: its owner exited")
+        _command(
+            f"kill -9 {process.pid}",
+            f"lease {lease['id']} ended {took_ms:.0f} ms later, as event {ended.id}: its owner exited",
+        )
         self._show_leases()
         port = lease["port"]
         verdict = self._client.call(calls.port(port))["verdict"]
@@ -165,12 +169,24 @@ class Stage:
 
     def _start(self, name: str, *words: str) -> None:
         """Start a portd command in a session of its own: Ctrl-C is for the demo, which ends the others in order."""
-        self._processes[name] = subprocess.Popen([sys.executable, "-m", "portd", *words], env=self._environ,
-                                                 stdin=subprocess.DEVNULL, start_new_session=True)
+        self._processes[name] = subprocess.Popen(
+            [sys.executable, "-m", "portd", *words], env=self._environ, stdin=subprocess.DEVNULL, start_new_session=True
+        )
 
     def _start_service(self, name: str) -> None:
-        self._start(name, "run", name, "--check", "http:/healthz,interval=1", "--",
-                    sys.executable, "-m", "portd.cli.demo_service", name, "{port}")
+        self._start(
+            name,
+            "run",
+            name,
+            "--check",
+            "http:/healthz,interval=1",
+            "--",
+            sys.executable,
+            "-m",
+            "portd.cli.demo_service",
+            name,
+            "{port}",
+        )
 
     def _lease(self, name: str) -> Any:
         return next(iter(self._client.call(calls.leases(service=name))["leases"]))
@@ -183,17 +199,32 @@ class Stage:
 
     def _show_leases(self) -> None:
         _command("portd ls")
-        printing.aligned(("SERVICE", "INSTANCE", "PORT", "OWNER", "STATE", "HEALTH"),
-                         [[lease["service"], lease["instance"], printing.place(lease), printing.owner(lease["owner"]),
-                           lease["state"], printing.health(lease)] for lease in self._client.leases()], indent="   ")
+        printing.aligned(
+            ("SERVICE", "INSTANCE", "PORT", "OWNER", "STATE", "HEALTH"),
+            [
+                [
+                    lease["service"],
+                    lease["instance"],
+                    printing.place(lease),
+                    printing.owner(lease["owner"]),
+                    lease["state"],
+                    printing.health(lease),
+                ]
+                for lease in self._client.leases()
+            ],
+            indent="   ",
+        )
         _pause()
 
     def _show_who(self, port: int) -> None:
         view = self._client.call(calls.port(port))
         owner = view["lease"]["owner"]
-        _command(f"portd who {port}", f"{port}/tcp: {view['verdict']}",
-                 f"lease    {view['lease']['service']} {view['lease']['instance']}",
-                 f"owner    {printing.owner(owner)}, since {printing.local(owner['started_at'])}")
+        _command(
+            f"portd who {port}",
+            f"{port}/tcp: {view['verdict']}",
+            f"lease    {view['lease']['service']} {view['lease']['instance']}",
+            f"owner    {printing.owner(owner)}, since {printing.local(owner['started_at'])}",
+        )
 
 
 @contextmanager
@@ -236,7 +267,13 @@ def _leave(number: int, frame: object) -> None:
 
 
 COMMANDS = (
-    Command("demo", [], "See it all in a few seconds, with services of its own", demo, about="""
+    Command(
+        "demo",
+        [],
+        "See it all in a few seconds, with services of its own",
+        demo,
+        about="""
 Starts a daemon and three small services on a temporary directory, and shows leases, health, a look-up, a crash and the
-port coming back. Touches nothing else, and leaves nothing behind."""),
+port coming back. Touches nothing else, and leaves nothing behind.""",
+    ),
 )

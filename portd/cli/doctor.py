@@ -47,18 +47,28 @@ def doctor(values: dict[str, Any]) -> int:
     """Examine the host, and print what was found."""
     findings = list(_examine(values["config"]))
     if values["json"]:
-        printing.json({"findings": [{name: getattr(finding, name) for name in ("severity", "what", "why", "mend")}
-                                    for finding in findings]})
+        printing.json(
+            {
+                "findings": [
+                    {name: getattr(finding, name) for name in ("severity", "what", "why", "mend")}
+                    for finding in findings
+                ]
+            }
+        )
     for finding in findings if not values["json"] else ():
         mend, *more = finding.mend.split("\n")
-        printing.facts([(finding.severity, finding.what), ("why", finding.why), ("mend", mend),
-                        *(("", line) for line in more)])
+        printing.facts(
+            [(finding.severity, finding.what), ("why", finding.why), ("mend", mend), *(("", line) for line in more)]
+        )
         print()
     problems = sum(finding.severity == "problem" for finding in findings)
     if not values["json"]:
-        print("Nothing stands in portd's way." if not findings else
-              f"{problems} of these {'is a problem' if problems == 1 else 'are problems'}, "
-              f"{len(findings) - problems} advice.")
+        print(
+            "Nothing stands in portd's way."
+            if not findings
+            else f"{problems} of these {'is a problem' if problems == 1 else 'are problems'}, "
+            f"{len(findings) - problems} advice."
+        )
     return 1 if problems else 0
 
 
@@ -72,20 +82,32 @@ def _examine(config: str | None) -> Iterator[Finding]:
     except DaemonUnavailable as error:
         yield from unreachable(error)
     except PortdError as error:
-        yield Finding("problem", f"what answers at {client.url} is not a working portd: {error}",
-                      "nothing can be leased.", "see the daemon's log: journalctl -u portd")
+        yield Finding(
+            "problem",
+            f"what answers at {client.url} is not a working portd: {error}",
+            "nothing can be leased.",
+            "see the daemon's log: journalctl -u portd",
+        )
     is_system = client.endpoint.path in {"", SYSTEM_SOCKET} if status is not None else os.getuid() == 0
     paths = system_paths() if is_system else user_paths()
     try:
         settings = load(config, paths)
     except ConfigError as error:
-        yield Finding("problem", f"the configuration can't be used: {error}", "the daemon won't start again with it.",
-                      f"mend that line, then: portd serve --check-config --config {config or paths.config}")
+        yield Finding(
+            "problem",
+            f"the configuration can't be used: {error}",
+            "the daemon won't start again with it.",
+            f"mend that line, then: portd serve --check-config --config {config or paths.config}",
+        )
         settings = Settings()
     pool = {port for part in settings.pools.values() for port in pool_ports(part)}
-    yield from ephemeral(pool, _read("/proc/sys/net/ipv4/ip_local_port_range"),
-                         _read("/proc/sys/net/ipv4/ip_local_reserved_ports"), paths.config)
-    yield from strangers(pool, ports, paths.config)
+    yield from ephemeral(
+        pool,
+        _read("/proc/sys/net/ipv4/ip_local_port_range"),
+        _read("/proc/sys/net/ipv4/ip_local_reserved_ports"),
+        paths.config,
+    )
+    yield from foreign(pool, ports, paths.config)
     if status is not None:
         yield from descriptors(len(pool), _read(f"/proc/{status['pid']}/limits"))
         yield from capabilities(_read(f"/proc/{status['pid']}/status"), settings, is_system=is_system)
@@ -104,17 +126,28 @@ def _examine(config: str | None) -> Iterator[Finding]:
 def unreachable(error: DaemonUnavailable) -> Iterator[Finding]:
     """No daemon; a socket file that nobody listens behind is told apart."""
     places = ", ".join(f"{url} ({reason})" for url, reason in error.tried)
-    yield Finding("problem", f"no daemon answers at {places}", "nothing can be leased.",
-                  "start one: systemctl start portd\nor, for yourself alone: portd serve --user")
+    yield Finding(
+        "problem",
+        f"no daemon answers at {places}",
+        "nothing can be leased.",
+        "start one: systemctl start portd\nor, for yourself alone: portd serve --user",
+    )
     for url, reason in error.tried:
         path = url.removeprefix("unix://")
         if path != url and reason == "connection refused":
-            yield Finding("problem", f"{path} is a socket that nobody listens behind",
-                          "its daemon died without tidying up, or is stopped; a new one replaces it.",
-                          f"start the daemon again, or if it is gone for good: rm {path}")
+            yield Finding(
+                "problem",
+                f"{path} is a socket that nobody listens behind",
+                "its daemon died without tidying up, or is stopped; a new one replaces it.",
+                f"start the daemon again, or if it is gone for good: rm {path}",
+            )
         elif path != url and reason == "permission denied":
-            yield Finding("problem", f"{path} may not be opened by uid {os.getuid()}",
-                          "another user's daemon is not for you.", "run your own: portd serve --user")
+            yield Finding(
+                "problem",
+                f"{path} may not be opened by uid {os.getuid()}",
+                "another user's daemon is not for you.",
+                "run your own: portd serve --user",
+            )
 
 
 def ephemeral(pool: Iterable[int], range_text: str, reserved_text: str, config: str) -> Iterator[Finding]:
@@ -127,24 +160,31 @@ def ephemeral(pool: Iterable[int], range_text: str, reserved_text: str, config: 
     if not exposed:
         return
     wanted = spans(sorted(reserved | set(exposed)))
-    yield Finding("problem", f"pool ports {spans(exposed)} are inside the kernel's ephemeral range {first}-{last}",
-                  "any outgoing connection may take one of them; the lease then fails, or its owner can't bind.",
-                  f"keep the kernel off them: sysctl -w net.ipv4.ip_local_reserved_ports={wanted}\n"
-                  f"(and for the next boot, the same in /etc/sysctl.d/portd.conf), or move the pool in {config}")
+    yield Finding(
+        "problem",
+        f"pool ports {spans(exposed)} are inside the kernel's ephemeral range {first}-{last}",
+        "any outgoing connection may take one of them; the lease then fails, or its owner can't bind.",
+        f"keep the kernel off them: sysctl -w net.ipv4.ip_local_reserved_ports={wanted}\n"
+        f"(and for the next boot, the same in /etc/sysctl.d/portd.conf), or move the pool in {config}",
+    )
 
 
-def strangers(pool: Iterable[int], ports: Sequence[Mapping[str, Any]], config: str) -> Iterator[Finding]:
+def foreign(pool: Iterable[int], ports: Sequence[Mapping[str, Any]], config: str) -> Iterator[Finding]:
     """Listeners inside the pool that have no lease."""
     pool = set(pool)
     found = [view for view in ports if view["verdict"] == "unmanaged" and view["port"] in pool]
     if not found:
         return
-    named = ", ".join(f"{view['port']}/{view['protocol']} ({printing.owner(view['listeners'][0])})"
-                      for view in found[:8])
+    named = ", ".join(
+        f"{view['port']}/{view['protocol']} ({printing.owner(view['listeners'][0])})" for view in found[:8]
+    )
     numbers = ", ".join(str(port) for port in sorted({view["port"] for view in found}))
-    yield Finding("problem", f"{len(found)} pool ports are listened on without a lease: {named}",
-                  "portd steps around them, one probation after the other; who else counts on them is not known here.",
-                  f"lease them (portd run), or leave them out in {config}: exclude = [{numbers}]")
+    yield Finding(
+        "problem",
+        f"{len(found)} pool ports are listened on without a lease: {named}",
+        "portd steps around them, one probation after the other; who else counts on them is not known here.",
+        f"lease them (portd run), or leave them out in {config}: exclude = [{numbers}]",
+    )
 
 
 def descriptors(port_count: int, limits_text: str) -> Iterator[Finding]:
@@ -153,10 +193,13 @@ def descriptors(port_count: int, limits_text: str) -> Iterator[Finding]:
     hard = line.split()[4] if len(line.split()) > 4 else ""
     needed = 2 * port_count + DESCRIPTORS_SPARE
     if hard.isdecimal() and int(hard) < needed:
-        yield Finding("problem", f"the daemon may open {hard} files; a full pool of {port_count} ports takes {needed}",
-                      "at the limit grants are refused as busy, and owners can't be watched.",
-                      f"in its unit: LimitNOFILE={needed}   (systemctl edit portd)\n"
-                      f"or before 'portd serve': ulimit -n {needed}, or a smaller pool")
+        yield Finding(
+            "problem",
+            f"the daemon may open {hard} files; a full pool of {port_count} ports takes {needed}",
+            "at the limit grants are refused as busy, and owners can't be watched.",
+            f"in its unit: LimitNOFILE={needed}   (systemctl edit portd)\n"
+            f"or before 'portd serve': ulimit -n {needed}, or a smaller pool",
+        )
 
 
 def capabilities(status_text: str, settings: Settings, *, is_system: bool) -> Iterator[Finding]:
@@ -167,36 +210,54 @@ def capabilities(status_text: str, settings: Settings, *, is_system: bool) -> It
     granted = int(line.split()[1], 16)
     low = sorted({static.port for static in settings.static.values() if static.port < 1024})
     if low and not granted >> CAP_NET_BIND_SERVICE & 1:
-        yield Finding("problem", f"the daemon may not bind ports below 1024, and {spans(low)} are static",
-                      "those leases are refused.", "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE")
+        yield Finding(
+            "problem",
+            f"the daemon may not bind ports below 1024, and {spans(low)} are static",
+            "those leases are refused.",
+            "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE",
+        )
     if is_system and not granted >> CAP_SYS_PTRACE & 1:
-        yield Finding("advice", "the daemon may not look into other users' processes (CAP_SYS_PTRACE)",
-                      "'portd who' can't name the process behind another user's port, only the user.",
-                      "in its unit: AmbientCapabilities=CAP_SYS_PTRACE")
+        yield Finding(
+            "advice",
+            "the daemon may not look into other users' processes (CAP_SYS_PTRACE)",
+            "'portd who' can't name the process behind another user's port, only the user.",
+            "in its unit: AmbientCapabilities=CAP_SYS_PTRACE",
+        )
 
 
 def clock(is_synchronized: bool | None) -> Iterator[Finding]:
     """Whether anybody keeps this host's clock right (None: not known)."""
     if is_synchronized is False:
-        yield Finding("advice", "nobody keeps this host's clock right (adjtimex says unsynchronized)",
-                      "leases run on another clock and don't mind; times in history and logs may jump or lie.",
-                      "timedatectl set-ntp true, or run chrony")
+        yield Finding(
+            "advice",
+            "nobody keeps this host's clock right (adjtimex says unsynchronized)",
+            "leases run on another clock and don't mind; times in history and logs may jump or lie.",
+            "timedatectl set-ntp true, or run chrony",
+        )
 
 
-def responders(ports: Sequence[Mapping[str, Any]], status: Mapping[str, Any] | None, settings: Settings,
-               paths: Paths) -> Iterator[Finding]:
+def responders(
+    ports: Sequence[Mapping[str, Any]], status: Mapping[str, Any] | None, settings: Settings, paths: Paths
+) -> Iterator[Finding]:
     """Other mDNS responders on port 5353 (RFC 6762 section 15: one a host)."""
     own = status["pid"] if status is not None else None
-    others = {listener["pid"]: printing.owner(listener) for view in ports
-              if view["port"] == 5353 and view["protocol"] == "udp" for listener in view["listeners"]
-              if listener["pid"] is None or listener["pid"] != own}
+    others = {
+        listener["pid"]: printing.owner(listener)
+        for view in ports
+        if view["port"] == 5353 and view["protocol"] == "udp"
+        for listener in view["listeners"]
+        if listener["pid"] is None or listener["pid"] != own
+    }
     names = sorted(set(others.values()))
     if not names or (all(name.startswith(AVAHI) for name in names) and settings.mdns.responder != "embedded"):
         return
-    yield Finding("problem", f"another mDNS responder has port 5353: {', '.join(names)}",
-                  "two responders on one host take each other's unicast answers (RFC 6762, section 15).",
-                  "systemd-resolved: MulticastDNS=no in /etc/systemd/resolved.conf, and restart it\n"
-                  f'Avahi: responder = "avahi" under [mdns] in {paths.config}')
+    yield Finding(
+        "problem",
+        f"another mDNS responder has port 5353: {', '.join(names)}",
+        "two responders on one host take each other's unicast answers (RFC 6762, section 15).",
+        "systemd-resolved: MulticastDNS=no in /etc/systemd/resolved.conf, and restart it\n"
+        f'Avahi: responder = "avahi" under [mdns] in {paths.config}',
+    )
 
 
 def resolver(settings: Settings, resolv_text: str, forwarders: str) -> Iterator[Finding]:
@@ -208,11 +269,14 @@ def resolver(settings: Settings, resolv_text: str, forwarders: str) -> Iterator[
     if zone in forwarders or (port == "53" and host in servers):
         return
     named = ", ".join(servers) or "none"
-    yield Finding("advice", f"this host's resolver (nameserver {named}) does not ask portd about {zone}",
-                  f"programs can't look up NAME.{zone}; portd resolve, the clients and dig @{host} -p {port} can.",
-                  "systemd-resolved: write /etc/systemd/resolved.conf.d/portd.conf and restart it:\n"
-                  f"[Resolve]\nDNS={settings.dns.listen}\nDomains=~{zone}\n"
-                  f"dnsmasq: server=/{zone}/{host}#{port}")
+    yield Finding(
+        "advice",
+        f"this host's resolver (nameserver {named}) does not ask portd about {zone}",
+        f"programs can't look up NAME.{zone}; portd resolve, the clients and dig @{host} -p {port} can.",
+        "systemd-resolved: write /etc/systemd/resolved.conf.d/portd.conf and restart it:\n"
+        f"[Resolve]\nDNS={settings.dns.listen}\nDomains=~{zone}\n"
+        f"dnsmasq: server=/{zone}/{host}#{port}",
+    )
 
 
 # --- reading the host ---
@@ -248,9 +312,14 @@ def _read(path: str) -> str:
 
 def _forwarders() -> str:
     """Read where systemd-resolved and dnsmasq are told which server to ask for which zone."""
-    places = ("/etc/systemd/resolved.conf", "/etc/systemd/resolved.conf.d/*.conf",
-              "/run/systemd/resolved.conf.d/*.conf", "/etc/systemd/network/*.network", "/etc/dnsmasq.conf",
-              "/etc/dnsmasq.d/*")
+    places = (
+        "/etc/systemd/resolved.conf",
+        "/etc/systemd/resolved.conf.d/*.conf",
+        "/run/systemd/resolved.conf.d/*.conf",
+        "/etc/systemd/network/*.network",
+        "/etc/dnsmasq.conf",
+        "/etc/dnsmasq.d/*",
+    )
     lines = [line for place in places for path in sorted(glob.glob(place)) for line in _read(path).splitlines()]
     return "\n".join(line for line in lines if not line.lstrip().startswith(("#", ";")))
 
@@ -265,7 +334,13 @@ def _is_clock_synchronized() -> bool | None:
 
 
 COMMANDS = (
-    Command("doctor", [], "Tell what on this host stands in portd's way, with the mend", doctor,
-            (Option("--config", "FILE", "the daemon's configuration, if it is not at its usual place"), JSON), """
-Each finding says what is so, why it matters, and the exact mend. Exit status 1 when one of them is a problem."""),
+    Command(
+        "doctor",
+        [],
+        "Tell what on this host stands in portd's way, with the mend",
+        doctor,
+        (Option("--config", "FILE", "the daemon's configuration, if it is not at its usual place"), JSON),
+        """
+Each finding says what is so, why it matters, and the exact mend. Exit status 1 when one of them is a problem.""",
+    ),
 )

@@ -20,15 +20,18 @@ def services(values: dict[str, Any]) -> int:
         printing.json(found)
         return 0
     columns = ("instances", "passing", "warning", "critical", "unknown")
-    printing.table(["SERVICE", *(name.upper() for name in columns)],
-                   [[service["name"], *(str(service[name]) for name in columns)] for service in found["services"]])
+    printing.table(
+        ["SERVICE", *(name.upper() for name in columns)],
+        [[service["name"], *(str(service[name]) for name in columns)] for service in found["services"]],
+    )
     return 0
 
 
 def resolve(values: dict[str, Any]) -> int:
     """Print where a service's working instances are."""
-    found = Client().service(values["service"], passing=True, tag=values["tag"] or None, endpoint=values["endpoint"],
-                             scope=values["scope"])
+    found = Client().service(
+        values["service"], passing=True, tag=values["tag"] or None, endpoint=values["endpoint"], scope=values["scope"]
+    )
     instances = found["instances"]
     if values["one"] and instances:
         from random import choice
@@ -46,11 +49,20 @@ def resolve(values: dict[str, Any]) -> int:
 
 COMMANDS = (
     Command("services", [], "List services with counts by health", services, (JSON,)),
-    Command("resolve", ["SERVICE"], "Print host:port of a service's working instances", resolve, (
-        Option("--one", "", "one of them, by chance"),
-        Option("--endpoint", "NAME", "another endpoint than main"),
-        Option("--tag", "TAG", "only instances with this tag", many=True),
-        Option("--scope", "SCOPE", "local, cluster, lan or all"), JSON), """
+    Command(
+        "resolve",
+        ["SERVICE"],
+        "Print host:port of a service's working instances",
+        resolve,
+        (
+            Option("--one", "", "one of them, by chance"),
+            Option("--endpoint", "NAME", "another endpoint than main"),
+            Option("--tag", "TAG", "only instances with this tag", many=True),
+            Option("--scope", "SCOPE", "local, cluster, lan or all"),
+            JSON,
+        ),
+        """
 Only passing, undrained instances are printed, unless none of them has a check. Exit status 1 when there is none:
-curl http://$(portd resolve orders --one)/"""),
+curl http://$(portd resolve orders --one)/""",
+    ),
 )

@@ -49,8 +49,9 @@ def browse(values: dict[str, Any]) -> int:
         if values["json"]:
             printing.json(found)
         else:
-            printing.table(["TYPE", "NAME", "HOST", "PORT", "ADDRESSES", "OURS"],
-                           [_row(service) for service in found["services"]])
+            printing.table(
+                ["TYPE", "NAME", "HOST", "PORT", "ADDRESSES", "OURS"], [_row(service) for service in found["services"]]
+            )
         return 0
     seen: set[tuple[str, ...]] = set()
     while True:
@@ -63,8 +64,14 @@ def browse(values: dict[str, Any]) -> int:
 
 
 def _row(service: dict[str, Any]) -> list[str]:
-    return [service["type"], service["name"], service["host"], str(service["port"]), " ".join(service["addresses"]),
-            "ours" if service["ours"] else "-"]
+    return [
+        service["type"],
+        service["name"],
+        service["host"],
+        str(service["port"]),
+        " ".join(service["addresses"]),
+        "ours" if service["ours"] else "-",
+    ]
 
 
 def _show(data: str, *, as_json: bool) -> None:
@@ -73,8 +80,14 @@ def _show(data: str, *, as_json: bool) -> None:
         return
     event = documents.decode(data.encode())
     lease = event["lease"]
-    words = [printing.local(event["at"]), f"{event['type']:9}", lease["service"], printing.instance(lease),
-             printing.place(lease), _more(event)]
+    words = [
+        printing.local(event["at"]),
+        f"{event['type']:9}",
+        lease["service"],
+        printing.instance(lease),
+        printing.place(lease),
+        _more(event),
+    ]
     print("  ".join(printing.clean(word) for word in words).rstrip(), flush=True)
 
 
@@ -86,7 +99,7 @@ def _more(event: dict[str, Any]) -> str:
         case "ended":
             return str(lease["ended_because"])
         case "conflict":
-            return f"{printing.owner(event['stranger'])} listens"
+            return f"{printing.owner(event['foreign'])} listens"
         case "granted" | "bound":
             return printing.owner(lease["owner"])
     return ""
@@ -97,10 +110,22 @@ def _note(text: str) -> None:
 
 
 COMMANDS = (
-    Command("watch", ["[SERVICE]"], "Print events as they happen", watch, (
-        Option("--after", "REVISION", "begin after this revision; now unless given", number), JSON), """
-Goes on until it is interrupted, over restarts of the daemon too."""),
-    Command("browse", ["[TYPE]"], "Print the LAN's DNS-SD services, live", browse,
-            (Option("--once", "", "print what is known now, and end"), JSON), """
-TYPE is a DNS-SD type, like _http._tcp; all types unless given. A line with + appeared, one with - went."""),
+    Command(
+        "watch",
+        ["[SERVICE]"],
+        "Print events as they happen",
+        watch,
+        (Option("--after", "REVISION", "begin after this revision; now unless given", number), JSON),
+        """
+Goes on until it is interrupted, over restarts of the daemon too.""",
+    ),
+    Command(
+        "browse",
+        ["[TYPE]"],
+        "Print the LAN's DNS-SD services, live",
+        browse,
+        (Option("--once", "", "print what is known now, and end"), JSON),
+        """
+TYPE is a DNS-SD type, like _http._tcp; all types unless given. A line with + appeared, one with - went.""",
+    ),
 )

@@ -1,7 +1,7 @@
 """Puts portd in place as a systemd unit, and takes it away again: install, uninstall.
 
 What is done is first made a list of steps, each of which can say itself: `--dry-run` says them, the rest does them too.
-The units are the files of `systemd/`; the one thing that changes in them is the path of the program. This room must not
+The units are the files of `systemd/`; the one thing that changes in them is the path of the program. This module must not
 know the daemon.
 """
 
@@ -62,9 +62,11 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
     program = _program()
     for seen in {program, Path(sys.executable).resolve(), Path(sys.base_prefix), Path(__file__)}:
         if hidden := next((top for top in HIDDEN if seen.is_relative_to(top)), None):
-            raise PortdError(f"{seen} lies under {hidden}, which the hardened unit does not see: install portd outside "
-                             "of it, with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
-                             "/opt/portd/bin/portd install")
+            raise PortdError(
+                f"{seen} lies under {hidden}, which the hardened unit does not see: install portd outside "
+                "of it, with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
+                "/opt/portd/bin/portd install"
+            )
     if values["resolved"]:
         _check_resolver()
     files = _system_files(resolved=values["resolved"])
@@ -219,15 +221,19 @@ def _check_host(*, user: bool) -> None:
     if not user and os.geteuid() != 0:
         raise PortdError("only root can install for the whole host: use sudo, or --user for yourself")
     if user and not os.environ.get("XDG_RUNTIME_DIR"):
-        raise PortdError("XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
-                         "user's own service manager can be reached")
+        raise PortdError(
+            "XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
+            "user's own service manager can be reached"
+        )
 
 
 def _check_package() -> None:
     """Raise PortdError where a package has installed portd for the whole host."""
     if PACKAGED.exists():
-        raise PortdError(f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
-                         "the package, or remove that first (apt remove portd; leases and configuration stay)")
+        raise PortdError(
+            f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
+            "the package, or remove that first (apt remove portd; leases and configuration stay)"
+        )
 
 
 def _check_resolver() -> None:
@@ -237,21 +243,27 @@ def _check_resolver() -> None:
     """
     resolv_conf = Path("/etc/resolv.conf")
     if not resolv_conf.resolve().is_relative_to("/run/systemd/resolve"):
-        raise PortdError(f"{resolv_conf} is not systemd-resolved's: names are looked up without it here, or it has its "
-                         "servers from there; see 'Modes of operation' in systemd-resolved(8)")
+        raise PortdError(
+            f"{resolv_conf} is not systemd-resolved's: names are looked up without it here, or it has its "
+            "servers from there; see 'Modes of operation' in systemd-resolved(8)"
+        )
     settings = Path("/etc/systemd/resolved.conf")
     for place in (settings, *sorted(RESOLVED_DROP_IN.parent.glob("*.conf"))):
         if place != RESOLVED_DROP_IN and place.exists() and re.search(r"(?m)^\s*DNS\s*=\s*\S", place.read_text()):
-            raise PortdError(f"{place} names DNS servers for the whole host: systemd-resolved would ask either those "
-                             "or portd, not each for its own; give them to a network link instead")
+            raise PortdError(
+                f"{place} names DNS servers for the whole host: systemd-resolved would ask either those "
+                "or portd, not each for its own; give them to a network link instead"
+            )
 
 
 def _program() -> Path:
     """Return the portd beside the Python that runs this: the unit starts the very same one."""
     program = Path(sys.executable).parent / "portd"  # unresolved: a venv's python is a link to the system's
     if not os.access(program, os.X_OK):
-        raise PortdError(f"there is no {program} beside the Python that runs this: install portd with pip first, into "
-                         "a virtual environment")
+        raise PortdError(
+            f"there is no {program} beside the Python that runs this: install portd with pip first, into "
+            "a virtual environment"
+        )
     return program
 
 
@@ -265,15 +277,31 @@ _DRY_RUN = Option("--dry-run", "", "say what would be done; do nothing")
 _USER = Option("--user", "", "for yourself alone, in your own directories; needs no root")
 
 COMMANDS = (
-    Command("install", [], "Install as a systemd unit, and start it", install, (
-        _DRY_RUN, _USER,
-        Option("--resolved", "", "let systemd-resolved ask portd for names below portd.internal"),
-    ), """
+    Command(
+        "install",
+        [],
+        "Install as a systemd unit, and start it",
+        install,
+        (
+            _DRY_RUN,
+            _USER,
+            Option("--resolved", "", "let systemd-resolved ask portd for names below portd.internal"),
+        ),
+        """
 Writes the units for the portd that runs this, makes the user 'portd', enables and starts them. Run it again after a
-change: what is as it should be stays."""),
-    Command("uninstall", [], "Stop it, and take the systemd unit away", uninstall, (
-        _DRY_RUN, _USER,
-        Option("--purge", "", "delete leases, history and configuration too, and the user 'portd'"),
-    ), """
-Services on leased ports go on running. State and configuration stay, for the next install."""),
+change: what is as it should be stays.""",
+    ),
+    Command(
+        "uninstall",
+        [],
+        "Stop it, and take the systemd unit away",
+        uninstall,
+        (
+            _DRY_RUN,
+            _USER,
+            Option("--purge", "", "delete leases, history and configuration too, and the user 'portd'"),
+        ),
+        """
+Services on leased ports go on running. State and configuration stay, for the next install.""",
+    ),
 )

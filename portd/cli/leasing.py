@@ -58,14 +58,30 @@ def _show(document: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 TOKEN = Option("--token", "TOKEN", "the lease's token, for a lease of another user")
 COMMANDS = (
-    Command("lease", ["SERVICE"], "Lease a port, and print it", lease,
-            (*wishing.OPTIONS, Option("--endpoint", "NAME", "which of the instance's ports this is (main)"), JSON), """
+    Command(
+        "lease",
+        ["SERVICE"],
+        "Lease a port, and print it",
+        lease,
+        (*wishing.OPTIONS, Option("--endpoint", "NAME", "which of the instance's ports this is (main)"), JSON),
+        """
 The port is printed alone, so that a script can take it:  PORT=$(portd lease orders)
 Without --ttl and --pid the lease belongs to the calling shell: it ends when that shell does.
-'portd run' is for a service: then the lease belongs to the service itself."""),
-    Command("renew", ["ID"], "Restart the clock of a ttl lease", renew,
-            (Option("--ttl", "SECONDS", "the new period; the old one unless given", duration), TOKEN, JSON)),
+'portd run' is for a service: then the lease belongs to the service itself.""",
+    ),
+    Command(
+        "renew",
+        ["ID"],
+        "Restart the clock of a ttl lease",
+        renew,
+        (Option("--ttl", "SECONDS", "the new period; the old one unless given", duration), TOKEN, JSON),
+    ),
     Command("release", ["ID"], "Give a lease back before its time", release, (TOKEN, JSON)),
-    Command("drain", ["ID"], "Take an instance out of look-ups; it keeps its port", drain,
-            (Option("--undo", "", "take it in again"), TOKEN, JSON)),
+    Command(
+        "drain",
+        ["ID"],
+        "Take an instance out of look-ups; it keeps its port",
+        drain,
+        (Option("--undo", "", "take it in again"), TOKEN, JSON),
+    ),
 )

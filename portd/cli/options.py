@@ -1,6 +1,6 @@
 """What a command takes, as data: one table both reads the words of a command line and writes its help.
 
-argparse and what it needs cost 8 ms before the first word is read, half of what `portd lease` may take. This room must
+argparse and what it needs cost 8 ms before the first word is read, half of what `portd lease` may take. This module must
 not know any command.
 """
 
@@ -30,8 +30,16 @@ class Option:
 
     __slots__ = ("bare", "help", "key", "many", "metavar", "name", "read")
 
-    def __init__(self, name: str, metavar: str, help: str, read: Callable[[str], Any] = str, *, many: bool = False,
-                 bare: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        metavar: str,
+        help: str,
+        read: Callable[[str], Any] = str,
+        *,
+        many: bool = False,
+        bare: Any = None,
+    ) -> None:
         self.name = name
         self.key = name.lstrip("-").replace("-", "_")
         self.metavar = metavar
@@ -49,8 +57,15 @@ class Command:
 
     __slots__ = ("about", "name", "options", "run", "summary", "takes")
 
-    def __init__(self, name: str, takes: Sequence[str], summary: str, run: Callable[[dict[str, Any]], int],
-                 options: Sequence[Option] = (), about: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        takes: Sequence[str],
+        summary: str,
+        run: Callable[[dict[str, Any]], int],
+        options: Sequence[Option] = (),
+        about: str = "",
+    ) -> None:
         self.name = name
         self.takes = tuple(takes)
         self.summary = summary
@@ -69,8 +84,9 @@ def read(command: Command, words: Sequence[str]) -> dict[str, Any]:
     Raises UsageError. A `--help` anywhere before `--` ends the reading.
     """
     known = {option.name: option for option in command.options}
-    values: dict[str, Any] = {option.key: [] if option.many else None if option.metavar else False
-                              for option in command.options}
+    values: dict[str, Any] = {
+        option.key: [] if option.many else None if option.metavar else False for option in command.options
+    }
     plain: list[str] = []
     rest = list(words)
     command_words: list[str] | None = None

@@ -10,8 +10,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 COLORS = {
-    "passing": "green", "bound": "green", "warning": "yellow", "critical": "red", "conflict": "red", "held": "cyan",
-    "cooling": "yellow", "declined": "yellow", "draining": "yellow",
+    "passing": "green",
+    "bound": "green",
+    "warning": "yellow",
+    "critical": "red",
+    "conflict": "red",
+    "held": "cyan",
+    "cooling": "yellow",
+    "declined": "yellow",
+    "draining": "yellow",
 }
 
 

@@ -49,8 +49,10 @@ def run(values: dict[str, Any]) -> int:
     except OSError as error:
         for lease in leases:
             client.call(calls.release(lease["id"], lease.get("token")))
-        print(f"portd: can't run {values['command'][0]}: {error.strerror or error}; its leases are released",
-              file=sys.stderr)
+        print(
+            f"portd: can't run {values['command'][0]}: {error.strerror or error}; its leases are released",
+            file=sys.stderr,
+        )
         return 1
     except BaseException:
         for lease in leases:
@@ -62,8 +64,9 @@ def _wishes(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Make one wish for each endpoint. The check and the announcement are the main endpoint's alone."""
     main = wishing.wish(values)
     shared = {key: value for key, value in main.items() if key not in {"port", "exact", "check", "announce"}}
-    others = [{**shared, "endpoint": name, **({} if wish is None else {"port": wish})}
-              for name, wish in values["endpoint"]]
+    others = [
+        {**shared, "endpoint": name, **({} if wish is None else {"port": wish})} for name, wish in values["endpoint"]
+    ]
     return [main, *others]
 
 
@@ -125,14 +128,27 @@ def _restore_signals() -> None:
 
 
 COMMANDS = (
-    Command("run", ["SERVICE", "-- COMMAND"], "Start a service on a leased port", run, (
-        *(option for option in wishing.OPTIONS if option.key != "pid"),
-        Option("--endpoint", "NAME[:WISH]", "one more port, for metrics or the like: PORT_NAME, {port:NAME}", endpoint,
-               many=True),
-        Option("--socket", "", "pass the listening sockets from file descriptor 3 on (LISTEN_FDS, as systemd does)"),
-        Option("--confine", "", "let COMMAND and its children bind their leased TCP ports and no others"),
-        Option("--json", "", "errors as problem documents"),
-    ), """
+    Command(
+        "run",
+        ["SERVICE", "-- COMMAND"],
+        "Start a service on a leased port",
+        run,
+        (
+            *(option for option in wishing.OPTIONS if option.key != "pid"),
+            Option(
+                "--endpoint",
+                "NAME[:WISH]",
+                "one more port, for metrics or the like: PORT_NAME, {port:NAME}",
+                endpoint,
+                many=True,
+            ),
+            Option(
+                "--socket", "", "pass the listening sockets from file descriptor 3 on (LISTEN_FDS, as systemd does)"
+            ),
+            Option("--confine", "", "let COMMAND and its children bind their leased TCP ports and no others"),
+            Option("--json", "", "errors as problem documents"),
+        ),
+        """
 COMMAND replaces portd (same pid), so the lease ends when the service does, however it ends.
 In COMMAND {port} and {host} are filled in; its environment has PORT, HOST, PORTD_LEASE, PORTD_TOKEN and PORTD_URL.
 
@@ -142,5 +158,6 @@ In COMMAND {port} and {host} are filled in; its environment has PORT, HOST, PORT
 
 --confine is Landlock (Linux 6.7 and up; an error where it is missing). It covers bind() of TCP sockets only: not UDP,
 not MPTCP, not listen() on a socket that was never bound, and it does not tell addresses apart. COMMAND can gain no
-privileges then (no setuid programs, no sudo)."""),
+privileges then (no setuid programs, no sudo).""",
+    ),
 )

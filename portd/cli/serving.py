@@ -17,12 +17,22 @@ def serve(values: dict[str, Any]) -> int:
 
 
 COMMANDS = (
-    Command("serve", [], "Run the daemon", serve, (
-        Option("--config", "FILE", "the configuration; /etc/portd/portd.toml unless given, with --user "
-               "~/.config/portd/portd.toml"),
-        Option("--user", "", "run as a user's daemon: its own sockets and state, in the user's own directories"),
-        Option("--check-config", "", "say what is wrong in the configuration, and where; do nothing else"),
-    ), """
+    Command(
+        "serve",
+        [],
+        "Run the daemon",
+        serve,
+        (
+            Option(
+                "--config",
+                "FILE",
+                "the configuration; /etc/portd/portd.toml unless given, with --user ~/.config/portd/portd.toml",
+            ),
+            Option("--user", "", "run as a user's daemon: its own sockets and state, in the user's own directories"),
+            Option("--check-config", "", "say what is wrong in the configuration, and where; do nothing else"),
+        ),
+        """
 SIGTERM and Ctrl-C stop it; leases stay, and are there again after the next start.
-SIGHUP reads the configuration again, and says what can't change while it runs."""),
+SIGHUP reads the configuration again, and says what can't change while it runs.""",
+    ),
 )

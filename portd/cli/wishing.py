@@ -49,8 +49,9 @@ OPTIONS = (
     Option("--exact", "", "that port or none: exit status 1 when it is taken"),
     Option("--instance", "NAME", "which of the service's processes this is; the lowest free SERVICE-N unless given"),
     Option("--protocol", "PROTO", "tcp (the default), udp, or both: the same number for the two"),
-    Option("--address", "ADDR", "what the service binds: 127.0.0.1 (the default), 0.0.0.0, ::, or an address of "
-           "this host"),
+    Option(
+        "--address", "ADDR", "what the service binds: 127.0.0.1 (the default), 0.0.0.0, ::, or an address of this host"
+    ),
     Option("--own-address", "", "a loopback address that no other instance has, on which any port is free to take"),
     Option("--pool", "NAME", "the pool of ports to take from"),
     Option("--hold", "KIND", "shared (the default), exclusive (nobody can bind it: by handoff only), or none"),
@@ -58,8 +59,13 @@ OPTIONS = (
     Option("--pid", "PID", "the process that the lease belongs to", number),
     Option("--tag", "TAG", "a tag that look-ups can ask for", many=True),
     Option("--meta", "KEY=VALUE", "metadata, shown to whoever looks the service up", pair, many=True),
-    Option("--check", "KIND[:K=V,…]", "a health check: http:/healthz, tcp, grpc, listen, report:ttl=30; more as "
-           "interval=5,timeout=2,rise=2,fall=3,start_period=10", check),
+    Option(
+        "--check",
+        "KIND[:K=V,…]",
+        "a health check: http:/healthz, tcp, grpc, listen, report:ttl=30; more as "
+        "interval=5,timeout=2,rise=2,fall=3,start_period=10",
+        check,
+    ),
     Option("--announce", "TYPE", "announce it on the LAN as a DNS-SD service, _http._tcp for example", bare=True),
 )
 
@@ -85,5 +91,3 @@ def wish(values: dict[str, Any]) -> dict[str, Any]:
     if values["announce"] is not None:
         made["announce"] = values["announce"] if values["announce"] is True else {"type": values["announce"]}
     return made
-
-

@@ -1,7 +1,7 @@
 """Who gets which port: pools, wishes, stickiness and quarantine. It proposes ports and never tests them itself.
 
 A port number is in one place at a time: in its pool's line (free), used by leases, or in quarantine (cooling after a
-lease, or on probation after a stranger was met there). The line is ordered by when a number became free, so a pick
+lease, or on probation after a foreign process was met there). The line is ordered by when a number became free, so a pick
 takes the longest unused one in constant time, whatever the size of the pool and however full it is. A number that is
 leased for one protocol or address is not picked for another: nobody wants to explain port 20017 twice.
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network
 from typing import Final, Literal, NamedTuple
 
-from portd.core.addresses import overlaps
+from portd.core.bindings import Binding, binding_of, conflicts
 from portd.core.errors import PoolExhausted, PortReserved, PortTaken
 from portd.core.expiry import Deadlines
 from portd.core.model import MAIN_ENDPOINT, Lease, Protocol
@@ -24,9 +24,9 @@ from portd.core.own_addresses import Instance, OwnAddresses
 REMEMBERED_MAX: Final = 100_000
 """Endpoints whose last port is remembered, the least recently used forgotten first: about 20 MB at the most."""
 PROBATION_S: Final = 5.0
-"""Seconds between two looks at a port that a stranger had: short enough that a dev server's end is noticed."""
+"""Seconds between two looks at a port that a foreign process had: short enough that a dev server's end is noticed."""
 PROBATION_SIGHTINGS: Final = 3
-"""How often in a row a declined port must be seen free: a stranger that restarts is not gone (FACTS of the field)."""
+"""How often in a row a declined port must be seen free: a foreign process that restarts is not gone (FACTS of the field)."""
 COOLING_RECHECK_S: Final = 1.0
 """Seconds until a cooled port that is still bound is looked at again."""
 
@@ -42,23 +42,15 @@ class StaticPort(NamedTuple):
     address: str
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Binding:
         """Return the place that is reserved."""
-        return Place(self.protocol, self.address, self.port)
-
-
-class Place(NamedTuple):
-    """A candidate for a lease."""
-
-    protocol: Protocol
-    address: str
-    port: int
+        return Binding(self.protocol, self.address, self.port)
 
 
 class Quarantine(NamedTuple):
     """A port that is kept from all but the `exempt` instance for a while, until `sightings` more looks find it free."""
 
-    place: Place
+    place: Binding
     kind: Literal["cooling", "declined"]
     exempt: Instance | None
     sightings: int
@@ -88,8 +80,13 @@ class Ask(NamedTuple):
 class Allocator:
     """The port numbers of this host, as portd gives them out."""
 
-    def __init__(self, pools: Mapping[str, Iterable[int]], statics: Iterable[StaticPort], own_block: IPv4Network,
-                 cooldown_s: float) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, Iterable[int]],
+        statics: Iterable[StaticPort],
+        own_block: IPv4Network,
+        cooldown_s: float,
+    ) -> None:
         self.cooldown_s = cooldown_s
         self._statics = {static.service: static for static in statics}
         self._static_ports: dict[int, list[StaticPort]] = {}
@@ -104,7 +101,7 @@ class Allocator:
         self._uses: dict[int, int] = {}
         self._quarantine: dict[int, list[Quarantine]] = {}
         self._looks: Deadlines[Quarantine] = Deadlines()
-        self._last: OrderedDict[EndpointName, Place] = OrderedDict()
+        self._last: OrderedDict[EndpointName, Binding] = OrderedDict()
         self._own = OwnAddresses(own_block)
 
     # --- picking ---
@@ -113,30 +110,34 @@ class Allocator:
         """Return the static port of a service's main endpoint, or None."""
         return self._statics.get(service) if endpoint == MAIN_ENDPOINT else None
 
-    def pick(self, ask: Ask, works: Callable[[Place], bool]) -> Place:
+    def pick(self, ask: Ask, works: Callable[[Binding], bool]) -> Binding:
         """Return the first place that works, best first: the wish, the endpoint's last port, then the pool's longest
         unused ones.
 
-        The caller takes it with `use`, and tells of each that a stranger had with `decline`; the line moves on by that
+        The caller takes it with `use`, and tells of each that a foreign process had with `decline`; the line moves on by that
         alone. An exact wish raises PortReserved when the port is another service's static one, PortTaken when it is
         cooling down for another instance or does not work; else PoolExhausted when the line is empty.
         """
         if ask.port is not None:
             other = self._reserved_for(ask, ask.port)
             cooling = self._blocked(ask, ask.port, "cooling")
-            place = Place(ask.protocol, ask.address, ask.port)
+            place = Binding(ask.protocol, ask.address, ask.port)
             if other is None and not cooling and works(place):  # also one on probation: the kernel tells if it is taken
                 return place
             if ask.exact and other is not None:
-                raise PortReserved(f"port {ask.port} is static for {other}: ask for another, or without 'exact'",
-                                   pointer="/port")
+                raise PortReserved(
+                    f"port {ask.port} is static for {other}: ask for another, or without 'exact'", pointer="/port"
+                )
             if ask.exact:
                 state = "is cooling down after another instance" if cooling else "is taken"
-                raise PortTaken(f"port {ask.port} on {ask.address} {state}: ask without 'exact' for another, "
-                                f"or see 'portd who {ask.port}'", pointer="/port")
+                raise PortTaken(
+                    f"port {ask.port} on {ask.address} {state}: ask without 'exact' for another, "
+                    f"or see 'portd who {ask.port}'",
+                    pointer="/port",
+                )
         last = self._last.get(ask.name)
         if last is not None and last.port != ask.port and self._may_return_to(last, ask):
-            place = Place(ask.protocol, ask.address, last.port)
+            place = Binding(ask.protocol, ask.address, last.port)
             if works(place):
                 return place
         line = self._lines[ask.pool]
@@ -144,31 +145,36 @@ class Allocator:
             if not line:
                 break
             port = next(iter(line))
-            place = Place(ask.protocol, ask.address, port)
+            place = Binding(ask.protocol, ask.address, port)
             if works(place):
                 return place
             if port in line:  # not this time, but nothing is wrong with it
                 line.move_to_end(port)
-        raise PoolExhausted(f"pool {ask.pool} has no free port: {self._account(ask.pool)}; "
-                            "release some, wait for the cooldown, or widen the pool in the configuration")
+        raise PoolExhausted(
+            f"pool {ask.pool} has no free port: {self._account(ask.pool)}; "
+            "release some, wait for the cooldown, or widen the pool in the configuration"
+        )
 
-    def _may_return_to(self, last: Place, ask: Ask) -> bool:
+    def _may_return_to(self, last: Binding, ask: Ask) -> bool:
         in_pool = last.address != ask.address or self._pool_of.get(last.port) in (None, ask.pool)
         return in_pool and self._reserved_for(ask, last.port) is None and not self._blocked(ask, last.port)
 
     def _reserved_for(self, ask: Ask, port: int) -> str | None:
         """Return the other service that the port is static for, or None."""
         for static in self._static_ports.get(port, ()):
-            if static.service != ask.name[0] and meet(static.place, Place(ask.protocol, ask.address, port)):
+            if static.service != ask.name[0] and conflicts(static.place, Binding(ask.protocol, ask.address, port)):
                 return static.service
         return None
 
     def _blocked(self, ask: Ask, port: int, kind: Literal["cooling", "declined"] | None = None) -> bool:
         if port not in self._quarantine:
             return False
-        return any(quarantine.exempt != ask.name[:2] and kind in (None, quarantine.kind)
-                   and meet(quarantine.place, Place(ask.protocol, ask.address, port))
-                   for quarantine in self._quarantine[port])
+        return any(
+            quarantine.exempt != ask.name[:2]
+            and kind in (None, quarantine.kind)
+            and conflicts(quarantine.place, Binding(ask.protocol, ask.address, port))
+            for quarantine in self._quarantine[port]
+        )
 
     def own_address(self, service: str, instance: str) -> str:
         """Pick the instance's own loopback address; raises PoolExhausted when the block is used up."""
@@ -191,13 +197,13 @@ class Allocator:
         self._rejoin(lease.port, at_head=True)
 
     def vacate(self, lease: Lease) -> None:
-        """Count a lease off the port that it has moved away from; a stranger is there, so the port is on probation."""
+        """Count a lease off the port that it has moved away from; a foreign process is there, so the port is on probation."""
         self._drop_use(lease)
 
     def remember(self, lease: Lease) -> None:
         """Keep in mind that the endpoint had this port, so that it gets it again."""
         name = lease.name
-        self._last[name] = place_of(lease)
+        self._last[name] = binding_of(lease)
         self._last.move_to_end(name)
         if len(self._last) > REMEMBERED_MAX:
             self._last.popitem(last=False)
@@ -215,11 +221,11 @@ class Allocator:
         statics = self._static_ports.get(lease.port)
         if statics and any(static.service == lease.service for static in statics):
             return  # nobody else may have it anyway
-        quarantine = Quarantine(place_of(lease), "cooling", lease.name[:2], 1)
+        quarantine = Quarantine(binding_of(lease), "cooling", lease.name[:2], 1)
         self._isolate(quarantine, tick + max(0.0, self.cooldown_s - age_s))
 
-    def decline(self, place: Place, tick: float) -> None:
-        """Put a port on probation: a stranger has it."""
+    def decline(self, place: Binding, tick: float) -> None:
+        """Put a port on probation: a foreign process has it."""
         self._isolate(Quarantine(place, "declined", None, PROBATION_SIGHTINGS), tick + PROBATION_S)
 
     def restore_line(self, ended: Iterable[Lease]) -> None:
@@ -309,7 +315,7 @@ class Allocator:
         if not held:
             return
         for quarantine in list(held):
-            if meet(quarantine.place, place_of(lease)):
+            if conflicts(quarantine.place, binding_of(lease)):
                 held.remove(quarantine)
                 self._looks.discard(quarantine)
         if not held:
@@ -336,14 +342,3 @@ class Allocator:
             self._uses.pop(lease.port, None)
         if lease.own_address:
             self._own.release(lease.address)
-
-
-def place_of(lease: Lease) -> Place:
-    """Return the place that a lease is on."""
-    return Place(lease.protocol, lease.address, lease.port)
-
-
-def meet(a: Place, b: Place) -> bool:
-    """Tell whether two places exclude each other in the kernel."""
-    protocols_meet = "both" in (a.protocol, b.protocol) or a.protocol == b.protocol
-    return a.port == b.port and protocols_meet and overlaps(a.address, b.address)

@@ -1,6 +1,6 @@
 """What may be announced on the LAN, and as what: the rules of RFC 6335 and RFC 6763, judged once, at the grant.
 
-This room must not know multicast DNS itself: who publishes, and what became of it, is the adapter's.
+This module must not know multicast DNS itself: who publishes, and what became of it, is the adapter's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def default_type(service: str, protocol: Protocol, check: Check | None) -> str:
     if not _SERVICE_NAME.match(service):
         raise InvalidRequest(
             f"{service!r} can't be a DNS-SD type by itself (RFC 6335: at most 15 characters, one letter at least, no "
-            f"double hyphen): give announce.type, for example _http._tcp", pointer="/announce/type")
+            f"double hyphen): give announce.type, for example _http._tcp",
+            pointer="/announce/type",
+        )
     return f"_{service}._{'udp' if protocol == 'udp' else 'tcp'}"
 
 
@@ -78,12 +80,16 @@ def parse_type(value: str) -> ServiceType:
             raise InvalidRequest(f"the subtype in {value!r} is no DNS label", pointer="/announce/type")
     service, protocol = labels[0], labels[-1]
     if len(labels) != 2 or protocol not in ("_tcp", "_udp") or not service.startswith("_"):
-        raise InvalidRequest(f"{value!r} is no DNS-SD type: it looks like _http._tcp or _printer._sub._http._tcp",
-                             pointer="/announce/type")
+        raise InvalidRequest(
+            f"{value!r} is no DNS-SD type: it looks like _http._tcp or _printer._sub._http._tcp",
+            pointer="/announce/type",
+        )
     if not _SERVICE_NAME.match(service[1:]):
         raise InvalidRequest(
             f"{service!r} is no service name (RFC 6335: at most 15 letters, digits and single hyphens, one letter at "
-            f"least)", pointer="/announce/type")
+            f"least)",
+            pointer="/announce/type",
+        )
     return ServiceType(f"{service}.{protocol}", subtype)
 
 
@@ -106,11 +112,13 @@ def check_name(value: str) -> str:
     name = unicodedata.normalize("NFC", value)
     size_bytes = len(name.encode("utf-8", "replace"))
     if not 0 < size_bytes <= NAME_BYTES:
-        raise InvalidRequest(f"an instance name is 1 to {NAME_BYTES} bytes of UTF-8, not {size_bytes}",
-                             pointer="/announce/name")
+        raise InvalidRequest(
+            f"an instance name is 1 to {NAME_BYTES} bytes of UTF-8, not {size_bytes}", pointer="/announce/name"
+        )
     if _CONTROL.search(name) or not _encodable(name):
-        raise InvalidRequest("an instance name holds no control characters (RFC 6763 section 4.1.1)",
-                             pointer="/announce/name")
+        raise InvalidRequest(
+            "an instance name holds no control characters (RFC 6763 section 4.1.1)", pointer="/announce/name"
+        )
     return name
 
 
@@ -130,8 +138,9 @@ def check_txt(value: Mapping[str, str], *, service: str, instance: str) -> dict[
         if pairs.get(key) == text:
             continue
         if key.lower() in seen:
-            raise InvalidRequest("TXT keys differ by more than case, and service and instance are portd's own",
-                                 pointer=pointer)
+            raise InvalidRequest(
+                "TXT keys differ by more than case, and service and instance are portd's own", pointer=pointer
+            )
         seen.add(key.lower())
         pairs[key] = text
     size_bytes = sum(1 + len(f"{key}={text}".encode()) for key, text in pairs.items())
@@ -140,8 +149,16 @@ def check_txt(value: Mapping[str, str], *, service: str, instance: str) -> dict[
     return pairs
 
 
-def resolve(request: bool | AnnounceRequest | None, *, service: str, instance: str, endpoint: str,
-            protocol: Protocol, address: str, check: Check | None) -> Announcement | None:
+def resolve(
+    request: bool | AnnounceRequest | None,
+    *,
+    service: str,
+    instance: str,
+    endpoint: str,
+    protocol: Protocol,
+    address: str,
+    check: Check | None,
+) -> Announcement | None:
     """Turn what a request wants announced into the announcement of its lease; None when it wants none.
 
     Raises InvalidRequest for what breaks the rules, AnnounceUnreachable for an address that nobody on the LAN reaches.
@@ -151,13 +168,15 @@ def resolve(request: bool | AnnounceRequest | None, *, service: str, instance: s
     if not reachable(address):
         raise AnnounceUnreachable(
             f"{address} is reached from this host only: an announced lease needs an address of the LAN, 0.0.0.0 or ::",
-            pointer="/address")
+            pointer="/address",
+        )
     asked = AnnounceRequest() if request is True else request
     usual_name = instance if endpoint == MAIN_ENDPOINT else f"{instance} {endpoint}"[:NAME_BYTES].rstrip()
     return Announcement(
         type=check_type(asked.type) if asked.type is not None else default_type(service, protocol, check),
         name=check_name(asked.name if asked.name is not None else usual_name),
-        txt=check_txt(asked.txt, service=service, instance=instance))
+        txt=check_txt(asked.txt, service=service, instance=instance),
+    )
 
 
 def reachable(address: str) -> bool:

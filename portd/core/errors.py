@@ -1,7 +1,7 @@
 """Everything that can be refused, as exceptions with stable codes.
 
 `Refusal` is theirs: the caller can do something about it, and it becomes a problem document. `Fault` is ours: the
-daemon can't go on, and says so to its operator. This room must not know HTTP: codes are mapped to statuses elsewhere.
+daemon can't go on, and says so to its operator. This module must not know HTTP: codes are mapped to statuses elsewhere.
 """
 
 from __future__ import annotations

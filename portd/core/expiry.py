@@ -1,7 +1,7 @@
 """Deadlines: which key is due next, on the lease clock.
 
 A deadline that moves (a renewal) costs a dictionary write and no search: the heap keeps the stale entry until it
-comes up. Ticks come from outside; this room knows no clock.
+comes up. Ticks come from outside; this module knows no clock.
 """
 
 from __future__ import annotations

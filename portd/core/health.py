@@ -10,7 +10,7 @@ The rules, for every kind of check:
   failures it is none, and one alone takes no instance out of the look-ups.
 - Silence where a report was due is certain, and counts at once.
 
-Ticks are seconds on the lease clock and come from outside. This room must not know how a result is had.
+Ticks are seconds on the lease clock and come from outside. This module must not know how a result is had.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def take(tally: Tally, timing: CheckTiming, result: Result, tick: float) -> Tall
     """Count one more result, had at `tick`."""
     passes, fails = result == "passing", result == "critical"
     counted = Tally(
-        tally.since, tally.health,
+        tally.since,
+        tally.health,
         passed=tally.passed + 1 if passes else 0,
         passed_or_warned=0 if fails else tally.passed_or_warned + 1,
         warned_or_failed=0 if passes else tally.warned_or_failed + 1,
-        failed=tally.failed + 1 if fails else 0)
+        failed=tally.failed + 1 if fails else 0,
+    )
     return replace(counted, health=_judge(counted, timing, result, tick))
 
 

@@ -11,7 +11,7 @@ def serving(leases: Iterable[Lease]) -> list[Lease]:
     """Pick the leases of one endpoint that callers may be sent to.
 
     Undrained and passing; where none of them has a check nobody can tell, and all undrained ones serve, but never one
-    whose port a stranger holds.
+    whose port a foreign process holds.
     """
     candidates = [lease for lease in leases if not lease.drain and lease.state not in ("ended", "conflict")]
     if any(lease.check is not None for lease in candidates):

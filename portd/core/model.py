@@ -1,7 +1,7 @@
 """The nouns of portd, and nothing else.
 
 Every noun is immutable: a change makes a new one, so whoever holds an old one holds history, not a moving target.
-This room must not know how nouns are stored, shown or sent. Wall times (`*_at`) are seconds since the epoch;
+This module must not know how nouns are stored, shown or sent. Wall times (`*_at`) are seconds since the epoch;
 `tick` values are seconds on the lease clock, which stands still while the daemon does.
 """
 
@@ -19,6 +19,8 @@ Health = Literal["passing", "warning", "critical", "unknown"]
 Lifetime = Literal["process", "ttl", "static"]
 EndedBecause = Literal["released", "owner_exited", "expired", "revoked", "host_rebooted"]
 KnownBy = Literal["peercred", "socket", "token"]
+VouchedBy = Literal["owner", "descendant", "unit", "token", "uid"]
+"""Which rule made a listener the lease's own: see `core.ownership`."""
 
 LABEL_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z"
 """A DNS label (RFC 1123 section 2.1): services, instances and endpoints become host names."""
@@ -138,11 +140,20 @@ class Announcement(Struct, frozen=True, gc=False, kw_only=True):
     problem: str | None = None
 
 
+class Elsewhere(Struct, frozen=True, gc=False):
+    """A port that a lease's owner listens on while it does not listen on the leased one."""
+
+    address: str
+    port: int
+
+
 class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """The right of one owner to one (protocol, address, port) of this host.
 
     `uid` is the user of the process at the grant: it never changes, and rights and quotas go by it. `owner` describes the
-    process as it is now: it may have changed its user and its program since.
+    process as it is now: it may have changed its user and its program since. `listening` are the addresses at which its own
+    listeners are, `vouched_by` the rule that made them its own, `elsewhere` the other ports that the owner listens on
+    while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
 
     The fields below the line never leave the daemon: no view of a lease shows them. What has its default is not stored:
     a default never changes, or the leases of older stores would change with it.
@@ -160,12 +171,18 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     state: State = "held"
     health: Health = "unknown"
     health_note: str = ""
+    health_since: float | None = None
     drain: bool = False
+    listening: tuple[str, ...] = ()
+    vouched_by: VouchedBy | None = None
+    elsewhere: tuple[Elsewhere, ...] = ()
     lifetime: Lifetime
     owner: Owner
     uid: int | None = None
     tags: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
+    weight: int = 1
+    priority: int = 0
     check: Check | None = None
     announce: Announcement | None = None
     host: str
@@ -180,12 +197,18 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     ttl: float | None = None
     exact: bool = False
     own_address: bool = False
-    stranger: Owner | None = None
+    token_name: str | None = None
+    foreign: Owner | None = None
 
     @property
     def name(self) -> tuple[str, str, str]:
         """Return what identifies the endpoint among all: (service, instance, endpoint)."""
         return (self.service, self.instance, self.endpoint)
+
+    @property
+    def user(self) -> int | str | None:
+        """Return whose the lease is, for names and quotas: a uid, or `token:NAME` for a token of the configuration."""
+        return self.uid if self.token_name is None else f"token:{self.token_name}"
 
     @property
     def protocols(self) -> tuple[Literal["tcp", "udp"], ...]:
@@ -204,6 +227,7 @@ EventType = Literal[
     "updated",
     "health",
     "announced",
+    "passed",
     "ended",
 ]
 

@@ -24,8 +24,9 @@ class AnnounceRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     type: Annotated[str, Meta(max_length=255)] | None = None
     name: Annotated[str, Meta(min_length=1, max_length=63)] | None = None
-    txt: Annotated[dict[Annotated[str, Meta(max_length=255)], Annotated[str, Meta(max_length=255)]],
-                   Meta(max_length=64)] = {}
+    txt: Annotated[
+        dict[Annotated[str, Meta(max_length=255)], Annotated[str, Meta(max_length=255)]], Meta(max_length=64)
+    ] = {}
 
 
 class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,8 +35,10 @@ def check_change(caller: Caller, lease: Lease) -> None:
         return
     if caller.uid is None and caller.token_hash is None:
         raise Unauthenticated("who calls is not known here: send the lease's token as 'Authorization: Bearer TOKEN'")
-    raise NotOwner(f"lease {lease.id} ({lease.instance}, port {lease.port}) belongs to "
-                   f"{lease.uid if lease.uid is not None else 'a token'}; show its token to change it")
+    raise NotOwner(
+        f"lease {lease.id} ({lease.instance}, port {lease.port}) belongs to "
+        f"{lease.uid if lease.uid is not None else 'a token'}; show its token to change it"
+    )
 
 
 def sees_cmdline(caller: Caller, lease_uid: int | None) -> bool:

@@ -11,7 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from portd.core.allocator import Place, meet, place_of
+from portd.core.bindings import Binding, binding_of, conflicts
 from portd.core.model import Event, Lease, ProcessId
 
 _NOTHING: Mapping[str, Lease] = {}
@@ -52,7 +52,7 @@ class LeaseTable:
         lease_id = self._names.get((service, instance, endpoint))
         return None if lease_id is None else self._lease(lease_id)
 
-    def in_way(self, place: Place) -> Lease | None:
+    def conflicting(self, place: Binding) -> Lease | None:
         """Return a lease or claim that the place would collide with by the kernel's rules, or None."""
         by_address = self._places.get(place.port)
         if not by_address:
@@ -62,7 +62,7 @@ class LeaseTable:
         for address in nearby:
             for lease_id in by_address.get(address, ()):
                 lease = self._lease(lease_id)
-                if meet(Place(lease.protocol, address, place.port), place):
+                if conflicts(Binding(lease.protocol, address, place.port), place):
                     return lease
         return None
 
@@ -116,7 +116,7 @@ class LeaseTable:
     def claim(self, lease: Lease) -> None:
         """Take the lease's name and place for a grant that is on its way."""
         assert lease.name not in self._names, f"{lease.name} is taken"
-        assert self.in_way(place_of(lease)) is None, f"{place_of(lease)} is taken"
+        assert self.conflicting(binding_of(lease)) is None, f"{binding_of(lease)} is taken"
         self._claims[lease.id] = lease
         self._enter(lease)
 
@@ -127,7 +127,7 @@ class LeaseTable:
 
     def claim_move(self, moved: Lease) -> None:
         """Take the place that a live lease is about to move to (a decline); applying that event settles it."""
-        assert self.in_way(place_of(moved)) is None, f"{place_of(moved)} is taken"
+        assert self.conflicting(binding_of(moved)) is None, f"{binding_of(moved)} is taken"
         self._moving[moved.id] = moved
         self._enter_place(moved)
 

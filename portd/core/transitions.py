@@ -1,6 +1,6 @@
 """Every legal move of a lease, as a table: from which states, to which one.
 
-A move that is not in the table can't happen; `advance` is the only maker of changed leases. This room must not know
+A move that is not in the table can't happen; `advance` is the only maker of changed leases. This module must not know
 why a move is made: that is decided before, and recorded in the event after.
 """
 
@@ -34,6 +34,7 @@ MOVES: Final[dict[EventType, Move]] = {
     "updated": Move(LIVE, None),
     "health": Move(LIVE, None),
     "announced": Move(LIVE, None),
+    "passed": Move(LIVE, None),  # to another process that is the lease's own
     "ended": Move(LIVE, "ended"),  # and nothing leads out of it
 }
 

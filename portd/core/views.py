@@ -11,6 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 from portd.core.model import (
     Announcement,
     Check,
+    Elsewhere,
     EndedBecause,
     Event,
     Health,
@@ -21,6 +22,7 @@ from portd.core.model import (
     Owner,
     Protocol,
     State,
+    VouchedBy,
 )
 
 
@@ -49,14 +51,22 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
     port: int
     pool: str
     hold: HoldKind
+    listening: tuple[str, ...]
+    vouched_by: VouchedBy | None
+    elsewhere: tuple[Elsewhere, ...]
     state: State
     health: Health
+    health_note: str
+    health_since: datetime | None
+    checked_at: datetime | None
     drain: bool
     lifetime: Lifetime
     owner: OwnerView
     uid: int | None
     tags: tuple[str, ...]
     metadata: dict[str, str]
+    weight: int
+    priority: int
     check: Check | None
     announce: Announcement | None
     host: str
@@ -70,7 +80,7 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
 
 
 class EventView(Struct, frozen=True, gc=False):
-    """An event as followers see it; `stranger` is who listens where a lease is in conflict."""
+    """An event as followers see it; `foreign` is who listens where a lease is in conflict."""
 
     revision: int
     type: str
@@ -78,7 +88,7 @@ class EventView(Struct, frozen=True, gc=False):
     service: str
     note: str
     lease: LeaseView
-    stranger: OwnerView | None
+    foreign: OwnerView | None
 
 
 def moment(at: float | None) -> datetime | None:
@@ -107,9 +117,11 @@ def view_lease(
     cmdline: bool,
     renewed_at: float | None = None,
     expires_at: float | None = None,
+    checked_at: float | None = None,
     token: str | UnsetType = UNSET,
 ) -> LeaseView:
-    """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease."""
+    """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease,
+    `checked_at` from the prober's last result."""
     created_at: Any = moment(lease.created_at)
     return LeaseView(
         id=lease.id,
@@ -121,14 +133,22 @@ def view_lease(
         port=lease.port,
         pool=lease.pool,
         hold=lease.hold,
+        listening=lease.listening,
+        vouched_by=lease.vouched_by,
+        elsewhere=lease.elsewhere,
         state=lease.state,
         health=lease.health,
+        health_note=lease.health_note,
+        health_since=moment(lease.health_since),
+        checked_at=moment(checked_at),
         drain=lease.drain,
         lifetime=lease.lifetime,
         owner=view_owner(lease.owner, cmdline=cmdline),
         uid=lease.uid,
         tags=lease.tags,
         metadata=lease.metadata,
+        weight=lease.weight,
+        priority=lease.priority,
         check=lease.check,
         announce=lease.announce,
         host=lease.host,
@@ -145,7 +165,7 @@ def view_lease(
 def view_event(event: Event, *, cmdline: bool) -> EventView:
     """Show an event with the lease as it was then."""
     at: Any = moment(event.at)
-    stranger = event.lease.stranger if event.lease.state == "conflict" else None
+    foreign = event.lease.foreign if event.lease.state == "conflict" else None
     return EventView(
         event.revision,
         event.type,
@@ -153,5 +173,5 @@ def view_event(event: Event, *, cmdline: bool) -> EventView:
         event.lease.service,
         event.lease.health_note,
         view_lease(event.lease, cmdline=cmdline),
-        None if stranger is None else view_owner(stranger, cmdline=False),
+        None if foreign is None else view_owner(foreign, cmdline=False),
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from portd.core.allocator import Place, meet
+from portd.core.bindings import Binding, conflicts
 from portd.core.model import HoldKind, KnownBy, Now, Owner, ProcessId, Protocol
-from portd.seams import Process, ProcessGone, Taken
+from portd.leasing.seams import Process, ProcessGone, Taken
 
 BOOT_ID = "0b00701d-0000-4000-8000-000000000000"
 
@@ -33,11 +33,11 @@ class FakeClock:
 
 
 class FakeHolds:
-    """The kernel's ports, with the kernel's overlap rules; `strangers` are places that others have bound."""
+    """The kernel's ports, with the kernel's overlap rules; `foreign` are bindings that others have bound."""
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[Place, HoldKind]] = {}
-        self.strangers: set[Place] = set()
+        self.held: dict[str, tuple[Binding, HoldKind]] = {}
+        self.foreign: set[Binding] = set()
         self.foreign_addresses: set[str] = set()
         self.descriptors_left = 1_000_000
         self.take_count = 0
@@ -49,7 +49,7 @@ class FakeHolds:
             return "no_address"
         if len(self.held) >= self.descriptors_left:
             return "no_descriptors"
-        place = Place(protocol, address, port)
+        place = Binding(protocol, address, port)
         if not self.is_free(protocol, address, port):
             return "busy"
         if kind != "none":
@@ -67,9 +67,9 @@ class FakeHolds:
 
     def is_free(self, protocol: Protocol, address: str, port: int) -> bool:
         """Tell whether nobody has the place."""
-        place = Place(protocol, address, port)
+        place = Binding(protocol, address, port)
         others = [held for held, _ in self.held.values()]
-        return not any(meet(place, other) for other in (*others, *self.strangers))
+        return not any(conflicts(place, other) for other in (*others, *self.foreign))
 
 
 class FakeProcesses:
@@ -85,8 +85,15 @@ class FakeProcesses:
         assert pid not in self._alive
         self._starts += 1
         identity = ProcessId(pid, self._starts, BOOT_ID)
-        owner = Owner(pid=pid, uid=uid, user=f"user{uid}", exe="/bin/fake", cmdline=("fake", str(pid)),
-                      started_at=1_700_000_000.0, known_by="peercred")
+        owner = Owner(
+            pid=pid,
+            uid=uid,
+            user=f"user{uid}",
+            exe="/bin/fake",
+            cmdline=("fake", str(pid)),
+            started_at=1_700_000_000.0,
+            known_by="peercred",
+        )
         self._alive[pid] = Process(identity, owner)
         return identity
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from portd.core.errors import StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, Protocol, decode_lease, encode_lease
-from portd.seams import REVISION_GAP, Loaded
+from portd.leasing.seams import REVISION_GAP, Loaded
 
 
 class MemoryStore:
@@ -28,15 +28,23 @@ class MemoryStore:
     async def load(self) -> Loaded:
         """Return what a start needs."""
         leases = [decode_lease(body) for body in self._bodies.values()]
-        events = [Event(revision, kind, at, decode_lease(body))  # type: ignore[arg-type]
-                  for revision, kind, at, body in self._events]
+        events = [
+            Event(revision, kind, at, decode_lease(body))  # type: ignore[arg-type]
+            for revision, kind, at, body in self._events
+        ]
         newest = self._events[-1][0] if self._events else 0
         first = self._first = 0 if self._first is None else max(self._first, newest) + REVISION_GAP
         ends = _newest(leases)[::-1]
-        newest_ends = {*{lease.name: lease.id for lease in ends}.values(),
-                       *{lease.port: lease.id for lease in ends}.values()}
-        return Loaded([lease for lease in leases if lease.state != "ended"],
-                      [lease for lease in ends if lease.id in newest_ends], events, first)
+        newest_ends = {
+            *{lease.name: lease.id for lease in ends}.values(),
+            *{lease.port: lease.id for lease in ends}.values(),
+        }
+        return Loaded(
+            [lease for lease in leases if lease.state != "ended"],
+            [lease for lease in ends if lease.id in newest_ends],
+            events,
+            first,
+        )
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Keep the events, unless told to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
@@ -69,15 +77,17 @@ class MemoryStore:
         body = self._bodies.get(lease_id)
         return None if body is None else decode_lease(body)
 
-    async def history(self, port: int, *, protocol: Protocol | None = None, at: float | None = None,
-                      limit: int = 100) -> list[Lease]:
+    async def history(
+        self, port: int, *, protocol: Protocol | None = None, at: float | None = None, limit: int = 100
+    ) -> list[Lease]:
         """Return who had the port, newest first."""
         found = [lease for lease in map(decode_lease, reversed(self._bodies.values())) if lease.port == port]
         if protocol in ("tcp", "udp"):
             found = [lease for lease in found if lease.protocol in (protocol, "both")]
         if at is not None:
-            found = [lease for lease in found
-                     if lease.created_at <= at and (lease.ended_at is None or lease.ended_at > at)]
+            found = [
+                lease for lease in found if lease.created_at <= at and (lease.ended_at is None or lease.ended_at > at)
+            ]
         return sorted(found, key=lambda lease: -lease.created_at)[:limit]
 
     async def ended(self, service: str | None = None, limit: int = 1000) -> list[Lease]:
@@ -87,8 +97,11 @@ class MemoryStore:
 
     async def prune(self, ended_before: float, events_kept: int) -> int:
         """Forget old leases and events."""
-        old = [lease.id for lease in _newest(list(map(decode_lease, self._bodies.values())))
-               if lease.ended_at is not None and lease.ended_at < ended_before]
+        old = [
+            lease.id
+            for lease in _newest(list(map(decode_lease, self._bodies.values())))
+            if lease.ended_at is not None and lease.ended_at < ended_before
+        ]
         for lease_id in old:
             del self._bodies[lease_id]
         surplus = max(0, len(self._events) - max(1, events_kept))  # the newest carries the revision on

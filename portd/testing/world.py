@@ -14,11 +14,11 @@ from portd.core.model import Event, Lease
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
 from portd.core.table import LeaseTable
-from portd.feed import Feed
-from portd.grants import Granter, Policy
-from portd.journal import Journal
-from portd.seams import LeaseStore
-from portd.service import Granted, LeaseService
+from portd.leasing.deciding import Granter, Policy
+from portd.leasing.feed import Feed
+from portd.leasing.journal import Journal
+from portd.leasing.seams import LeaseStore
+from portd.leasing.service import Granted, LeaseService
 from portd.testing.fakes import BOOT_ID, FakeClock, FakeHolds, FakeProcesses
 from portd.testing.memory_store import MemoryStore
 
@@ -26,8 +26,15 @@ from portd.testing.memory_store import MemoryStore
 class World:
     """Builds the service as the daemon does. `restart` is a daemon that was killed: only the store outlives it."""
 
-    def __init__(self, ports: Iterable[int] = range(20000, 20010), *, statics: Iterable[StaticPort] = (),
-                 cooldown_s: float = 5.0, quota_per_uid: int = 0, store: LeaseStore | None = None) -> None:
+    def __init__(
+        self,
+        ports: Iterable[int] = range(20000, 20010),
+        *,
+        statics: Iterable[StaticPort] = (),
+        cooldown_s: float = 5.0,
+        quota_per_uid: int = 0,
+        store: LeaseStore | None = None,
+    ) -> None:
         self.ports = list(ports)
         self.statics = list(statics)
         self.cooldown_s = cooldown_s
@@ -36,7 +43,7 @@ class World:
         self.processes = FakeProcesses()
         self.store: Any = store or MemoryStore()
         self.boot_id = BOOT_ID
-        self.strangers: set[Any] = set()
+        self.foreign: set[Any] = set()
         self.events: list[Event] = []
         self._ids = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
@@ -44,15 +51,21 @@ class World:
     async def start(self) -> World:
         """Start the service on what the store remembers."""
         self.holds = FakeHolds()
-        self.holds.strangers = self.strangers
+        self.holds.foreign = self.foreign
         self.table = LeaseTable()
-        self.allocator = Allocator({"default": self.ports}, self.statics, IPv4Network("127.77.0.0/16"),
-                                   self.cooldown_s)
+        self.allocator = Allocator({"default": self.ports}, self.statics, IPv4Network("127.77.0.0/16"), self.cooldown_s)
         self.journal = Journal(self.table, self.store, self.clock)
-        granter = Granter(self.table, self.allocator, self.holds, self.processes, self.policy,
-                          make_id=lambda at: f"lease-{next(self._ids):04}")
-        self.service = LeaseService(self.table, self.allocator, self.journal, granter, self.store, self.holds,
-                                    self.processes, self.clock)
+        granter = Granter(
+            self.table,
+            self.allocator,
+            self.holds,
+            self.processes,
+            self.policy,
+            make_id=lambda at: f"lease-{next(self._ids):04}",
+        )
+        self.service = LeaseService(
+            self.table, self.allocator, self.journal, granter, self.store, self.holds, self.processes, self.clock
+        )
         self.feed = Feed()
         self.journal.subscribe(self.feed.apply)
         self.journal.subscribe(self.events.append)
@@ -92,7 +105,7 @@ class World:
     def pass_time(self, seconds: float) -> None:
         """Let time pass, and do what is due."""
         self.clock.advance(seconds)
-        self.service.tend()
+        self.service.run_due()
 
     async def settle(self) -> None:
         """Wait until everything that came in is in the store."""
@@ -101,6 +114,7 @@ class World:
 
 def in_world(**options: Any) -> Callable[[Callable[[World], Awaitable[None]]], Callable[[], None]]:
     """Run a test in a world of its own, made with these options, and end it well."""
+
     def decorate(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
         async def inner() -> None:
             world = await World(**options).start()
@@ -113,5 +127,6 @@ def in_world(**options: Any) -> Callable[[Callable[[World], Awaitable[None]]], C
             asyncio.run(inner())
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__  # by hand: pytest would take a wrapped test's
-        return run                                               # parameter for a fixture
+        return run  # parameter for a fixture
+
     return decorate

@@ -69,8 +69,12 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     widths = [max(len(line[at]) for line in [columns, *cells]) for at in range(len(columns))]
     print(f"# {title}")
     for line in [columns, *cells]:
-        print("  ".join(cell.rjust(width) if name in numeric else cell.ljust(width)
-                        for name, cell, width in zip(columns, line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(
+                cell.rjust(width) if name in numeric else cell.ljust(width)
+                for name, cell, width in zip(columns, line, widths, strict=True)
+            ).rstrip()
+        )
     print(flush=True)
 
 

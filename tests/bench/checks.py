@@ -45,24 +45,30 @@ async def measure() -> list[dict[str, Any]]:
 
 
 def _row(kind: str) -> dict[str, Any]:
-    serving = subprocess.Popen([sys.executable, "-m", __spec__.name, "serve", kind], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
+    serving = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name, "serve", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert serving.stdin is not None
     assert serving.stdout is not None
     with serving, closing(serving.stdin):  # it serves until its stdin ends
         ports = serving.stdout.readline()
-        probing = subprocess.run([sys.executable, "-m", __spec__.name, "probe", kind], input=ports, check=True,
-                                 stdout=subprocess.PIPE)
+        probing = subprocess.run(
+            [sys.executable, "-m", __spec__.name, "probe", kind], input=ports, check=True, stdout=subprocess.PIPE
+        )
     row: dict[str, Any] = json.loads(probing.stdout)
     return row
 
 
 # --- the process that is measured ---
 
+
 async def _probe(kind: str, ports: list[int]) -> dict[str, Any]:
     results: list[tuple[str, float]] = []
-    prober = Prober(LeaseClock(), lambda lease_id, health, note: None,
-                    on_result=lambda _, result, seconds: results.append((result, seconds)))
+    prober = Prober(
+        LeaseClock(),
+        lambda lease_id, health, note: None,
+        on_result=lambda _, result, seconds: results.append((result, seconds)),
+    )
     prober.restore([_lease(KINDS[kind], port) for port in ports])
     running = asyncio.create_task(prober.run())
     await asyncio.sleep(WARM_UP_S)
@@ -74,19 +80,40 @@ async def _probe(kind: str, ports: list[int]) -> dict[str, Any]:
     with suppress(asyncio.CancelledError):
         await running
     took = [seconds for _, seconds in results]
-    return {"kind": kind, "checks": len(took), "seconds": round(wall_s, 1),
-            "cpu_percent": round(100 * cpu_s / wall_s, 1), "ms_per_check": round(1000 * cpu_s / len(took), 2),
-            "median_ms": round(1000 * statistics.median(took), 2), "worst_ms": round(1000 * max(took), 1),
-            "not_passing": sum(result != "passing" for result, _ in results)}
+    return {
+        "kind": kind,
+        "checks": len(took),
+        "seconds": round(wall_s, 1),
+        "cpu_percent": round(100 * cpu_s / wall_s, 1),
+        "ms_per_check": round(1000 * cpu_s / len(took), 2),
+        "median_ms": round(1000 * statistics.median(took), 2),
+        "worst_ms": round(1000 * max(took), 1),
+        "not_passing": sum(result != "passing" for result, _ in results),
+    }
 
 
 def _lease(check: Check, port: int) -> Lease:
-    return Lease(id=f"0198c1d2-{port}", service="orders", instance=f"orders-{port}", endpoint="main", protocol="tcp",
-                 address="127.0.0.1", port=port, pool="default", hold="shared", state="bound", lifetime="process",
-                 owner=Owner(known_by="peercred"), check=check, host="here", created_at=0.0)
+    return Lease(
+        id=f"0198c1d2-{port}",
+        service="orders",
+        instance=f"orders-{port}",
+        endpoint="main",
+        protocol="tcp",
+        address="127.0.0.1",
+        port=port,
+        pool="default",
+        hold="shared",
+        state="bound",
+        lifetime="process",
+        owner=Owner(known_by="peercred"),
+        check=check,
+        host="here",
+        created_at=0.0,
+    )
 
 
 # --- the services ---
+
 
 class _Http(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:  # uvloop's are no asyncio.Transport by their class
@@ -123,9 +150,28 @@ async def _serve(kind: str) -> None:
 def _certificate() -> ssl.SSLContext:
     with tempfile.TemporaryDirectory() as home:
         cert, key = Path(home, "cert.pem"), Path(home, "key.pem")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                        "-days", "2", "-subj", "/CN=portd bench", "-keyout", key, "-out", cert],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=portd bench",
+                "-keyout",
+                key,
+                "-out",
+                cert,
+            ],
+            check=True,
+            capture_output=True,
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
     return context

@@ -45,8 +45,15 @@ def _measure(runs: int) -> list[dict[str, Any]]:
         finally:
             daemon.stop()
     curl_ms = statistics.median(took["curl, the same request"])
-    return [{"what": what, "median_ms": round(statistics.median(times), 1), "fastest_ms": round(min(times), 1),
-             "times_curl": round(statistics.median(times) / curl_ms, 2)} for what, times in took.items()]
+    return [
+        {
+            "what": what,
+            "median_ms": round(statistics.median(times), 1),
+            "fastest_ms": round(min(times), 1),
+            "times_curl": round(statistics.median(times) / curl_ms, 2),
+        }
+        for what, times in took.items()
+    ]
 
 
 def _ways(daemon: Daemon, directory: Path) -> dict[str, list[str]]:
@@ -56,8 +63,19 @@ def _ways(daemon: Daemon, directory: Path) -> dict[str, list[str]]:
     body = json.dumps({"service": "bench", "pid": os.getpid()})
     lease = ["lease", "bench", "--pid", str(os.getpid())]
     return {
-        "curl, the same request": ["curl", "-s", "-o", "/dev/null", "--unix-socket", f"{daemon.directory}/portd.sock",
-                                   "-H", "Content-Type: application/json", "-d", body, "http://localhost/v1/leases"],
+        "curl, the same request": [
+            "curl",
+            "-s",
+            "-o",
+            "/dev/null",
+            "--unix-socket",
+            f"{daemon.directory}/portd.sock",
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            body,
+            "http://localhost/v1/leases",
+        ],
         "portd lease": [str(launcher), *lease],
         "portd lease --json": [str(launcher), *lease, "--json"],
         "python -m portd lease": [sys.executable, "-m", "portd", *lease],

@@ -58,7 +58,8 @@ async def measure() -> list[dict[str, Any]]:
     """Return a row for each server, size and type: answers a second, what one costs the server in µs of CPU time (which
     a busy machine disturbs least), latency in ms, the answer's bytes and records."""
     return await asyncio.to_thread(
-        lambda: [row for count in SIZES for serve in (_portd, _dnsmasq, _unbound) for row in _rows(serve, count)])
+        lambda: [row for count in SIZES for serve in (_portd, _dnsmasq, _unbound) for row in _rows(serve, count)]
+    )
 
 
 def _rows(serve: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -67,9 +68,15 @@ def _rows(serve: Any, count: int) -> Iterator[dict[str, Any]]:
         with serve(Path(directory), port, count) as process:
             for rdtype, name in QUESTIONS.items():
                 answer = wait_for(lambda: _ask(port, name, rdtype), f"{serve.__name__} answers")  # noqa: B023
-                yield {"server": serve.__name__.strip("_"), "type": rdtype, "instances": count,
-                       **_load(directory, port, name, rdtype, process.pid), "bytes": len(answer.to_wire()),
-                       "records": sum(map(len, answer.answer)), "cut": bool(answer.flags & dns.flags.TC)}
+                yield {
+                    "server": serve.__name__.strip("_"),
+                    "type": rdtype,
+                    "instances": count,
+                    **_load(directory, port, name, rdtype, process.pid),
+                    "bytes": len(answer.to_wire()),
+                    "records": sum(map(len, answer.answer)),
+                    "cut": bool(answer.flags & dns.flags.TC),
+                }
 
 
 def _ask(port: int, name: str, rdtype: str) -> dns.message.Message | None:
@@ -85,15 +92,42 @@ def _load(directory: str, port: int, name: str, rdtype: str, pid: int) -> dict[s
     questions = Path(directory, "questions")
     questions.write_text(f"{name} {rdtype}\n")
     before_s = _cpu_s(pid)
-    shown = subprocess.run(["taskset", "-c", str(LOAD_CORE), "dnsperf", "-s", "127.0.0.1", "-p", str(port), "-e",
-                            "-c", "4", "-q", "64", "-l", str(SECONDS), "-d", str(questions)], text=True, check=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    shown = subprocess.run(
+        [
+            "taskset",
+            "-c",
+            str(LOAD_CORE),
+            "dnsperf",
+            "-s",
+            "127.0.0.1",
+            "-p",
+            str(port),
+            "-e",
+            "-c",
+            "4",
+            "-q",
+            "64",
+            "-l",
+            str(SECONDS),
+            "-d",
+            str(questions),
+        ],
+        text=True,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ).stdout
     used_s = _cpu_s(pid) - before_s
     completed, lost, rate, latency_s = (
         float(re.search(rf"{label}[^:]*:\s+([\d.]+)", shown)[1])  # type: ignore[index]
-        for label in ("Queries completed", "Queries lost", "Queries per second", "Average Latency"))
-    return {"answers_per_s": round(rate), "cpu_us": round(used_s / completed * 1e6, 1),
-            "latency_ms": round(latency_s * 1000, 2), "lost": round(lost)}
+        for label in ("Queries completed", "Queries lost", "Queries per second", "Average Latency")
+    )
+    return {
+        "answers_per_s": round(rate),
+        "cpu_us": round(used_s / completed * 1e6, 1),
+        "latency_ms": round(latency_s * 1000, 2),
+        "lost": round(lost),
+    }
 
 
 def _cpu_s(pid: int) -> float:
@@ -117,11 +151,23 @@ def _portd(directory: Path, port: int, count: int) -> Iterator[Process]:
 
 @contextmanager
 def _dnsmasq(directory: Path, port: int, count: int) -> Iterator[Process]:
-    lines = [f"port={port}", "listen-address=127.0.0.1", "bind-interfaces", "no-resolv", "no-hosts", "user=root",
-             f"pid-file={directory}/pid", "local=/portd.internal/", f"edns-packet-max={PAYLOAD_BYTES}"]
+    lines = [
+        f"port={port}",
+        "listen-address=127.0.0.1",
+        "bind-interfaces",
+        "no-resolv",
+        "no-hosts",
+        "user=root",
+        f"pid-file={directory}/pid",
+        "local=/portd.internal/",
+        f"edns-packet-max={PAYLOAD_BYTES}",
+    ]
     for host, address, its_port in _instances(count):
-        lines += [f"host-record={host},{address}", f"host-record={SERVICE},{address}",
-                  f"srv-host={QUESTIONS['SRV']},{host},{its_port}"]
+        lines += [
+            f"host-record={host},{address}",
+            f"host-record={SERVICE},{address}",
+            f"srv-host={QUESTIONS['SRV']},{host},{its_port}",
+        ]
     (directory / "dnsmasq.conf").write_text("\n".join(lines) + "\n")
     with running("dnsmasq", "-k", "-C", str(directory / "dnsmasq.conf")) as process:
         yield process
@@ -131,8 +177,11 @@ def _dnsmasq(directory: Path, port: int, count: int) -> Iterator[Process]:
 def _unbound(directory: Path, port: int, count: int) -> Iterator[Process]:
     lines = [UNBOUND.format(port=port, directory=directory)]
     for host, address, its_port in _instances(count):
-        lines += [f'local-data: "{host}. 0 IN A {address}"', f'local-data: "{SERVICE}. 0 IN A {address}"',
-                  f'local-data: "{QUESTIONS["SRV"]}. 0 IN SRV 0 1 {its_port} {host}."']
+        lines += [
+            f'local-data: "{host}. 0 IN A {address}"',
+            f'local-data: "{SERVICE}. 0 IN A {address}"',
+            f'local-data: "{QUESTIONS["SRV"]}. 0 IN SRV 0 1 {its_port} {host}."',
+        ]
     (directory / "unbound.conf").write_text("\n".join(lines))
     with running("unbound", "-d", "-c", str(directory / "unbound.conf"), stderr=subprocess.DEVNULL) as process:
         yield process
@@ -140,10 +189,24 @@ def _unbound(directory: Path, port: int, count: int) -> Iterator[Process]:
 
 async def _serve(port: int, count: int) -> None:
     server = DnsServer([("127.0.0.1", port)], on_query=Metrics(list).query)
-    server.restore(Lease(
-        id=str(its_port), service="orders", instance=host.partition(".")[0], endpoint="main", protocol="tcp",
-        address=address, port=its_port, pool="default", hold="shared", lifetime="process", host="here", created_at=0.0,
-        owner=Owner(known_by="peercred")) for host, address, its_port in _instances(count))
+    server.restore(
+        Lease(
+            id=str(its_port),
+            service="orders",
+            instance=host.partition(".")[0],
+            endpoint="main",
+            protocol="tcp",
+            address=address,
+            port=its_port,
+            pool="default",
+            hold="shared",
+            lifetime="process",
+            host="here",
+            created_at=0.0,
+            owner=Owner(known_by="peercred"),
+        )
+        for host, address, its_port in _instances(count)
+    )
     await server.start()
     await asyncio.Event().wait()
 

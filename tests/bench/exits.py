@@ -1,7 +1,7 @@
 """From an owner's death to its port free and the event sent, for one owner and for 1,000 that are killed together.
 
 Beside it: when the kernel itself says that the last of them is gone (pidfd_open(2)), watched by the same loop. A port
-counts as free when a stranger has bound it: that is tried from the moment on that its event came in.
+counts as free when a foreign process has bound it: that is tried from the moment on that its event came in.
 """
 
 from __future__ import annotations
@@ -57,17 +57,32 @@ def _measure() -> list[dict[str, Any]]:
     with bed.portd() as daemon:
         for count in OWNER_COUNTS:
             rounds = [_round(daemon, count) for _ in range(ROUNDS)]
-            rows.append({"owners": count, **{name: round(statistics.median(one[name] for one in rounds), 2)
-                                             for name in rounds[0]}})
+            rows.append(
+                {
+                    "owners": count,
+                    **{name: round(statistics.median(one[name] for one in rounds), 2) for name in rounds[0]},
+                }
+            )
     return rows
 
 
 def _round(daemon: bed.Portd, count: int) -> dict[str, float]:
-    with bed.running(sys.executable, "-c", OWNERS, daemon.socket, str(count), core=bed.LOAD_CORE,
-                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owners:
+    with bed.running(
+        sys.executable,
+        "-c",
+        OWNERS,
+        daemon.socket,
+        str(count),
+        core=bed.LOAD_CORE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as owners:
         pids = [int(owners.stdout.readline()) for _ in range(count)]
-        leased = {lease["owner"]["pid"]: lease["port"] for lease in
-                  daemon.ask("GET", "/v1/leases?service=mortal&limit=10000")["leases"]}
+        leased = {
+            lease["owner"]["pid"]: lease["port"]
+            for lease in daemon.ask("GET", "/v1/leases?service=mortal&limit=10000")["leases"]
+        }
         assert sorted(leased) == sorted(pids), "every owner has its lease"
         watch = _Watch(daemon, pids)
         try:
@@ -80,8 +95,12 @@ def _round(daemon: bed.Portd, count: int) -> dict[str, float]:
             watch.close()
         owners.stdin.close()
         owners.wait(bed.DEADLINE_S)
-    return {"kills_sent_ms": (killed - began) * 1e3, "kernel_says_last_ms": (max(watch.gone) - began) * 1e3,
-            "first_event_ms": (watch.freed[0] - began) * 1e3, "last_port_free_ms": (watch.freed[-1] - began) * 1e3}
+    return {
+        "kills_sent_ms": (killed - began) * 1e3,
+        "kernel_says_last_ms": (max(watch.gone) - began) * 1e3,
+        "first_event_ms": (watch.freed[0] - began) * 1e3,
+        "last_port_free_ms": (watch.freed[-1] - began) * 1e3,
+    }
 
 
 class _Watch:
@@ -125,10 +144,10 @@ class _Watch:
 
     def _bind(self, port: int) -> None:
         end = time.monotonic() + bed.DEADLINE_S
-        with socket.socket() as stranger:
+        with socket.socket() as foreign:
             while True:
                 try:
-                    stranger.bind(("127.0.0.1", port))
+                    foreign.bind(("127.0.0.1", port))
                 except OSError:  # another program of this host, or a portd of its own, was faster
                     assert time.monotonic() < end, f"port {port} is not free"
                 else:

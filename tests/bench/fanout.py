@@ -45,8 +45,7 @@ def _measure() -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _following(daemon: bed.Portd, service: str) -> Iterator[IO[str]]:
     words = (sys.executable, "-m", "tests.bench.followers", daemon.socket, str(FOLLOWER_COUNT), service)
-    with bed.running(*words, core=bed.LOAD_CORE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                     text=True) as followers:
+    with bed.running(*words, core=bed.LOAD_CORE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as followers:
         assert followers.stdout is not None
         assert followers.stdout.readline() == "ready\n"
         yield followers.stdout
@@ -60,8 +59,12 @@ def _grants(daemon: bed.Portd, who: str, count: int) -> dict[str, Any]:
         if number:
             runs.append(run)
     run = bed.middle(runs)
-    return {"what": f"grants, 64 connections, {who}", "per_second": round(run["per_second"]),
-            "p50_ms": round(run["p50_ms"], 2), "p99_ms": round(run["p99_ms"], 2)}
+    return {
+        "what": f"grants, 64 connections, {who}",
+        "per_second": round(run["per_second"]),
+        "p50_ms": round(run["p50_ms"], 2),
+        "p99_ms": round(run["p99_ms"], 2),
+    }
 
 
 def _one_event(daemon: bed.Portd, told: IO[str]) -> dict[str, Any]:
@@ -76,5 +79,8 @@ def _one_event(daemon: bed.Portd, told: IO[str]) -> dict[str, Any]:
             firsts.append((seen["first"] - began) * 1e3)
             lasts.append((seen["last"] - began) * 1e3)
         call.ask("DELETE", f"/v1/leases/{lease['id']}")
-    return {"what": f"one event to {FOLLOWER_COUNT:,} followers, from the request on",
-            "first_ms": round(statistics.median(firsts), 2), "last_ms": round(statistics.median(lasts), 2)}
+    return {
+        "what": f"one event to {FOLLOWER_COUNT:,} followers, from the request on",
+        "first_ms": round(statistics.median(firsts), 2),
+        "last_ms": round(statistics.median(lasts), 2),
+    }

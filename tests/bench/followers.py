@@ -23,8 +23,9 @@ IDS = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 class Follower(asyncio.Protocol):
     """One stream; data is searched whole, without parsing: the reader shares its core with whoever makes the events."""
 
-    def __init__(self, seen: dict[int, list[float]], count: int, request: bytes,
-                 following: asyncio.Future[None]) -> None:
+    def __init__(
+        self, seen: dict[int, list[float]], count: int, request: bytes, following: asyncio.Future[None]
+    ) -> None:
         self._seen = seen
         self._count = count
         self._request = request

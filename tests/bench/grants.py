@@ -21,8 +21,12 @@ from tests.bench import bed
 CONNECTIONS: Final = (1, 16, 64, 256)
 ROUNDS: Final = 3
 BODY: Final = '{"service": "bench"}'
-COUNTS: Final = {"aiohttp hello-world": (4_000, 12_000), "portd": (1_500, 6_000), "etcd": (500, 2_000),
-                 "portserver": (1_000, 1_000)}
+COUNTS: Final = {
+    "aiohttp hello-world": (4_000, 12_000),
+    "portd": (1_500, 6_000),
+    "etcd": (500, 2_000),
+    "portserver": (1_000, 1_000),
+}
 """Grants of one run at one connection, and at more: each about half a second; portd's stay below its descriptors."""
 YARDSTICK: Final = "aiohttp hello-world"
 PORTSERVER_CONNECTIONS_MAX: Final = 64
@@ -34,11 +38,21 @@ def etcd() -> Iterator[str]:
     """Run etcd on the server's core; returns its URL."""
     with tempfile.TemporaryDirectory() as directory:
         client, peer = bed.free_port(), bed.free_port()
-        words = ("etcd", "--data-dir", directory, "--listen-client-urls", f"http://127.0.0.1:{client}",
-                 "--advertise-client-urls", f"http://127.0.0.1:{client}",
-                 "--listen-peer-urls", f"http://127.0.0.1:{peer}",
-                 "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
-                 "--initial-cluster", f"default=http://127.0.0.1:{peer}")
+        words = (
+            "etcd",
+            "--data-dir",
+            directory,
+            "--listen-client-urls",
+            f"http://127.0.0.1:{client}",
+            "--advertise-client-urls",
+            f"http://127.0.0.1:{client}",
+            "--listen-peer-urls",
+            f"http://127.0.0.1:{peer}",
+            "--initial-advertise-peer-urls",
+            f"http://127.0.0.1:{peer}",
+            "--initial-cluster",
+            f"default=http://127.0.0.1:{peer}",
+        )
         with bed.running(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
             bed.wait_for(lambda: _works(f"http://127.0.0.1:{client}/"), "etcd has elected itself", 0.1)
             yield f"http://127.0.0.1:{client}/"
@@ -64,9 +78,15 @@ def portserver(program: str, ports: str = "10000-31000") -> Iterator[str]:
     """Run portserver on the server's core; returns its URL."""
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/portserver.sock"
-        with bed.running(program, "--portserver_unix_socket_address", path,
-                         "--portserver_static_pool", ports, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL):
+        with bed.running(
+            program,
+            "--portserver_unix_socket_address",
+            path,
+            "--portserver_static_pool",
+            ports,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ):
             bed.wait_for(lambda: bed.is_open(path), "portserver listens")
             yield f"unix:{path}"
 
@@ -94,8 +114,11 @@ def _measure(rounds: int) -> list[dict[str, Any]]:
             missing.append("etcd (Debian: etcd-server)")
         for over in ("unix", "tcp"):
             for connections in CONNECTIONS:
-                ways = {who: url for (kind, who), url in urls.items() if kind == over
-                        and (who != "portserver" or connections <= PORTSERVER_CONNECTIONS_MAX)}
+                ways = {
+                    who: url
+                    for (kind, who), url in urls.items()
+                    if kind == over and (who != "portserver" or connections <= PORTSERVER_CONNECTIONS_MAX)
+                }
                 rows += _compare(over, ways, connections, rounds, daemon)
         rows += [{"who": f"{who}: not installed"} for who in missing]
     with tempfile.TemporaryDirectory() as directory:
@@ -103,8 +126,7 @@ def _measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _compare(over: str, ways: dict[str, str], connections: int, rounds: int,
-             daemon: bed.Portd) -> list[dict[str, Any]]:
+def _compare(over: str, ways: dict[str, str], connections: int, rounds: int, daemon: bed.Portd) -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, float]]] = {who: [] for who in ways}
     for number in range(rounds + 1):
         for who, url in ways.items():
@@ -115,9 +137,18 @@ def _compare(over: str, ways: dict[str, str], connections: int, rounds: int,
             if number:  # the first round warms up
                 runs[who].append(run)
     yardstick = bed.middle(runs[YARDSTICK])["per_second"]
-    return [{"who": who, "over": over, "connections": connections, "per_second": round(run["per_second"]),
-             "of_yardstick": f"{run['per_second'] / yardstick:.0%}", "p50_ms": round(run["p50_ms"], 2),
-             "p99_ms": round(run["p99_ms"], 2)} for who, run in ((who, bed.middle(some)) for who, some in runs.items())]
+    return [
+        {
+            "who": who,
+            "over": over,
+            "connections": connections,
+            "per_second": round(run["per_second"]),
+            "of_yardstick": f"{run['per_second'] / yardstick:.0%}",
+            "p50_ms": round(run["p50_ms"], 2),
+            "p99_ms": round(run["p99_ms"], 2),
+        }
+        for who, run in ((who, bed.middle(some)) for who, some in runs.items())
+    ]
 
 
 def main() -> None:

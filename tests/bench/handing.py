@@ -36,8 +36,10 @@ def _measure() -> list[dict[str, Any]]:
             with bed.running(*words, core=bed.LOAD_CORE, stdout=subprocess.PIPE) as owner:
                 for way, times in json.loads(owner.communicate(timeout=bed.DEADLINE_S)[0]).items():
                     took.setdefault(way, []).extend(times)
-    return [{"way": way, "median_us": round(statistics.median(times), 1), "fastest_us": round(min(times), 1)}
-            for way, times in took.items()]
+    return [
+        {"way": way, "median_us": round(statistics.median(times), 1), "fastest_us": round(min(times), 1)}
+        for way, times in took.items()
+    ]
 
 
 def take(connection: socket.socket, service: str) -> tuple[str, socket.socket]:
@@ -58,8 +60,10 @@ def lease_then_bind(call: bed.Call, service: str) -> tuple[str, socket.socket]:
 def main(http_path: str, handoff_path: str) -> dict[str, list[float]]:
     """Own sockets in each way, and return the µs that each took."""
     took: dict[str, list[float]] = {}
-    with contextlib.closing(bed.Call(http_path)) as call, \
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    with (
+        contextlib.closing(bed.Call(http_path)) as call,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+    ):
         connection.connect(handoff_path)
         ways: dict[str, Callable[[], socket.socket]] = {
             "handoff": lambda: take(connection, "handed")[1],

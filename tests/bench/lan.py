@@ -59,11 +59,19 @@ def _case(way: Way, count: int) -> dict[str, Any]:
         lost = watch.lost_count
         _wait(watch, lambda: not watch.there, LOST_S)
         killed_s, killed = watch.last_at - start, watch.lost_count - lost
-    return {"services": count, "way": way, "seen": seen, "all_seen_s": round(seen_s, 2), "cpu_s": round(cpu_s, 2),
-            "packets": packets_after - packets, "kilobytes": round((size_after - size_bytes) / 1000),
-            "worst_stall_ms": round(stall_s * 1000, 1), "lost_after_kill": killed,
-            "all_lost_after_kill_s": round(killed_s, 2) if killed == count else None,
-            "lost_after_stop": _stop(way, count)}
+    return {
+        "services": count,
+        "way": way,
+        "seen": seen,
+        "all_seen_s": round(seen_s, 2),
+        "cpu_s": round(cpu_s, 2),
+        "packets": packets_after - packets,
+        "kilobytes": round((size_after - size_bytes) / 1000),
+        "worst_stall_ms": round(stall_s * 1000, 1),
+        "lost_after_kill": killed,
+        "all_lost_after_kill_s": round(killed_s, 2) if killed == count else None,
+        "lost_after_stop": _stop(way, count),
+    }
 
 
 def _stop(way: Way, count: int) -> int:
@@ -93,16 +101,22 @@ def _rest(count: int) -> dict[str, Any]:
         publisher.told()
         cpu_s = publisher.cpu_s()
         time.sleep(REST_S)
-        return {"services": count, "way": "portd at rest", "cpu_percent": round(
-            (publisher.cpu_s() - cpu_s) / REST_S * 100, 2), "memory_mib": {
-                name: round(_memory_bytes(pid) / 2**20, 1) for name, pid in publisher.pids().items()}}
+        return {
+            "services": count,
+            "way": "portd at rest",
+            "cpu_percent": round((publisher.cpu_s() - cpu_s) / REST_S * 100, 2),
+            "memory_mib": {name: round(_memory_bytes(pid) / 2**20, 1) for name, pid in publisher.pids().items()},
+        }
 
 
 def _wait(watch: Watch, condition: Callable[[], bool], deadline_s: float) -> None:
     """Wait until the condition holds, or nothing has happened for a while."""
     start = time.monotonic()
-    while not condition() and time.monotonic() - max(start, watch.last_at) < STILL_S \
-            and time.monotonic() - start < deadline_s:
+    while (
+        not condition()
+        and time.monotonic() - max(start, watch.last_at) < STILL_S
+        and time.monotonic() - start < deadline_s
+    ):
         time.sleep(0.005)
 
 
@@ -113,8 +127,18 @@ class _Publisher:
         if way == "avahi":
             host.start_avahi(objects_per_client_max="4096")
         self._avahi = host.avahi.pid if way == "avahi" else None
-        self._process = host.start(sys.executable, "-m", "tests.bench.lan", "publish", way, str(count), host.bus or "",
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None)
+        self._process = host.start(
+            sys.executable,
+            "-m",
+            "tests.bench.lan",
+            "publish",
+            way,
+            str(count),
+            host.bus or "",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None,
+        )
         self._guardian = self.told()
 
     def tell(self, word: str) -> None:
@@ -140,8 +164,13 @@ class _Publisher:
 
     def cpu_s(self) -> float:
         """Return what all its processes have used."""
-        return sum(sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-                   for pid in self.pids().values()) / 100
+        return (
+            sum(
+                sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+                for pid in self.pids().values()
+            )
+            / 100
+        )
 
 
 def _memory_bytes(pid: int) -> int:
@@ -197,6 +226,7 @@ Steps = tuple[Callable[[], Awaitable[Any]], Callable[[], Awaitable[Any]], object
 async def _by_portd(count: int, bus: str) -> Steps:
     from portd.adapters.mdns.announcer import Announcer
     from portd.core.model import Event
+
     left = {f"s{number}" for number in range(count)}
     done = asyncio.Event()
 
@@ -223,11 +253,24 @@ async def _by_portd(count: int, bus: str) -> Steps:
 
 async def _by_zeroconf(count: int, bus: str) -> Steps:
     from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
-    address = next(line.split()[3].partition("/")[0] for line in subprocess.run(
-        ["ip", "-o", "-4", "address", "show", "eth0"], check=True, capture_output=True, text=True).stdout.splitlines())
+
+    address = next(
+        line.split()[3].partition("/")[0]
+        for line in subprocess.run(
+            ["ip", "-o", "-4", "address", "show", "eth0"], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+    )
     zeroconf = AsyncZeroconf(interfaces=[address])
-    infos = [AsyncServiceInfo(f"{TYPE}.local.", f"s{number}.{TYPE}.local.", port=20000 + number, server="box.local.",
-                              addresses=[socket.inet_aton(address)]) for number in range(count)]
+    infos = [
+        AsyncServiceInfo(
+            f"{TYPE}.local.",
+            f"s{number}.{TYPE}.local.",
+            port=20000 + number,
+            server="box.local.",
+            addresses=[socket.inet_aton(address)],
+        )
+        for number in range(count)
+    ]
 
     async def publish() -> None:
         broadcasts = await asyncio.gather(*(zeroconf.async_register_service(info) for info in infos))
@@ -244,6 +287,7 @@ async def _by_zeroconf(count: int, bus: str) -> Steps:
 def _main() -> None:
     if sys.argv[1:2] == ["publish"]:
         import uvloop
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_publish(sys.argv[2], int(sys.argv[3]), sys.argv[4]))  # type: ignore[arg-type]
     else:

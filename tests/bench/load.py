@@ -92,8 +92,9 @@ def request(host: str, path: str, body: bytes) -> bytes:
     head = f"Host: {host}\r\n"
     if not body:
         return f"GET {path} HTTP/1.1\r\n{head}\r\n".encode()
-    return (f"POST {path} HTTP/1.1\r\n{head}Content-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+    return (
+        f"POST {path} HTTP/1.1\r\n{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
 
 
 def plain(host: str, path: str, body: bytes) -> Callable[[int], Script]:
@@ -108,13 +109,21 @@ def plain(host: str, path: str, body: bytes) -> Callable[[int], Script]:
 
 def etcd(host: str) -> Callable[[int], Script]:
     """Make the script of a lease and a put-if-absent, as etcd's JSON gateway wants them."""
+
     def script(number: int) -> Script:
         lease = json.loads((yield request(host, "/v3/lease/grant", b'{"TTL": "600"}')))["ID"]
         key = base64.b64encode(f"/ports/{os.getpid()}/{number}".encode()).decode()
         value = base64.b64encode(b'{"service": "bench", "pid": %d}' % os.getpid()).decode()
-        answer = yield request(host, "/v3/kv/txn", json.dumps({
-            "compare": [{"key": key, "target": "CREATE", "create_revision": "0"}],
-            "success": [{"requestPut": {"key": key, "value": value, "lease": lease}}]}).encode())
+        answer = yield request(
+            host,
+            "/v3/kv/txn",
+            json.dumps(
+                {
+                    "compare": [{"key": key, "target": "CREATE", "create_revision": "0"}],
+                    "success": [{"requestPut": {"key": key, "value": value, "lease": lease}}],
+                }
+            ).encode(),
+        )
         assert json.loads(answer)["succeeded"], answer
 
     return script
@@ -135,8 +144,9 @@ async def over_http(run: Run, way: str, url: str, connections: int, body: bytes)
     clients = []
     for _ in range(connections):
         make = lambda: Client(run, script)  # noqa: E731
-        _, client = await (loop.create_unix_connection(make, place) if place else
-                           loop.create_connection(make, name, int(port)))
+        _, client = await (
+            loop.create_unix_connection(make, place) if place else loop.create_connection(make, name, int(port))
+        )
         clients.append(client)
     began = time.perf_counter()
     for client in clients:
@@ -172,8 +182,12 @@ async def main(way: str, url: str, connections: int, count: int, body: bytes) ->
         began = await over_http(run, way, url, connections, body)
     seconds = time.perf_counter() - began
     latencies = sorted(run.latencies)
-    return {"per_second": count / seconds, "p50_ms": latencies[len(latencies) // 2] * 1e3,
-            "p99_ms": latencies[int(len(latencies) * 0.99)] * 1e3, "failures": run.failures}
+    return {
+        "per_second": count / seconds,
+        "p50_ms": latencies[len(latencies) // 2] * 1e3,
+        "p99_ms": latencies[int(len(latencies) * 0.99)] * 1e3,
+        "failures": run.failures,
+    }
 
 
 if __name__ == "__main__":

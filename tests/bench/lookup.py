@@ -29,8 +29,11 @@ def _measure() -> list[dict[str, Any]]:
         for count in INSTANCE_COUNTS:
             name = f"of{count}"
             for _ in range(count):
-                lease = daemon.ask("POST", "/v1/leases", {"service": name, "pid": os.getpid(),
-                                                          "check": {"kind": "report", "ttl": 3600}})
+                lease = daemon.ask(
+                    "POST",
+                    "/v1/leases",
+                    {"service": name, "pid": os.getpid(), "check": {"kind": "report", "ttl": 3600}},
+                )
                 daemon.ask("PUT", f"/v1/leases/{lease['id']}/health", {"status": "passing"})
             path = f"/v1/services/{name}?passing=true"
             assert len(daemon.ask("GET", path)["instances"]) == count
@@ -46,6 +49,14 @@ def _compare(ways: dict[str, str], connections: int) -> list[dict[str, Any]]:
             if number:  # the first round warms up
                 runs[who].append(run)
     yardstick = bed.middle(runs[YARDSTICK])["per_second"]
-    return [{"who": who, "connections": connections, "per_second": round(run["per_second"]),
-             "of_yardstick": f"{run['per_second'] / yardstick:.0%}", "p50_ms": round(run["p50_ms"], 2),
-             "p99_ms": round(run["p99_ms"], 2)} for who, run in ((who, bed.middle(some)) for who, some in runs.items())]
+    return [
+        {
+            "who": who,
+            "connections": connections,
+            "per_second": round(run["per_second"]),
+            "of_yardstick": f"{run['per_second'] / yardstick:.0%}",
+            "p50_ms": round(run["p50_ms"], 2),
+            "p99_ms": round(run["p99_ms"], 2),
+        }
+        for who, run in ((who, bed.middle(some)) for who, some in runs.items())
+    ]

@@ -42,8 +42,12 @@ def _row(daemon: bed.Portd, leases: int) -> dict[str, Any]:
         with daemon.serving() as process:
             ready_ms.append(daemon.ready_s * 1e3)
             memory = _memory_mib(process.pid)
-    return {"leases": leases, "rss_mib": memory["Rss"], "pss_mib": memory["Pss"],
-            "ready_ms": round(statistics.median(ready_ms))}
+    return {
+        "leases": leases,
+        "rss_mib": memory["Rss"],
+        "pss_mib": memory["Pss"],
+        "ready_ms": round(statistics.median(ready_ms)),
+    }
 
 
 def _memory_mib(pid: int) -> dict[str, float]:

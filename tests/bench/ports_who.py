@@ -30,8 +30,13 @@ Way = Callable[[], Awaitable[object]]
 async def crowd() -> AsyncIterator[None]:
     """Have the crowd listen."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, CROWD, str(PROCESS_COUNT), str(LISTENER_COUNT),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+        sys.executable,
+        CROWD,
+        str(PROCESS_COUNT),
+        str(LISTENER_COUNT),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
     assert process.stdout is not None
     await process.stdout.readline()
     try:
@@ -88,8 +93,15 @@ async def compare(question: str, ways: dict[str, Way]) -> list[dict[str, Any]]:
             began = time.perf_counter()
             await way()
             times_ms[name].append((time.perf_counter() - began) * 1e3)
-    return [{"question": question, "way": name, "median_ms": round(statistics.median(some), 2),
-             "fastest_ms": round(min(some), 2)} for name, some in times_ms.items()]
+    return [
+        {
+            "question": question,
+            "way": name,
+            "median_ms": round(statistics.median(some), 2),
+            "fastest_ms": round(min(some), 2),
+        }
+        for name, some in times_ms.items()
+    ]
 
 
 if __name__ == "__main__":

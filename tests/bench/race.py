@@ -63,12 +63,30 @@ def _race(way: str, grabbers: str, count: int, place: str, handoff: str) -> dict
     with contextlib.ExitStack() as stack:
         for _ in range(PROCESS_COUNT):
             stack.enter_context(bed.running(sys.executable, "-m", "tests.bench.race", "grab", grabbers, core=None))
-        leasers = [stack.enter_context(bed.running(
-            sys.executable, "-m", "tests.bench.race", way, str(count // PROCESS_COUNT), place, handoff, core=None,
-            stdout=subprocess.PIPE)) for _ in range(PROCESS_COUNT)]
+        leasers = [
+            stack.enter_context(
+                bed.running(
+                    sys.executable,
+                    "-m",
+                    "tests.bench.race",
+                    way,
+                    str(count // PROCESS_COUNT),
+                    place,
+                    handoff,
+                    core=None,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            for _ in range(PROCESS_COUNT)
+        ]
         results = [json.loads(leaser.communicate(timeout=LIMIT_S + bed.DEADLINE_S)[0]) for leaser in leasers]
-    return {"way": way, "grabbers": grabbers, "leases": sum(done for done, _ in results),
-            "failures": sum(failed for _, failed in results), "seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "way": way,
+        "grabbers": grabbers,
+        "leases": sum(done for done, _ in results),
+        "failures": sum(failed for _, failed in results),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
 def grab(*, reuse: bool) -> None:
@@ -113,8 +131,10 @@ def _listening(way: str, place: str, handoff: str) -> Iterator[Callable[[], sock
         yield lambda: _bound(portpicker.pick_unused_port())
         return
     name = f"racer-{os.getpid()}"
-    with contextlib.closing(bed.Call(place)) as call, \
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    with (
+        contextlib.closing(bed.Call(place)) as call,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+    ):
         connection.connect(handoff)
         leased: list[str] = []
 

@@ -88,6 +88,9 @@ def _row(language: str, words: list[str], environ: dict[str, str], rounds: int) 
     row: dict[str, Any] = {"language": language}
     for unit, values in (("ms", took), ("mib", mib)):
         bare, portd = (statistics.median(values[way]) for way in ("bare", "portd"))
-        row |= {f"bare_{unit}": round(bare, 1), f"portd_{unit}": round(portd, 1),
-                f"added_{unit}": round(portd - bare, 1)}
+        row |= {
+            f"bare_{unit}": round(bare, 1),
+            f"portd_{unit}": round(portd, 1),
+            f"added_{unit}": round(portd - bare, 1),
+        }
     return row

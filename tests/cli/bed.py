@@ -63,16 +63,28 @@ class Daemon:
     @property
     def environ(self) -> dict[str, str]:
         """Return the environment of a program that finds this daemon and the sources."""
-        kept = {name: value for name, value in os.environ.items()
-                if not name.startswith(("PORT", "LISTEN_", "HOST", "XDG_"))}
-        return {**kept, "PORTD_URL": self.url, "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python",
-                "PYTHONDONTWRITEBYTECODE": "", "PYTHONWARNINGS": "error"}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PORT", "LISTEN_", "HOST", "XDG_"))
+        }
+        return {
+            **kept,
+            "PORTD_URL": self.url,
+            "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python",
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONWARNINGS": "error",
+        }
 
     def start(self) -> None:
         """Start the daemon and wait until it answers."""
         with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "portd", "serve", "--config", str(self._config)],
-                                             env=self.environ, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "portd", "serve", "--config", str(self._config)],
+                env=self.environ,
+                stdout=log,
+                stderr=log,
+            )
         wait_for(self._answers, f"the daemon answers; its log: {self.log()}")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -99,13 +111,20 @@ class Daemon:
 
     def portd(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run one command line to its end."""
-        return subprocess.run([sys.executable, "-m", "portd", *words], env={**self.environ, **environ},
-                              capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "portd", *words],
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
 
     def start_program(self, words: Sequence[str]) -> subprocess.Popen[str]:
         """Start a program that finds this daemon; end it with `end`."""
-        return subprocess.Popen(words, env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            words, env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def start_portd(self, *words: str) -> subprocess.Popen[str]:
         """Start a command line that goes on."""

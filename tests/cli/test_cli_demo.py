@@ -23,11 +23,20 @@ TIME_S = 20.0
 @contextmanager
 def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Start the demo in a pipe, with `directory` as the place for temporary files."""
-    environ = {**os.environ, "TMPDIR": str(directory), "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python",
-               "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "portd", "demo"], env=environ, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    environ = {
+        **os.environ,
+        "TMPDIR": str(directory),
+        "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python",
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "portd", "demo"],
+        env=environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         yield process
     finally:

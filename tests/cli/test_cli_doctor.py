@@ -45,12 +45,15 @@ def test_what_cannot_be_read_is_not_found_wanting() -> None:
 
 
 def test_only_strangers_inside_the_pool_are_told_with_their_process_and_the_line_to_write() -> None:
-    ports = [view(20005, "tcp", "unmanaged", "/usr/bin/node"), view(20006, "tcp", "bound", "/usr/bin/python3"),
-             view(80, "tcp", "unmanaged", "/usr/sbin/nginx")]
-    found = one(doctor.strangers(POOL, ports, "portd.toml"))
+    ports = [
+        view(20005, "tcp", "unmanaged", "/usr/bin/node"),
+        view(20006, "tcp", "bound", "/usr/bin/python3"),
+        view(80, "tcp", "unmanaged", "/usr/sbin/nginx"),
+    ]
+    found = one(doctor.foreign(POOL, ports, "portd.toml"))
     assert "20005/tcp (node[7] root)" in found.what
     assert "exclude = [20005]" in found.mend
-    assert not list(doctor.strangers(POOL, ports[1:], "portd.toml"))
+    assert not list(doctor.foreign(POOL, ports[1:], "portd.toml"))
 
 
 def test_a_file_limit_below_what_a_full_pool_takes_is_told_with_the_number_to_write() -> None:
@@ -89,8 +92,9 @@ def test_another_mdns_responder_is_told_but_neither_the_daemon_itself_nor_an_ava
     assert told([avahi], responder="embedded")
 
 
-@pytest.mark.parametrize("forwarders", ["[Resolve]\nDNS=127.0.0.1:8600\nDomains=~portd.internal",
-                                        "server=/portd.internal/127.0.0.1#8600"])
+@pytest.mark.parametrize(
+    "forwarders", ["[Resolve]\nDNS=127.0.0.1:8600\nDomains=~portd.internal", "server=/portd.internal/127.0.0.1#8600"]
+)
 def test_a_resolver_that_asks_portd_is_fine_and_another_is_told_what_to_write(forwarders: str) -> None:
     resolv = "# made by hand\nnameserver 192.0.2.1\noptions edns0\n"
     assert not list(doctor.resolver(Settings(), resolv, forwarders))
@@ -103,8 +107,12 @@ def test_a_resolver_that_asks_portd_is_fine_and_another_is_told_what_to_write(fo
 
 
 def test_a_socket_that_nobody_listens_behind_is_told_apart_from_one_that_is_missing() -> None:
-    error = DaemonUnavailable([("unix:///run/user/1/portd/portd.sock", "connection refused"),
-                               ("unix:///run/portd/portd.sock", "no such file or directory")])
+    error = DaemonUnavailable(
+        [
+            ("unix:///run/user/1/portd/portd.sock", "connection refused"),
+            ("unix:///run/portd/portd.sock", "no such file or directory"),
+        ]
+    )
     missing, stale = doctor.unreachable(error)
     assert "no daemon answers" in missing.what
     assert "rm /run/user/1/portd/portd.sock" in stale.mend

@@ -37,27 +37,59 @@ def test_json_prints_the_whole_lease_with_its_token(daemon: Daemon) -> None:
 
 
 def test_all_that_may_be_wished_for_reaches_the_daemon(daemon: Daemon) -> None:
-    done = daemon.portd("lease", "wished", "--instance=wished-blue", "--endpoint", "metrics", "--port", "24390",
-                        "--exact", "--ttl", "5m", "--tag", "blue", "--tag", "fast", "--meta", "version=1.4=2",
-                        "--check", "http:/healthz,interval=5,fall=2", "--pool", "default", "--hold", "none", "--json")
+    done = daemon.portd(
+        "lease",
+        "wished",
+        "--instance=wished-blue",
+        "--endpoint",
+        "metrics",
+        "--port",
+        "24390",
+        "--exact",
+        "--ttl",
+        "5m",
+        "--tag",
+        "blue",
+        "--tag",
+        "fast",
+        "--meta",
+        "version=1.4=2",
+        "--check",
+        "http:/healthz,interval=5,fall=2",
+        "--pool",
+        "default",
+        "--hold",
+        "none",
+        "--json",
+    )
     lease = json.loads(done.stdout)
-    assert (lease["instance"], lease["endpoint"], lease["port"], lease["hold"]) == \
-        ("wished-blue", "metrics", 24390, "none")
+    assert (lease["instance"], lease["endpoint"], lease["port"], lease["hold"]) == (
+        "wished-blue",
+        "metrics",
+        24390,
+        "none",
+    )
     assert lease["tags"] == ["blue", "fast"]
     assert lease["metadata"] == {"version": "1.4=2"}
     assert (lease["check"]["path"], lease["check"]["interval"], lease["check"]["fall"]) == ("/healthz", 5, 2)
 
 
 def test_own_address_gives_an_address_that_no_other_instance_has(daemon: Daemon) -> None:
-    leases = [json.loads(daemon.portd("lease", "database", "--own-address", "--port", "5432", "--exact", "--json",
-                                      "--pid", str(os.getpid())).stdout) for _ in range(2)]
+    leases = [
+        json.loads(
+            daemon.portd(
+                "lease", "database", "--own-address", "--port", "5432", "--exact", "--json", "--pid", str(os.getpid())
+            ).stdout
+        )
+        for _ in range(2)
+    ]
     assert [lease["port"] for lease in leases] == [5432, 5432]
     assert leases[0]["address"] != leases[1]["address"]
 
 
 def test_an_exact_port_that_is_taken_is_a_clear_no_in_one_line(daemon: Daemon) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        port = str(stranger.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = str(foreign.getsockname()[1])
         plain = daemon.portd("lease", "late", "--port", port, "--exact")
         as_json = daemon.portd("lease", "late", "--port", port, "--exact", "--json")
     assert (plain.returncode, plain.stdout, plain.stderr.count("\n")) == (1, "", 1)
@@ -93,8 +125,17 @@ def test_drain_hides_an_instance_from_look_ups_and_keeps_its_port(daemon: Daemon
 
 
 def test_without_a_daemon_every_command_ends_with_3_and_one_line_that_says_how_to_start_one(daemon: Daemon) -> None:
-    for words in (["lease", "x"], ["ls"], ["who", "80"], ["resolve", "x"], ["status"], ["run", "x", "--", "true"],
-                  ["services"], ["history", "80"], ["renew", "x"]):
+    for words in (
+        ["lease", "x"],
+        ["ls"],
+        ["who", "80"],
+        ["resolve", "x"],
+        ["status"],
+        ["run", "x", "--", "true"],
+        ["services"],
+        ["history", "80"],
+        ["renew", "x"],
+    ):
         done = daemon.portd(*words, PORTD_URL="unix:///nonexistent/portd.sock")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1), (words, done)
         assert "portd serve" in done.stderr
@@ -104,11 +145,23 @@ def test_without_a_daemon_every_command_ends_with_3_and_one_line_that_says_how_t
 
 
 def test_wrong_usage_ends_with_2_and_one_line(daemon: Daemon) -> None:
-    for words in (["lease"], ["lease", "x", "y"], ["lease", "x", "--port", "seventy"], ["lease", "x", "--port", "0"],
-                  ["lease", "x", "--exact"], ["lease", "Bad_Name"], ["who", "70000"], ["nonsense"],
-                  ["lease", "x", "--nonsense"], ["run", "x"], ["run", "x", "--", "echo", "{port:metrics}"],
-                  ["lease", "x", "--check", "magic"], ["lease", "x", "--ttl", "soon"], ["lease", "x", "--meta", "k"],
-                  ["ls", "--json=1"]):
+    for words in (
+        ["lease"],
+        ["lease", "x", "y"],
+        ["lease", "x", "--port", "seventy"],
+        ["lease", "x", "--port", "0"],
+        ["lease", "x", "--exact"],
+        ["lease", "Bad_Name"],
+        ["who", "70000"],
+        ["nonsense"],
+        ["lease", "x", "--nonsense"],
+        ["run", "x"],
+        ["run", "x", "--", "echo", "{port:metrics}"],
+        ["lease", "x", "--check", "magic"],
+        ["lease", "x", "--ttl", "soon"],
+        ["lease", "x", "--meta", "k"],
+        ["ls", "--json=1"],
+    ):
         done = daemon.portd(*words)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), (words, done)
 
@@ -121,8 +174,24 @@ def test_a_url_that_cannot_be_read_is_wrong_usage(daemon: Daemon) -> None:
 def test_every_command_explains_itself(daemon: Daemon) -> None:
     overview = daemon.portd("--help")
     assert overview.returncode == 0
-    for name in ("serve", "run", "lease", "renew", "release", "drain", "ls", "who", "history", "services", "resolve",
-                 "browse", "watch", "status", "doctor", "demo"):
+    for name in (
+        "serve",
+        "run",
+        "lease",
+        "renew",
+        "release",
+        "drain",
+        "ls",
+        "who",
+        "history",
+        "services",
+        "resolve",
+        "browse",
+        "watch",
+        "status",
+        "doctor",
+        "demo",
+    ):
         assert f"  {name} " in overview.stdout
         own = daemon.portd(name, "--help")
         assert (own.returncode, own.stderr) == (0, ""), name
@@ -133,10 +202,18 @@ def test_every_command_explains_itself(daemon: Daemon) -> None:
 
 
 def test_a_lease_costs_no_import_of_what_it_does_not_need(daemon: Daemon) -> None:
-    source = ("import sys; from portd.__main__ import main; status = main(['lease', 'light', '--ttl', '60']);"
-              "print(sorted({'re', 'json', 'socket', 'typing', 'argparse', 'asyncio', 'enum', 'aiohttp', 'msgspec'}"
-              " & set(sys.modules))); sys.exit(status)")
+    source = (
+        "import sys; from portd.__main__ import main; status = main(['lease', 'light', '--ttl', '60']);"
+        "print(sorted({'re', 'json', 'socket', 'typing', 'argparse', 'asyncio', 'enum', 'aiohttp', 'msgspec'}"
+        " & set(sys.modules))); sys.exit(status)"
+    )
     # -S: an installed environment's .pth files may import re and more before the first line of ours
-    done = subprocess.run([sys.executable, "-S", "-c", source], env=daemon.environ, capture_output=True, text=True,
-                          timeout=DEADLINE_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", source],
+        env=daemon.environ,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
     assert done.stdout.splitlines()[1] == "[]"

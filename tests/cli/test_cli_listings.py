@@ -38,8 +38,13 @@ def test_on_a_terminal_ls_is_a_table_with_a_header(daemon: Daemon) -> None:
     daemon.portd("lease", "shown", "--ttl", "60")
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        child = subprocess.Popen([sys.executable, "-m", "portd", "ls", "shown"], stdout=theirs, stderr=theirs,
-                                 stdin=theirs, env={**daemon.environ, "TERM": "xterm", "COLUMNS": "140"})
+        child = subprocess.Popen(
+            [sys.executable, "-m", "portd", "ls", "shown"],
+            stdout=theirs,
+            stderr=theirs,
+            stdin=theirs,
+            env={**daemon.environ, "TERM": "xterm", "COLUMNS": "140"},
+        )
         os.close(theirs)
         seen = b""
         try:
@@ -54,22 +59,35 @@ def test_on_a_terminal_ls_is_a_table_with_a_header(daemon: Daemon) -> None:
 
 def test_a_reader_that_goes_away_is_no_error(daemon: Daemon) -> None:
     daemon.portd("lease", "piped", "--ttl", "60")
-    done = subprocess.run(["sh", "-c", f"'{sys.executable}' -m portd ls | true"], env=daemon.environ,
-                          capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    done = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m portd ls | true"],
+        env=daemon.environ,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
     assert done.stderr == ""
 
 
 def test_output_that_cant_be_written_is_told_in_one_line(daemon: Daemon) -> None:
     daemon.portd("lease", "unwritten", "--ttl", "60")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "portd", "ls"], env=daemon.environ, stdout=full,
-                              stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "portd", "ls"],
+            env=daemon.environ,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
     assert (done.returncode, done.stderr) == (1, "portd: No space left on device\n")
 
 
 def test_who_names_a_process_that_never_heard_of_portd(daemon: Daemon) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        port = str(stranger.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = str(foreign.getsockname()[1])
         plain = daemon.portd("who", port)
         view = json.loads(daemon.portd("who", port, "--json").stdout)
     assert plain.returncode == 0
@@ -135,8 +153,10 @@ def test_watch_prints_what_happens_as_it_happens(daemon: Daemon) -> None:
         ended = json.loads(watcher.stdout.readline())
     finally:
         end(watcher)
-    assert [(event["type"], event["lease"]["id"]) for event in (granted, ended)] == \
-        [("granted", lease["id"]), ("ended", lease["id"])]
+    assert [(event["type"], event["lease"]["id"]) for event in (granted, ended)] == [
+        ("granted", lease["id"]),
+        ("ended", lease["id"]),
+    ]
 
 
 def test_watch_goes_on_over_a_restart_of_the_daemon_and_misses_nothing(own_daemon: Daemon) -> None:

@@ -28,8 +28,17 @@ def test_the_command_takes_the_place_of_portd_and_nothing_stays_in_between(daemo
 
 
 def test_the_command_finds_its_lease_in_the_environment_and_in_its_words(daemon: Daemon) -> None:
-    got, pid = told(daemon, "given-to", "--tag", "blue", "--endpoint", "metrics", "--endpoint", "grpc-web:24377",
-                    command=("--bind={host}:{port}", "{port:metrics},{port:grpc-web}", "{other}"))
+    got, pid = told(
+        daemon,
+        "given-to",
+        "--tag",
+        "blue",
+        "--endpoint",
+        "metrics",
+        "--endpoint",
+        "grpc-web:24377",
+        command=("--bind={host}:{port}", "{port:metrics},{port:grpc-web}", "{other}"),
+    )
     environ = got["env"]
     lease = daemon.client.lease(environ["PORTD_LEASE"])
     assert (lease["service"], lease["endpoint"], lease["owner"]["pid"]) == ("given-to", "main", pid)
@@ -54,11 +63,24 @@ def test_all_endpoints_are_of_one_instance_and_end_with_the_command(daemon: Daem
 
 
 def test_the_lease_becomes_bound_when_the_command_listens(daemon: Daemon) -> None:
-    running = daemon.start_portd("run", "served", "--check", "tcp:interval=1", "--",
-                                 sys.executable, "-m", "http.server", "{port}", "--bind", "{host}")
+    running = daemon.start_portd(
+        "run",
+        "served",
+        "--check",
+        "tcp:interval=1",
+        "--",
+        sys.executable,
+        "-m",
+        "http.server",
+        "{port}",
+        "--bind",
+        "{host}",
+    )
     try:
-        [lease] = wait_for(lambda: [lease for lease in daemon.client.leases(service="served")
-                                    if lease["state"] == "bound"], "the lease is bound")
+        [lease] = wait_for(
+            lambda: [lease for lease in daemon.client.leases(service="served") if lease["state"] == "bound"],
+            "the lease is bound",
+        )
         assert lease["owner"]["pid"] == running.pid
     finally:
         end(running)
@@ -82,17 +104,19 @@ def test_own_address_is_given_as_host(daemon: Daemon) -> None:
 
 
 def test_confine_lets_the_command_bind_its_leased_ports_and_no_others(daemon: Daemon) -> None:
-    source = ("import errno, os, socket\n"
-              "def bind(port):\n"
-              "    with socket.socket() as one:\n"
-              "        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
-              "        try: one.bind(('127.0.0.1', port))\n"
-              "        except PermissionError: return 'refused'\n"
-              "        return 'bound'\n"
-              "child = os.fork()\n"
-              "if child: os.waitpid(child, 0)\n"
-              "print([bind(int(os.environ['PORT'])), bind(int(os.environ['PORT_METRICS'])), bind(0), bind(24999)],"
-              " flush=True)\n")
+    source = (
+        "import errno, os, socket\n"
+        "def bind(port):\n"
+        "    with socket.socket() as one:\n"
+        "        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "        try: one.bind(('127.0.0.1', port))\n"
+        "        except PermissionError: return 'refused'\n"
+        "        return 'bound'\n"
+        "child = os.fork()\n"
+        "if child: os.waitpid(child, 0)\n"
+        "print([bind(int(os.environ['PORT'])), bind(int(os.environ['PORT_METRICS'])), bind(0), bind(24999)],"
+        " flush=True)\n"
+    )
     done = daemon.portd("run", "confined", "--confine", "--endpoint", "metrics", "--", sys.executable, "-c", source)
     if done.returncode and "Landlock" in done.stderr:
         pytest.skip("this kernel has no Landlock network rules")
@@ -100,7 +124,8 @@ def test_confine_lets_the_command_bind_its_leased_ports_and_no_others(daemon: Da
 
 
 def test_confinement_that_the_kernel_lacks_is_an_error_and_never_a_silent_pass(
-        daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from portd.cli import confining
 
     monkeypatch.setattr(confining, "ABI_WITH_NETWORK", 1 << 20)
@@ -111,15 +136,18 @@ def test_confinement_that_the_kernel_lacks_is_an_error_and_never_a_silent_pass(
 def test_sockets_are_passed_from_descriptor_3_on_listening_and_by_name(daemon: Daemon) -> None:
     if not (daemon.directory / "handoff.sock").exists():
         pytest.skip("this daemon hands no sockets over")
-    source = ("import json, os, socket\n"
-              "sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ['LISTEN_FDS']))]\n"
-              "print(json.dumps({'pid': os.environ['LISTEN_PID'] == str(os.getpid()),"
-              " 'names': os.environ['LISTEN_FDNAMES'], 'ports': [str(one.getsockname()[1]) for one in sockets],"
-              " 'wanted': [os.environ['PORT'], os.environ['PORT_METRICS']]}), flush=True)\n"
-              "connection, _ = sockets[0].accept()\n"
-              "connection.sendall(b'hello')\n")
-    running = daemon.start_portd("run", "passed", "--socket", "--hold", "exclusive", "--endpoint", "metrics", "--",
-                                 sys.executable, "-c", source)
+    source = (
+        "import json, os, socket\n"
+        "sockets = [socket.socket(fileno=fd) for fd in range(3, 3 + int(os.environ['LISTEN_FDS']))]\n"
+        "print(json.dumps({'pid': os.environ['LISTEN_PID'] == str(os.getpid()),"
+        " 'names': os.environ['LISTEN_FDNAMES'], 'ports': [str(one.getsockname()[1]) for one in sockets],"
+        " 'wanted': [os.environ['PORT'], os.environ['PORT_METRICS']]}), flush=True)\n"
+        "connection, _ = sockets[0].accept()\n"
+        "connection.sendall(b'hello')\n"
+    )
+    running = daemon.start_portd(
+        "run", "passed", "--socket", "--hold", "exclusive", "--endpoint", "metrics", "--", sys.executable, "-c", source
+    )
     assert running.stdout is not None
     try:
         got = json.loads(running.stdout.readline())

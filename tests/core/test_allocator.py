@@ -7,16 +7,8 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from portd.core.allocator import (
-    COOLING_RECHECK_S,
-    PROBATION_S,
-    PROBATION_SIGHTINGS,
-    Allocator,
-    Ask,
-    Place,
-    StaticPort,
-    place_of,
-)
+from portd.core.allocator import COOLING_RECHECK_S, PROBATION_S, PROBATION_SIGHTINGS, Allocator, Ask, StaticPort
+from portd.core.bindings import Binding, binding_of
 from portd.core.errors import PoolExhausted, PortReserved, PortTaken
 from portd.core.model import Lease, Owner
 
@@ -33,9 +25,22 @@ def ask(service="orders", instance=None, endpoint="main", port=None, exact=False
 
 def lease(wish, place, own=False):
     service, instance, endpoint = wish.name
-    return Lease(id=f"{service}/{instance}/{endpoint}", service=service, instance=instance, endpoint=endpoint,
-                 protocol=place.protocol, address=place.address, port=place.port, pool="default", hold="shared",
-                 lifetime="process", owner=Owner(known_by="peercred"), host="h", created_at=0.0, own_address=own)
+    return Lease(
+        id=f"{service}/{instance}/{endpoint}",
+        service=service,
+        instance=instance,
+        endpoint=endpoint,
+        protocol=place.protocol,
+        address=place.address,
+        port=place.port,
+        pool="default",
+        hold="shared",
+        lifetime="process",
+        owner=Owner(known_by="peercred"),
+        host="h",
+        created_at=0.0,
+        own_address=own,
+    )
 
 
 def grant(allocator, wish, own=False):
@@ -93,7 +98,7 @@ def test_a_cooling_port_is_port_taken_to_an_exact_wish_of_others():
 
 def test_a_declined_port_comes_back_after_it_was_seen_free_several_times_in_a_row():
     allocator = make(range(20000, 20001))
-    allocator.decline(Place("tcp", LOOPBACK, 20000), tick=0.0)
+    allocator.decline(Binding("tcp", LOOPBACK, 20000), tick=0.0)
     assert allocator.count("default").declined == 1
     tick = 0.0
     for free in [True] * (PROBATION_SIGHTINGS - 1) + [False] + [True] * PROBATION_SIGHTINGS:
@@ -137,11 +142,11 @@ def test_own_addresses_are_one_for_each_instance_and_the_same_again():
     allocator = make()
     first, second = (allocator.own_address("db", f"db-{n}") for n in (1, 1))
     assert first == second == "127.77.0.1"
-    one = lease(ask("db"), Place("tcp", first, 5432), own=True)
+    one = lease(ask("db"), Binding("tcp", first, 5432), own=True)
     allocator.use(one)
     other = allocator.own_address("db", "db-2")
     assert other != first
-    two = lease(ask("db", "db-2"), Place("tcp", other, 5432), own=True)
+    two = lease(ask("db", "db-2"), Binding("tcp", other, 5432), own=True)
     allocator.use(two)
     allocator.cool(one, tick=0.0)
     assert allocator.own_address("db", "db-1") == first
@@ -153,7 +158,7 @@ def test_own_addresses_are_taken_from_the_longest_idle_instance_when_none_is_fre
     held = []
     for name in ("a-1", "a-2"):
         address = allocator.own_address("a", name)
-        granted = lease(ask("a", name), Place("tcp", address, 80), own=True)
+        granted = lease(ask("a", name), Binding("tcp", address, 80), own=True)
         allocator.use(granted)
         held.append(granted)
     with pytest.raises(PoolExhausted):
@@ -166,16 +171,17 @@ def test_pool_counts_add_up_to_its_size():
     allocator = make()
     grant(allocator, ask())
     allocator.cool(grant(allocator, ask("billing")), tick=0.0)
-    allocator.decline(Place("tcp", LOOPBACK, 20009), tick=0.0)
+    allocator.decline(Binding("tcp", LOOPBACK, 20009), tick=0.0)
     assert allocator.count("default") == (10, 1, 1, 1, 7)
 
 
 def test_the_order_of_the_line_is_restored_from_what_ended():
     allocator = make(range(20000, 20003))
-    allocator.restore_line([lease(ask("a"), Place("tcp", LOOPBACK, 20000)),
-                            lease(ask("b"), Place("tcp", LOOPBACK, 20002))])
+    allocator.restore_line(
+        [lease(ask("a"), Binding("tcp", LOOPBACK, 20000)), lease(ask("b"), Binding("tcp", LOOPBACK, 20002))]
+    )
     assert [grant(allocator, ask("c", f"c-{n}")).port for n in range(3)] == [20001, 20000, 20002]
-    assert place_of(lease(ask("a"), Place("tcp", LOOPBACK, 20000))) == Place("tcp", LOOPBACK, 20000)
+    assert binding_of(lease(ask("a"), Binding("tcp", LOOPBACK, 20000))) == Binding("tcp", LOOPBACK, 20000)
 
 
 def count_calls(run):

@@ -14,16 +14,23 @@ from portd.core.errors import AnnounceUnreachable, InvalidRequest
 from portd.core.model import Announcement, HttpCheck, Lease, Owner, TcpCheck
 from portd.core.requests import AnnounceRequest
 
-FACTS: dict[str, Any] = {"service": "orders", "instance": "orders-1", "endpoint": "main", "protocol": "tcp",
-                         "address": "0.0.0.0", "check": None}
+FACTS: dict[str, Any] = {
+    "service": "orders",
+    "instance": "orders-1",
+    "endpoint": "main",
+    "protocol": "tcp",
+    "address": "0.0.0.0",
+    "check": None,
+}
 
 
 def test_an_http_check_makes_the_default_type_http() -> None:
     assert announcing.default_type("orders", "tcp", HttpCheck()) == "_http._tcp"
 
 
-@pytest.mark.parametrize(("protocol", "type_"), [("tcp", "_orders._tcp"), ("udp", "_orders._udp"),
-                                                 ("both", "_orders._tcp")])
+@pytest.mark.parametrize(
+    ("protocol", "type_"), [("tcp", "_orders._tcp"), ("udp", "_orders._udp"), ("both", "_orders._tcp")]
+)
 def test_without_an_http_check_the_default_type_is_the_service(protocol: Any, type_: str) -> None:
     assert announcing.default_type("orders", protocol, TcpCheck()) == type_
 
@@ -35,16 +42,40 @@ def test_a_service_that_is_no_service_name_of_rfc_6335_needs_a_type(service: str
     assert refused.value.pointer == "/announce/type"
 
 
-@pytest.mark.parametrize(("given_type", "kept"), [
-    ("_http._tcp", "_http._tcp"), ("_HTTP._TCP.local.", "_http._tcp"), ("_sleep-proxy._udp", "_sleep-proxy._udp"),
-    ("_printer._sub._http._tcp", "_printer._sub._http._tcp"), ("_x4711._tcp", "_x4711._tcp")])
+@pytest.mark.parametrize(
+    ("given_type", "kept"),
+    [
+        ("_http._tcp", "_http._tcp"),
+        ("_HTTP._TCP.local.", "_http._tcp"),
+        ("_sleep-proxy._udp", "_sleep-proxy._udp"),
+        ("_printer._sub._http._tcp", "_printer._sub._http._tcp"),
+        ("_x4711._tcp", "_x4711._tcp"),
+    ],
+)
 def test_a_type_has_one_spelling(given_type: str, kept: str) -> None:
     assert announcing.check_type(given_type) == kept
 
 
-@pytest.mark.parametrize("wrong", [
-    "", "http", "http._tcp", "_http", "_http._sctp", "_a-very-long-servicename._tcp", "_-x._tcp", "_x-._tcp",
-    "_a--b._tcp", "_123._tcp", "_._tcp", "_http._tcp.example", "_a.b._http._tcp", "__x._tcp", "_http._tcp\n"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "http",
+        "http._tcp",
+        "_http",
+        "_http._sctp",
+        "_a-very-long-servicename._tcp",
+        "_-x._tcp",
+        "_x-._tcp",
+        "_a--b._tcp",
+        "_123._tcp",
+        "_._tcp",
+        "_http._tcp.example",
+        "_a.b._http._tcp",
+        "__x._tcp",
+        "_http._tcp\n",
+    ],
+)
 def test_what_is_no_type_is_refused(wrong: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.check_type(wrong)
@@ -88,19 +119,38 @@ def test_txt_that_was_read_can_be_sent_back() -> None:
     assert announcing.check_txt(pairs, service="orders", instance="orders-1") == pairs
 
 
-@pytest.mark.parametrize(("wrong", "pointer"), [
-    ({"": "x"}, "/announce/txt/"), ({"a=b": "x"}, "/announce/txt/a=b"), ({"ü": "x"}, "/announce/txt/ü"),
-    ({"a/b": "x" * 255}, "/announce/txt/a~1b"), ({"Path": "1", "path": "2"}, "/announce/txt/path"),
-    ({"service": "else"}, "/announce/txt/service"), ({str(i): "x" * 250 for i in range(6)}, "/announce/txt")])
+@pytest.mark.parametrize(
+    ("wrong", "pointer"),
+    [
+        ({"": "x"}, "/announce/txt/"),
+        ({"a=b": "x"}, "/announce/txt/a=b"),
+        ({"ü": "x"}, "/announce/txt/ü"),
+        ({"a/b": "x" * 255}, "/announce/txt/a~1b"),
+        ({"Path": "1", "path": "2"}, "/announce/txt/path"),
+        ({"service": "else"}, "/announce/txt/service"),
+        ({str(i): "x" * 250 for i in range(6)}, "/announce/txt"),
+    ],
+)
 def test_what_is_no_txt_is_refused(wrong: dict[str, str], pointer: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.check_txt(wrong, service="orders", instance="orders-1")
     assert refused.value.pointer == pointer
 
 
-@pytest.mark.parametrize(("address", "yes"), [
-    ("0.0.0.0", True), ("::", True), ("192.168.1.5", True), ("fe80::1", True), ("127.0.0.1", False),
-    ("127.77.0.9", False), ("::1", False), ("::ffff:127.0.0.1", False), ("own", False)])
+@pytest.mark.parametrize(
+    ("address", "yes"),
+    [
+        ("0.0.0.0", True),
+        ("::", True),
+        ("192.168.1.5", True),
+        ("fe80::1", True),
+        ("127.0.0.1", False),
+        ("127.77.0.9", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("own", False),
+    ],
+)
 def test_loopback_is_not_reachable(address: str, yes: bool) -> None:
     assert announcing.reachable(address) is yes
 
@@ -112,8 +162,9 @@ def test_a_loopback_lease_cannot_be_announced() -> None:
 
 def test_announce_true_names_the_service_after_its_instance() -> None:
     announcement = announcing.resolve(True, **FACTS)
-    assert announcement == Announcement(type="_orders._tcp", name="orders-1",
-                                        txt={"service": "orders", "instance": "orders-1"})
+    assert announcement == Announcement(
+        type="_orders._tcp", name="orders-1", txt={"service": "orders", "instance": "orders-1"}
+    )
     other = announcing.resolve(True, **(FACTS | {"endpoint": "metrics"}))
     assert other is not None
     assert other.name == "orders-1 metrics"
@@ -128,27 +179,58 @@ def test_what_is_asked_for_is_announced() -> None:
     assert announcing.resolve(False, **FACTS) is None
 
 
-@pytest.mark.parametrize(("change", "yes"), [
-    ({}, True), ({"health": "passing"}, True), ({"health": "warning"}, True), ({"health": "critical"}, False),
-    ({"drain": True}, False), ({"state": "held"}, False), ({"state": "conflict"}, False), ({"state": "ended"}, False),
-    ({"announce": None}, False)])
+@pytest.mark.parametrize(
+    ("change", "yes"),
+    [
+        ({}, True),
+        ({"health": "passing"}, True),
+        ({"health": "warning"}, True),
+        ({"health": "critical"}, False),
+        ({"drain": True}, False),
+        ({"state": "held"}, False),
+        ({"state": "conflict"}, False),
+        ({"state": "ended"}, False),
+        ({"announce": None}, False),
+    ],
+)
 def test_a_lease_is_on_the_lan_while_bound_not_critical_and_not_draining(change: dict[str, Any], yes: bool) -> None:
     facts: dict[str, Any] = {
-        "id": "a", "service": "orders", "instance": "orders-1", "endpoint": "main", "protocol": "tcp",
-        "address": "0.0.0.0", "port": 20000, "pool": "default", "hold": "shared", "state": "bound",
-        "lifetime": "process", "owner": Owner(known_by="peercred"), "host": "here", "created_at": 0.0,
-        "announce": Announcement(type="_http._tcp", name="Orders")}
+        "id": "a",
+        "service": "orders",
+        "instance": "orders-1",
+        "endpoint": "main",
+        "protocol": "tcp",
+        "address": "0.0.0.0",
+        "port": 20000,
+        "pool": "default",
+        "hold": "shared",
+        "state": "bound",
+        "lifetime": "process",
+        "owner": Owner(known_by="peercred"),
+        "host": "here",
+        "created_at": 0.0,
+        "announce": Announcement(type="_http._tcp", name="Orders"),
+    }
     assert announcing.is_announceable(Lease(**(facts | change))) is yes
 
 
-@pytest.mark.parametrize("type_", ["_http._tcp", "_HTTP._TCP.local.", "_amzn_alexa._tcp",
-                                   "_a-very-long-service-name._udp", "_printer._sub._http._tcp"])
+@pytest.mark.parametrize(
+    "type_",
+    [
+        "_http._tcp",
+        "_HTTP._TCP.local.",
+        "_amzn_alexa._tcp",
+        "_a-very-long-service-name._udp",
+        "_printer._sub._http._tcp",
+    ],
+)
 def test_types_that_real_lans_have_can_be_browsed_for(type_: str) -> None:
     assert announcing.check_lan_type(type_) == type_.lower().removesuffix(".local.")
 
 
-@pytest.mark.parametrize("wrong", ["", "http", "_http", "_http._sctp", "_http._tcp.example", "_a._b._c._tcp",
-                                   "\ud800._x._tcp"])
+@pytest.mark.parametrize(
+    "wrong", ["", "http", "_http", "_http._sctp", "_http._tcp.example", "_a._b._c._tcp", "\ud800._x._tcp"]
+)
 def test_what_is_no_type_can_not_be_browsed_for(wrong: str) -> None:
     with pytest.raises(InvalidRequest):
         announcing.check_lan_type(wrong)

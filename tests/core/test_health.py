@@ -28,16 +28,32 @@ def after(letters: str, check: TcpCheck, health: Health = "unknown") -> str:
     return seen
 
 
-@pytest.mark.parametrize(("results", "healths"), [
-    ("p", "p"), ("w", "w"), ("c", "c"),  # the first result counts at once
-    ("pccc", "pppc"), ("pccpccc", "ppppppc"),  # `fall` failures in a row, and no pass between
-    ("cpp", "ccp"), ("cpcpp", "ccccp"),  # `rise` passes in a row
-    ("pwww", "pppw"), ("pwwpw", "ppppp"),  # a warning alone takes nobody out of the look-ups
-    ("pwcc", "pppw"), ("pwccc", "pppwc"),  # three that are no pass, of which only the last three failed
-    ("pccwccc", "pppwwwc"), ("pcwc", "pppw"),  # a warning is no failure: it ends their row
-    ("cww", "ccw"), ("cwp", "ccw"), ("cwpp", "ccwp"), ("cpw", "ccw"), ("cwcw", "cccc"),  # nor is it a pass
-    ("wpp", "wwp"), ("wccc", "wwwc"), ("wpcpcpp", "wwwwwwp"),
-])
+@pytest.mark.parametrize(
+    ("results", "healths"),
+    [
+        ("p", "p"),
+        ("w", "w"),
+        ("c", "c"),  # the first result counts at once
+        ("pccc", "pppc"),
+        ("pccpccc", "ppppppc"),  # `fall` failures in a row, and no pass between
+        ("cpp", "ccp"),
+        ("cpcpp", "ccccp"),  # `rise` passes in a row
+        ("pwww", "pppw"),
+        ("pwwpw", "ppppp"),  # a warning alone takes nobody out of the look-ups
+        ("pwcc", "pppw"),
+        ("pwccc", "pppwc"),  # three that are no pass, of which only the last three failed
+        ("pccwccc", "pppwwwc"),
+        ("pcwc", "pppw"),  # a warning is no failure: it ends their row
+        ("cww", "ccw"),
+        ("cwp", "ccw"),
+        ("cwpp", "ccwp"),
+        ("cpw", "ccw"),
+        ("cwcw", "cccc"),  # nor is it a pass
+        ("wpp", "wwp"),
+        ("wccc", "wwwc"),
+        ("wpcpcpp", "wwwwwwp"),
+    ],
+)
 def test_health_follows_results_by_rise_and_fall(results: str, healths: str) -> None:
     assert after(results, TcpCheck(rise=2, fall=3)) == healths
 
@@ -82,13 +98,13 @@ def test_passing_and_critical_are_only_reached_by_whole_rows(check: TcpCheck, se
             assert tally.health == result
         elif tally.health != before:
             if tally.health == "passing":
-                assert set(past[-check.rise:]) == {"passing"}
+                assert set(past[-check.rise :]) == {"passing"}
             elif tally.health == "critical":
-                assert set(past[-check.fall:]) == {"critical"}
+                assert set(past[-check.fall :]) == {"critical"}
             elif before == "passing":
-                assert "passing" not in past[-check.fall:]
+                assert "passing" not in past[-check.fall :]
             else:
-                assert "critical" not in past[-check.rise:]
+                assert "critical" not in past[-check.rise :]
 
 
 @given(checks, st.lists(results, max_size=20))
@@ -109,8 +125,9 @@ def test_health_is_never_unknown_again_after_a_result(check: TcpCheck, sequence:
 
 
 @given(st.floats(0.05, 3600), st.floats(0, 3600), st.floats(0, 1e6), st.floats(0, 3600))
-def test_silence_is_due_exactly_a_ttl_after_the_last_report(ttl: float, start_period: float, since: float,
-                                                             later: float) -> None:
+def test_silence_is_due_exactly_a_ttl_after_the_last_report(
+    ttl: float, start_period: float, since: float, later: float
+) -> None:
     check = ReportCheck(ttl=ttl, start_period=start_period)
     assert silent_at(Tally(since), check, since) == max(since + ttl, since + start_period)
     assert silent_at(Tally(since, "passing"), check, since + later) == since + later + ttl

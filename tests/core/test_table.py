@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from portd.core.allocator import Place, meet, place_of
+from portd.core.bindings import Binding, binding_of, conflicts
 from portd.core.model import Event, Lease, Owner, ProcessId
 from portd.core.table import LeaseTable
 
@@ -16,10 +16,23 @@ ADDRESSES = ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "::1"]
 
 
 def lease(lease_id="a", instance="orders-1", port=20000, address="127.0.0.1", protocol="tcp", pid=1, endpoint="main"):
-    return Lease(id=lease_id, service="orders", instance=instance, endpoint=endpoint, protocol=protocol,
-                 address=address, port=port, pool="default", hold="shared", lifetime="process",
-                 owner=Owner(pid=pid, uid=pid % 3, known_by="peercred"), uid=pid % 3, host="h", created_at=0.0,
-                 process=ProcessId(pid, 1, "boot"))
+    return Lease(
+        id=lease_id,
+        service="orders",
+        instance=instance,
+        endpoint=endpoint,
+        protocol=protocol,
+        address=address,
+        port=port,
+        pool="default",
+        hold="shared",
+        lifetime="process",
+        owner=Owner(pid=pid, uid=pid % 3, known_by="peercred"),
+        uid=pid % 3,
+        host="h",
+        created_at=0.0,
+        process=ProcessId(pid, 1, "boot"),
+    )
 
 
 def granted(table, made):
@@ -28,20 +41,23 @@ def granted(table, made):
     return made
 
 
-@pytest.mark.parametrize(("taken", "wanted", "collide"), [
-    (("tcp", "127.0.0.1"), ("tcp", "0.0.0.0"), True),
-    (("tcp", "0.0.0.0"), ("tcp", "127.0.0.1"), True),
-    (("tcp", "127.0.0.1"), ("tcp", "::"), True),
-    (("tcp", "127.0.0.1"), ("udp", "127.0.0.1"), False),
-    (("both", "127.0.0.1"), ("udp", "127.0.0.1"), True),
-    (("tcp", "127.0.0.1"), ("tcp", "127.0.0.2"), False),
-    (("tcp", "::1"), ("tcp", "127.0.0.1"), False),
-    (("tcp", "::1"), ("tcp", "::"), True),
-])
+@pytest.mark.parametrize(
+    ("taken", "wanted", "collide"),
+    [
+        (("tcp", "127.0.0.1"), ("tcp", "0.0.0.0"), True),
+        (("tcp", "0.0.0.0"), ("tcp", "127.0.0.1"), True),
+        (("tcp", "127.0.0.1"), ("tcp", "::"), True),
+        (("tcp", "127.0.0.1"), ("udp", "127.0.0.1"), False),
+        (("both", "127.0.0.1"), ("udp", "127.0.0.1"), True),
+        (("tcp", "127.0.0.1"), ("tcp", "127.0.0.2"), False),
+        (("tcp", "::1"), ("tcp", "127.0.0.1"), False),
+        (("tcp", "::1"), ("tcp", "::"), True),
+    ],
+)
 def test_a_place_is_in_the_way_by_the_kernels_rules(taken, wanted, collide):
     table = LeaseTable()
     table.claim(lease(protocol=taken[0], address=taken[1]))
-    assert (table.in_way(Place(wanted[0], wanted[1], 20000)) is not None) == collide
+    assert (table.conflicting(Binding(wanted[0], wanted[1], 20000)) is not None) == collide
 
 
 def test_a_claim_can_not_be_made_twice():
@@ -88,13 +104,18 @@ class TableMachine(RuleBasedStateMachine):
         self.live: dict[str, Lease] = {}
         self.count = 0
 
-    @rule(instance=st.integers(1, 4), port=st.integers(1, 3), address=st.sampled_from(ADDRESSES),
-          protocol=st.sampled_from(["tcp", "udp", "both"]), pid=st.integers(1, 3))
+    @rule(
+        instance=st.integers(1, 4),
+        port=st.integers(1, 3),
+        address=st.sampled_from(ADDRESSES),
+        protocol=st.sampled_from(["tcp", "udp", "both"]),
+        pid=st.integers(1, 3),
+    )
     def grant(self, instance, port, address, protocol, pid):
         self.count += 1
         wanted = lease(str(self.count), f"orders-{instance}", port, address, protocol, pid)
-        free = all(not meet(place_of(wanted), place_of(other)) for other in self.live.values())
-        assert (self.table.in_way(place_of(wanted)) is None) == free
+        free = all(not conflicts(binding_of(wanted), binding_of(other)) for other in self.live.values())
+        assert (self.table.conflicting(binding_of(wanted)) is None) == free
         if free and self.table.named(*wanted.name) is None:
             self.live[wanted.id] = granted(self.table, wanted)
 
@@ -104,7 +125,7 @@ class TableMachine(RuleBasedStateMachine):
             return
         old = self.live[data.draw(st.sampled_from(sorted(self.live)))]
         new = msgspec.structs.replace(old, port=port)
-        if self.table.in_way(place_of(new)) is None:
+        if self.table.conflicting(binding_of(new)) is None:
             self.table.claim_move(new)
             self.table.apply(Event(self.table.revision + 1, "declined", 0.0, new))
             self.live[new.id] = new

@@ -13,9 +13,22 @@ from portd.core.transitions import LIVE, MOVES, Change, advance, is_legal
 
 
 def lease(state):
-    return Lease(id="a", service="orders", instance="orders-1", endpoint="main", protocol="tcp", address="127.0.0.1",
-                 port=20000, pool="default", hold="shared", lifetime="process", owner=Owner(known_by="peercred"),
-                 host="h", created_at=0.0, state=state)
+    return Lease(
+        id="a",
+        service="orders",
+        instance="orders-1",
+        endpoint="main",
+        protocol="tcp",
+        address="127.0.0.1",
+        port=20000,
+        pool="default",
+        hold="shared",
+        lifetime="process",
+        owner=Owner(known_by="peercred"),
+        host="h",
+        created_at=0.0,
+        state=state,
+    )
 
 
 def test_every_event_type_is_a_move():

@@ -37,14 +37,17 @@ sys.stdin.readline()
 def exit_to_free(owners: int) -> float:
     """Give `owners` processes a lease each, have them exit together; returns milliseconds until the last port was free
     and its event here. Fails when one lease has not ended, or a port can't be bound then."""
-    with tempfile.TemporaryDirectory() as directory, Daemon(Path(directory), port_count=owners) as daemon, \
-            python(CROWD, str(owners)) as crowd:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Daemon(Path(directory), port_count=owners) as daemon,
+        python(CROWD, str(owners)) as crowd,
+    ):
         daemon.start()
         pids = [int(pid) for pid in read_line(crowd).split()]
         requests = [{"service": f"crowd{n}", "pid": pid} for n, pid in enumerate(pids)]
         ports = set()
         for at in range(0, owners, 256):
-            reply = daemon.call("POST", "/v1/leases", requests[at:at + 256])
+            reply = daemon.call("POST", "/v1/leases", requests[at : at + 256])
             assert reply.status == 201, reply
             ports.update(lease["port"] for lease in reply.body)
         assert len(ports) == owners

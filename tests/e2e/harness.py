@@ -41,6 +41,7 @@ enabled = false
 listen = ""
 """
 
+
 def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:
     """Ask until the answer is true, and return it; fails at the deadline, and says what was waited for."""
     end = time.monotonic() + deadline_s
@@ -162,8 +163,11 @@ class Daemon:
     @property
     def environ(self) -> dict[str, str]:
         """Return an environment with the sources, and nothing of another portd."""
-        kept = {name: value for name, value in os.environ.items()
-                if not name.startswith(("PORT", "LISTEN_", "XDG_", "NOTIFY_", "JOURNAL_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PORT", "LISTEN_", "XDG_", "NOTIFY_", "JOURNAL_"))
+        }
         return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python", "PORTD_URL": f"unix://{self.socket}"}
 
     @property
@@ -242,8 +246,12 @@ class Daemon:
         """Fail when the log shows a fault of portd's that the test did not expect."""
         log = self.log()
         assert "Traceback" not in log, log
-        faults = [line for line in log.splitlines() if re.search(r" (ERROR|CRITICAL) |[A-Za-z]+Warning\b", line)
-                  and not any(expected in line for expected in self.errors)]
+        faults = [
+            line
+            for line in log.splitlines()
+            if re.search(r" (ERROR|CRITICAL) |[A-Za-z]+Warning\b", line)
+            and not any(expected in line for expected in self.errors)
+        ]
         assert not faults, "\n".join(faults)
 
     # --- calls ---
@@ -285,8 +293,10 @@ class Daemon:
 
     def wait_state(self, lease_id: str, state: str) -> Any:
         """Wait until a lease is in a state, and return it."""
-        return wait_for(lambda: (lease := self.show(lease_id))["state"] == state and lease,
-                        f"lease {lease_id} is {state}: {self.show(lease_id)}")
+        return wait_for(
+            lambda: (lease := self.show(lease_id))["state"] == state and lease,
+            f"lease {lease_id} is {state}: {self.show(lease_id)}",
+        )
 
     def verdict(self, port: int, protocol: str = "tcp") -> str:
         """Return what portd says of a port."""
@@ -295,6 +305,7 @@ class Daemon:
 
 
 # --- processes ---
+
 
 @contextlib.contextmanager
 def program(*words: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
@@ -336,6 +347,7 @@ def tell(process: subprocess.Popen[str], line: str = "") -> None:
 
 # --- sockets ---
 
+
 def claim_ports(count: int) -> tuple[int, list[socket.socket]]:
     """Claim `count` consecutive ports (at least) that no other run of these tests on this host uses meanwhile.
 
@@ -373,7 +385,7 @@ def listen_on(port: int, address: str = "127.0.0.1") -> socket.socket:
 
 
 def is_bindable(port: int, address: str = "127.0.0.1", *, reuse: bool = False) -> bool:
-    """Tell whether a stranger could bind a TCP port."""
+    """Tell whether a foreign process could bind a TCP port."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         try:
@@ -384,6 +396,7 @@ def is_bindable(port: int, address: str = "127.0.0.1", *, reuse: bool = False) -
 
 
 # --- events ---
+
 
 class Event(NamedTuple):
     """A server-sent event."""

@@ -30,8 +30,13 @@ class Puppet:
     def __init__(self, daemon: Daemon, *wrapper: str, uid: int = 0) -> None:
         self._daemon = daemon
         self.process = subprocess.Popen(
-            [*wrapper, sys.executable, "-u", "-m", "tests.e2e.puppet", str(uid)], cwd=ROOT, env=daemon.environ,
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [*wrapper, sys.executable, "-u", "-m", "tests.e2e.puppet", str(uid)],
+            cwd=ROOT,
+            env=daemon.environ,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.pid = int(read_line(self.process))
         self.children: list[int] = []
 
@@ -145,8 +150,12 @@ def receive(connection: socket.socket) -> tuple[bytes, list[socket.socket]]:
 
 def _describe(one: socket.socket) -> dict[str, Any]:
     is_tcp = one.type == socket.SOCK_STREAM
-    return {"kind": "tcp" if is_tcp else "udp", "address": one.getsockname()[0], "port": one.getsockname()[1],
-            "listens": is_tcp and bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))}
+    return {
+        "kind": "tcp" if is_tcp else "udp",
+        "address": one.getsockname()[0],
+        "port": one.getsockname()[1],
+        "listens": is_tcp and bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)),
+    }
 
 
 def _main() -> None:

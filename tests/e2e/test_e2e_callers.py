@@ -30,13 +30,19 @@ def nobody(daemon: Daemon) -> Iterator[Puppet]:
 
 
 @pytest.mark.parametrize("over", ["unix", "tcp"])
-def test_another_user_changes_nothing_of_mine_and_with_the_token_everything(daemon: Daemon, nobody: Puppet,
-                                                                            over: str) -> None:
+def test_another_user_changes_nothing_of_mine_and_with_the_token_everything(
+    daemon: Daemon, nobody: Puppet, over: str
+) -> None:
     lease = daemon.lease("mine", ttl=60, check={"kind": "report"})
     path = f"/v1/leases/{lease['id']}"
-    changes = [("POST", f"{path}/renew", None), ("POST", f"{path}/drain", {"drain": True}),
-               ("PATCH", path, {"tags": ["theirs"]}), ("PUT", f"{path}/health", {"status": "critical"}),
-               ("POST", f"{path}/decline", None), ("DELETE", path, None)]
+    changes = [
+        ("POST", f"{path}/renew", None),
+        ("POST", f"{path}/drain", {"drain": True}),
+        ("PATCH", path, {"tags": ["theirs"]}),
+        ("PUT", f"{path}/health", {"status": "critical"}),
+        ("POST", f"{path}/decline", None),
+        ("DELETE", path, None),
+    ]
     before = daemon.show(lease["id"])
     for wrong in ({}, {"Authorization": "Bearer wrong"}):
         for method, place, body in changes:
@@ -68,14 +74,22 @@ def test_another_user_reads_everything_but_command_lines(daemon: Daemon, nobody:
         mine = daemon.lease("readable", pid=process.pid)
         theirs = nobody.lease("readable")
         for over in ("unix", "tcp"):
-            seen = {lease["id"]: lease for lease in
-                    nobody.call("GET", "/v1/leases?service=readable", over=over).body["leases"]}
-            assert (seen[mine["id"]]["owner"]["exe"], seen[mine["id"]]["owner"]["cmdline"]) == \
-                (os.path.realpath("/usr/bin/sleep"), None)
+            seen = {
+                lease["id"]: lease
+                for lease in nobody.call("GET", "/v1/leases?service=readable", over=over).body["leases"]
+            }
+            assert (seen[mine["id"]]["owner"]["exe"], seen[mine["id"]]["owner"]["cmdline"]) == (
+                os.path.realpath("/usr/bin/sleep"),
+                None,
+            )
             assert seen[theirs["id"]]["owner"]["cmdline"][-2:] == ["tests.e2e.puppet", str(NOBODY)]
         assert daemon.show(mine["id"])["owner"]["cmdline"] == ["sleep", "1000"]
-        for path in (f"/v1/ports/{mine['port']}", "/v1/services/readable?passing=false", "/v1/ports",
-                     f"/v1/ports/{mine['port']}/history"):
+        for path in (
+            f"/v1/ports/{mine['port']}",
+            "/v1/services/readable?passing=false",
+            "/v1/ports",
+            f"/v1/ports/{mine['port']}/history",
+        ):
             assert '"1000"' not in json.dumps(nobody.call("GET", path).body), path
 
 
@@ -83,8 +97,12 @@ def test_another_user_leases_for_itself_over_tcp_too_and_not_for_my_process(daem
     with owner() as process:
         for over, known_by in (("unix", "peercred"), ("tcp", "socket")):
             lease = nobody.lease("theirs", over=over)
-            assert (lease["owner"]["pid"], lease["owner"]["uid"], lease["owner"]["user"], lease["owner"]["known_by"]) \
-                == (nobody.pid, NOBODY, "nobody", known_by)
+            assert (
+                lease["owner"]["pid"],
+                lease["owner"]["uid"],
+                lease["owner"]["user"],
+                lease["owner"]["known_by"],
+            ) == (nobody.pid, NOBODY, "nobody", known_by)
             refused = nobody.call("POST", "/v1/leases", {"service": "theirs", "pid": process.pid}, over=over)
             assert (refused.status, refused.code, refused.body["pointer"]) == (403, "not_owner", "/pid")
 
@@ -124,15 +142,34 @@ def test_an_array_over_the_quota_leaves_nothing_behind(make_daemon: MakeDaemon) 
 
 # --- pages of other origins ---
 
-@pytest.mark.parametrize("headers", [
-    {"Host": "evil.example"}, {"Host": "evil.example:80"}, {"Host": "127.0.0.1.evil.example"}, {"Host": ""},
-    {"Host": "192.0.2.1"}, {"Host": "[2001:db8::1]:80"}, {"Host": "localhost@evil.example"},
-    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}, {"Origin": "http://localhost.evil.example"},
-    {"Origin": "http://127.0.0.1:1"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
-], ids=str)
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:80"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": ""},
+        {"Host": "192.0.2.1"},
+        {"Host": "[2001:db8::1]:80"},
+        {"Host": "localhost@evil.example"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Origin": "http://localhost.evil.example"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+    ids=str,
+)
 def test_what_a_page_of_another_origin_could_send_is_refused(daemon: Daemon, headers: dict[str, str]) -> None:
-    for method, path, body in (("GET", "/v1/leases", None), ("POST", "/v1/leases", {"service": "evil", "ttl": 60}),
-                               ("GET", "/openapi.json", None), ("DELETE", "/v1/leases/some", None)):
+    for method, path, body in (
+        ("GET", "/v1/leases", None),
+        ("POST", "/v1/leases", {"service": "evil", "ttl": 60}),
+        ("GET", "/openapi.json", None),
+        ("DELETE", "/v1/leases/some", None),
+    ):
         reply = daemon.call(method, path, body, over="tcp", **headers)
         assert (reply.status, reply.code) == (403, "forbidden_origin"), (method, path)
     assert daemon.get("/v1/leases?service=evil")["leases"] == []
@@ -141,8 +178,15 @@ def test_what_a_page_of_another_origin_could_send_is_refused(daemon: Daemon, hea
 def test_its_own_names_and_its_own_pages_are_let_in(daemon: Daemon) -> None:
     port = daemon.tcp[1]
     own_page = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}", "Sec-Fetch-Site": "same-origin"}
-    for headers in ({"Host": "localhost"}, {"Host": f"127.0.0.1:{port}"}, {"Host": "[::1]:80"}, {"Host": "LOCALHOST."},
-                    {"Host": os.uname().nodename}, {"Sec-Fetch-Site": "none"}, own_page):
+    for headers in (
+        {"Host": "localhost"},
+        {"Host": f"127.0.0.1:{port}"},
+        {"Host": "[::1]:80"},
+        {"Host": "LOCALHOST."},
+        {"Host": os.uname().nodename},
+        {"Sec-Fetch-Site": "none"},
+        own_page,
+    ):
         assert daemon.call("GET", "/v1/leases", over="tcp", **headers).status == 200, headers
 
 
@@ -154,15 +198,21 @@ def test_no_page_speaks_over_the_unix_socket(daemon: Daemon) -> None:
 
 # --- other networks ---
 
+
 @pytest.fixture
 def network() -> Iterator[str]:
     """A network namespace with loopback, joined to ours: HERE is our address."""
     name, ours = f"portd-{os.getpid()}", f"portd{os.getpid()}"
     try:
-        for words in (f"netns add {name}", f"-n {name} link set lo up",
-                      f"link add {ours} type veth peer name there netns {name}",
-                      f"addr add {HERE}/30 dev {ours}", f"link set {ours} up",
-                      f"-n {name} addr add {THERE}/30 dev there", f"-n {name} link set there up"):
+        for words in (
+            f"netns add {name}",
+            f"-n {name} link set lo up",
+            f"link add {ours} type veth peer name there netns {name}",
+            f"addr add {HERE}/30 dev {ours}",
+            f"link set {ours} up",
+            f"-n {name} addr add {THERE}/30 dev there",
+            f"-n {name} link set there up",
+        ):
             subprocess.run(["ip", *words.split()], check=True)
         yield name
     finally:
@@ -188,27 +238,61 @@ def test_a_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Dae
 @pytest.fixture
 def remote(make_daemon: MakeDaemon, network: str, place: Path) -> Daemon:
     """A daemon that serves HERE over TLS, and loopback too."""
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=portd", "-addext", f"subjectAltName=IP:{HERE},IP:127.0.0.1",
-                    "-keyout", str(place / "key.pem"), "-out", str(place / "cert.pem")], check=True,
-                   stderr=subprocess.DEVNULL)
-    tokens = "".join(f'[[auth.tokens]]\nname = "{name}"\nadmin = {admin}\n'
-                     f'sha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
-                     for name, token, admin in (("ci", TOKEN, "false"), ("ops", ADMIN, "true")))
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=portd",
+            "-addext",
+            f"subjectAltName=IP:{HERE},IP:127.0.0.1",
+            "-keyout",
+            str(place / "key.pem"),
+            "-out",
+            str(place / "cert.pem"),
+        ],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    tokens = "".join(
+        f'[[auth.tokens]]\nname = "{name}"\nadmin = {admin}\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
+        for name, token, admin in (("ci", TOKEN, "false"), ("ops", ADMIN, "true"))
+    )
     made = make_daemon()
     http = f'["{made.tcp[0]}:{made.tcp[1]}", "{HERE}:{made.tcp[1]}"]'
     made.configure(tokens, http=f'{http}\ntls_cert = "{place}/cert.pem"\ntls_key = "{place}/key.pem"')
     return made.start()
 
 
-CURL = ["curl", "--silent", "--show-error", "--max-time", "10", "--noproxy", "*",
-        "--write-out", "\n%{http_code} %{content_type}"]
+CURL = [
+    "curl",
+    "--silent",
+    "--show-error",
+    "--max-time",
+    "10",
+    "--noproxy",
+    "*",
+    "--write-out",
+    "\n%{http_code} %{content_type}",
+]
 
 
 def curl(network: str, cert: Path, url: str, *words: str) -> Reply:
     """Send a request from the other network."""
-    done = subprocess.run(["ip", "netns", "exec", network, *CURL, "--cacert", str(cert), url, *words], check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["ip", "netns", "exec", network, *CURL, "--cacert", str(cert), url, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     body, _, last = done.stdout.rpartition("\n")
     status, media_type = last.split(" ", 1)
     return Reply(int(status), {"content-type": media_type}, json.loads(body) if body else "")
@@ -220,8 +304,11 @@ def test_callers_from_elsewhere_need_tls_and_a_token(remote: Daemon, network: st
     lease_of_root = remote.lease("roots", ttl=60)
     wish = json.dumps({"service": "far", "ttl": 60})
     for words in ([], ["-H", "Authorization: Bearer wrong"], ["-H", "Authorization: Basic eDp5"]):
-        for path, body in (("/v1/leases", []), ("/v1/leases", ["-d", wish, "-H", "Content-Type: application/json"]),
-                           (f"/v1/leases/{lease_of_root['id']}", ["-X", "DELETE"])):
+        for path, body in (
+            ("/v1/leases", []),
+            ("/v1/leases", ["-d", wish, "-H", "Content-Type: application/json"]),
+            (f"/v1/leases/{lease_of_root['id']}", ["-X", "DELETE"]),
+        ):
             refused = curl(network, cert, url + path, *words, *body)
             assert refused.status in (401, 403), (words, path, refused)
             assert refused.code in ("unauthenticated", "not_owner")

@@ -101,6 +101,7 @@ def test_leases_that_are_renewed_once_all_end(daemon: Daemon) -> None:
 
 # --- signals ---
 
+
 def test_sighup_takes_up_what_can_change_and_says_what_cant(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     lease = daemon.lease("steady", ttl=600)

@@ -68,10 +68,12 @@ def read_only(disk: Path) -> Iterator[None]:
 
 def until_refused(daemon: Daemon) -> None:
     """Lease until the store takes nothing more: what fits into the log that is there still goes."""
+
     def refused() -> bool:
         reply = daemon.call("POST", "/v1/leases", {"service": "filler", "ttl": 3600, "metadata": {"x": "y" * 500}})
         assert reply.status == 201 or (reply.status, reply.code) == (503, "store_unavailable"), reply
         return reply.status == 503 and daemon.call("GET", "/healthz").status == 503
+
     wait_for(refused, "the store takes no more")
 
 
@@ -84,12 +86,13 @@ def test_a_full_disk_refuses_grants_changes_nothing_and_recovers_by_itself(on_di
             known = on_disk.leases()
             free = on_disk.get("/v1/status")["pools"]["default"]["free"]
             for method, path, body in (
-                    ("POST", "/v1/leases", {"service": "more", "ttl": 60}),
-                    ("POST", "/v1/leases", [{"service": "more", "ttl": 60}] * 5),
-                    ("POST", f"/v1/leases/{lease['id']}/decline", None),
-                    ("PATCH", f"/v1/leases/{lease['id']}", {"metadata": {"x": "y" * 500}}),
-                    ("POST", f"/v1/leases/{lease['id']}/drain", None),
-                    ("DELETE", f"/v1/leases/{lease['id']}", None)):
+                ("POST", "/v1/leases", {"service": "more", "ttl": 60}),
+                ("POST", "/v1/leases", [{"service": "more", "ttl": 60}] * 5),
+                ("POST", f"/v1/leases/{lease['id']}/decline", None),
+                ("PATCH", f"/v1/leases/{lease['id']}", {"metadata": {"x": "y" * 500}}),
+                ("POST", f"/v1/leases/{lease['id']}/drain", None),
+                ("DELETE", f"/v1/leases/{lease['id']}", None),
+            ):
                 reply = on_disk.call(method, path, body)
                 assert (reply.status, reply.code) == (503, "store_unavailable"), (method, path, reply)
             assert on_disk.leases() == known
@@ -120,8 +123,9 @@ def test_a_followers_stream_goes_on_while_the_disk_is_full(on_disk: Daemon, disk
             assert event.data["lease"]["id"] == lease["id"]
 
 
-def test_a_store_that_becomes_read_only_refuses_grants_and_recovers_by_itself(make_daemon: MakeDaemon,
-                                                                              place: Path) -> None:
+def test_a_store_that_becomes_read_only_refuses_grants_and_recovers_by_itself(
+    make_daemon: MakeDaemon, place: Path
+) -> None:
     """A file that may not grow (RLIMIT_FSIZE, set from outside by prlimit(2)) takes no writes, not even root's."""
     daemon = make_daemon(prelude="import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)")
     daemon.errors.append("the store")
@@ -144,8 +148,9 @@ def limit_file_size(daemon: Daemon, size: int | None) -> None:
     resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_writable(on_disk: Daemon,
-                                                                                         disk: Path) -> None:
+def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_writable(
+    on_disk: Daemon, disk: Path
+) -> None:
     lease = on_disk.lease("before", ttl=3600)
     on_disk.stop()
     with read_only(disk):
@@ -159,8 +164,9 @@ def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_
 
 
 def test_much_that_happens_is_forgotten_soon_and_does_not_fill_the_disk(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon(prelude="import portd.daemon as d; "
-                                 "d.EVENTS_KEPT = 20; d.PRUNE_EVENTS = 100; d.PRUNE_LOOK_S = 0.02").start()
+    daemon = make_daemon(
+        prelude="import portd.daemon as d; d.EVENTS_KEPT = 20; d.PRUNE_EVENTS = 100; d.PRUNE_LOOK_S = 0.02"
+    ).start()
 
     def events() -> int:
         with contextlib.closing(sqlite3.connect(f"file:{daemon.store}?mode=ro", uri=True)) as database:

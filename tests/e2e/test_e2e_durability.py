@@ -19,15 +19,26 @@ from tests.e2e.torture import torture
 def test_what_was_acknowledged_survives_kill_9_at_any_moment_and_nothing_is_there_twice(place: Path) -> None:
     counts = torture(25, place)
     assert {name: counts[name] for name in ("lost", "doubled", "risen", "rewound")} == {
-        "lost": 0, "doubled": 0, "risen": 0, "rewound": 0}
+        "lost": 0,
+        "doubled": 0,
+        "risen": 0,
+        "rewound": 0,
+    }
     assert counts["granted"] > 300, "the load was too light to prove anything"
     assert counts["released"] > 100
 
 
 def test_after_a_crash_everything_is_as_it_was(own_daemon: Daemon) -> None:
     with owner() as survivor, owner() as victim:
-        lease = own_daemon.lease("survivor", pid=survivor.pid, tags=["a"], metadata={"b": "c"}, hold="exclusive",
-                                 check={"kind": "tcp", "interval": 60}, protocol="both")
+        lease = own_daemon.lease(
+            "survivor",
+            pid=survivor.pid,
+            tags=["a"],
+            metadata={"b": "c"},
+            hold="exclusive",
+            check={"kind": "tcp", "interval": 60},
+            protocol="both",
+        )
         udp = own_daemon.lease("survivor", pid=survivor.pid, protocol="udp", address="::1")
         own = own_daemon.lease("survivor", pid=survivor.pid, address="own", port=80)
         clocked = own_daemon.lease("clocked", ttl=3600)
@@ -45,8 +56,9 @@ def test_after_a_crash_everything_is_as_it_was(own_daemon: Daemon) -> None:
         assert after.keys() == {lease["id"], udp["id"], own["id"], clocked["id"]}
         steady = {"expires_at", "renewed_at"}
         for lease_id, then in after.items():
-            assert {name: value for name, value in then.items() if name not in steady} == \
-                {name: value for name, value in before[lease_id].items() if name not in steady}
+            assert {name: value for name, value in then.items() if name not in steady} == {
+                name: value for name, value in before[lease_id].items() if name not in steady
+            }
         assert own_daemon.show(doomed["id"])["ended_because"] == "owner_exited"
         assert own_daemon.show(released["id"])["ended_because"] == "released"
         assert own_daemon.verdict(doomed["port"]) == "cooling"
@@ -55,8 +67,10 @@ def test_after_a_crash_everything_is_as_it_was(own_daemon: Daemon) -> None:
         with Puppet(own_daemon, uid=NOBODY) as nobody:
             wrong = nobody.call("POST", f"/v1/leases/{lease['id']}/drain", Authorization=f"Bearer {udp['token']}")
             assert (wrong.status, wrong.code) == (403, "not_owner")
-            assert nobody.call("DELETE", f"/v1/leases/{lease['id']}",
-                               Authorization=f"Bearer {lease['token']}").status == 204
+            assert (
+                nobody.call("DELETE", f"/v1/leases/{lease['id']}", Authorization=f"Bearer {lease['token']}").status
+                == 204
+            )
         with Stream(own_daemon) as stream:
             survivor.kill()
             ended = stream.until(lambda event: event.data["lease"]["id"] == own["id"])[-1]
@@ -64,7 +78,8 @@ def test_after_a_crash_everything_is_as_it_was(own_daemon: Daemon) -> None:
 
 
 def test_an_owner_that_listens_through_a_crash_stays_bound_and_its_hold_comes_back_when_it_stops(
-        own_daemon: Daemon) -> None:
+    own_daemon: Daemon,
+) -> None:
     with Puppet(own_daemon) as puppet:
         lease = puppet.lease("listening")
         puppet.listen(lease["port"])
@@ -107,6 +122,7 @@ def test_fast_durability_survives_the_daemons_death_too(make_daemon: MakeDaemon)
 
 # --- stores that must not be touched ---
 
+
 def refuses_to_start(daemon: Daemon, *words: str) -> None:
     """Assert that the daemon does not start, says why and exits with 1, and that no file changes."""
     before = fingerprint(daemon.directory)
@@ -122,8 +138,11 @@ def refuses_to_start(daemon: Daemon, *words: str) -> None:
 
 def fingerprint(directory: Path) -> dict[str, str]:
     """Return the contents of all state files, hashed."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("portd.db*"))
-            if not path.name.endswith(("-shm", ".lock"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.glob("portd.db*"))
+        if not path.name.endswith(("-shm", ".lock"))
+    }
 
 
 def test_a_damaged_database_is_refused_and_left_as_it_is(make_daemon: MakeDaemon) -> None:
@@ -189,8 +208,9 @@ def test_sockets_that_a_dead_daemon_left_are_taken_over(own_daemon: Daemon) -> N
         handoff.connect(str(own_daemon.handoff))
 
 
-def test_a_stopped_daemons_state_can_be_copied_and_goes_on_elsewhere(make_daemon: MakeDaemon,
-                                                                     own_daemon: Daemon) -> None:
+def test_a_stopped_daemons_state_can_be_copied_and_goes_on_elsewhere(
+    make_daemon: MakeDaemon, own_daemon: Daemon
+) -> None:
     leases = {own_daemon.lease("moved", ttl=3600)["id"] for _ in range(10)}
     own_daemon.stop()
     other = make_daemon()

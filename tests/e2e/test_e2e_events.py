@@ -36,8 +36,15 @@ def test_every_change_is_an_event_in_order_with_the_lease_as_it_was(daemon: Daem
         moved = daemon.call("POST", f"{path}/decline").body
         daemon.call("DELETE", path)
         events = stream.until(lambda event: event.type == "ended")
-    assert [event.type for event in events] == ["granted", "draining", "undrained", "updated", "health", "declined",
-                                                "ended"]
+    assert [event.type for event in events] == [
+        "granted",
+        "draining",
+        "undrained",
+        "updated",
+        "health",
+        "declined",
+        "ended",
+    ]
     assert [event.id for event in events] == sorted({event.id for event in events})
     assert all(event.data["revision"] == event.id == event.data["lease"]["revision"] for event in events)
     assert [event.data["lease"]["port"] for event in events][-2:] == [moved["port"]] * 2
@@ -64,8 +71,11 @@ def test_whoever_resumes_misses_nothing_and_sees_nothing_twice(daemon: Daemon, b
     kinds: list[str] = []
     last = start
     while len(seen) < 2 * MANY:
-        stream = Stream(daemon, f"?after={last}&service={service}") if by == "after" else \
-            Stream(daemon, f"?service={service}", Last_Event_ID=str(last))
+        stream = (
+            Stream(daemon, f"?after={last}&service={service}")
+            if by == "after"
+            else Stream(daemon, f"?service={service}", Last_Event_ID=str(last))
+        )
         with stream:
             for event, _ in zip(stream, range(7), strict=False):
                 seen.append(event.id)
@@ -87,7 +97,7 @@ def test_a_filtered_stream_carries_its_service_alone(daemon: Daemon) -> None:
 
 
 def test_a_revision_that_is_not_kept_or_from_the_future_is_gone(make_daemon: MakeDaemon) -> None:
-    short = "import portd.feed as feed, portd.daemon as daemon; feed.EVENTS_KEPT = daemon.EVENTS_KEPT = 10"
+    short = "import portd.leasing.feed as feed, portd.daemon as daemon; feed.EVENTS_KEPT = daemon.EVENTS_KEPT = 10"
     daemon = make_daemon(prelude=short).start()
     now = churn(daemon, "old", 10)
     for after in (0, now - 15, now + 10, 2**53):
@@ -120,6 +130,7 @@ def test_a_quiet_stream_has_a_heartbeat(make_daemon: MakeDaemon) -> None:
 
 
 # --- long polls ---
+
 
 class Poll(threading.Thread):
     """A long poll; `reply` is there when it has been answered."""
@@ -194,6 +205,7 @@ def test_many_polls_for_one_service_are_all_answered(own_daemon: Daemon) -> None
 
 
 # --- the end ---
+
 
 def test_a_stop_answers_polls_ends_streams_and_takes_at_most_two_seconds(own_daemon: Daemon) -> None:
     lease = own_daemon.lease("stopping", ttl=60)

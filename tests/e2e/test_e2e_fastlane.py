@@ -16,17 +16,30 @@ import pytest
 from tests.e2e.harness import Daemon, Reply, dial, read_reply, wait_for
 
 GRANTS: list[Any] = [
-    {"service": "plain"}, {"service": "plain", "ttl": 60}, {"service": "plain", "instance": "plain-x"},
+    {"service": "plain"},
+    {"service": "plain", "ttl": 60},
+    {"service": "plain", "instance": "plain-x"},
     {"service": "plain", "instance": "plain-x"},  # again, by the same owner
-    {"service": "plain", "protocol": "udp"}, {"service": "plain", "protocol": "both"},
-    {"service": "plain", "address": "::1"}, {"service": "plain", "address": "own", "port": 80},
+    {"service": "plain", "protocol": "udp"},
+    {"service": "plain", "protocol": "both"},
+    {"service": "plain", "address": "::1"},
+    {"service": "plain", "address": "own", "port": 80},
     {"service": "plain", "tags": ["a"], "metadata": {"b": "c"}, "check": {"kind": "tcp"}},
-    [{"service": "many"}, {"service": "many", "endpoint": "other"}], [{"service": "many"}],
+    [{"service": "many"}, {"service": "many", "endpoint": "other"}],
+    [{"service": "many"}],
     # refused
-    {"service": "Plain"}, {"service": "plain", "port": 0}, {}, [], None, {"service": "plain", "unknown": 1},
-    {"service": "plain", "pid": 4_194_304}, {"service": "plain", "pool": "nowhere"},
-    {"service": "plain", "address": "203.0.113.1"}, {"service": "plain", "announce": True},
-    {"service": "plain", "ttl": 1e9}, {"service": "plain", "exact": True},
+    {"service": "Plain"},
+    {"service": "plain", "port": 0},
+    {},
+    [],
+    None,
+    {"service": "plain", "unknown": 1},
+    {"service": "plain", "pid": 4_194_304},
+    {"service": "plain", "pool": "nowhere"},
+    {"service": "plain", "address": "203.0.113.1"},
+    {"service": "plain", "announce": True},
+    {"service": "plain", "ttl": 1e9},
+    {"service": "plain", "exact": True},
 ]
 OF_ITS_OWN = {"id", "port", "instance", "address", "token", "revision", "created_at", "expires_at", "renewed_at"}
 """Fields whose values differ from one lease to the next."""
@@ -50,8 +63,10 @@ def cleared(daemon: Daemon) -> Iterator[None]:
 def request(body: Any, head: str = "") -> bytes:
     """Make a grant's bytes."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return (f"POST /v1/leases HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}"
-            f"Content-Length: {len(data)}\r\n\r\n").encode() + data
+    return (
+        f"POST /v1/leases HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    ).encode() + data
 
 
 def ask(connection: socket.socket, data: bytes) -> Reply:
@@ -82,8 +97,9 @@ def test_both_ways_give_the_same_answers(daemon: Daemon, over: str) -> None:
         assert one.headers["content-type"] == other.headers["content-type"], body
     assert {reply.status for reply in short} == {200, 201, 400, 422}
     # The short way says no Server: else the comparison compares nothing.
-    assert [("server" in one.headers, "server" in other.headers) for one, other in zip(short, long, strict=True)][:11] \
-        == [(False, True)] * 11
+    assert [("server" in one.headers, "server" in other.headers) for one, other in zip(short, long, strict=True)][
+        :11
+    ] == [(False, True)] * 11
 
 
 def test_a_client_that_wants_the_end_of_its_connection_gets_it_and_no_other_does(daemon: Daemon) -> None:
@@ -98,8 +114,14 @@ def read_answers(connection: socket.socket, count: int) -> list[tuple[int, Any]]
     answers, said = [], b""
     while len(answers) < count:
         head, found, rest = said.partition(b"\r\n\r\n")
-        length = next((int(line.partition(b":")[2]) for line in head.split(b"\r\n")
-                       if line.lower().startswith(b"content-length:")), 0)
+        length = next(
+            (
+                int(line.partition(b":")[2])
+                for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length:")
+            ),
+            0,
+        )
         if found and len(rest) >= length:
             answers.append((int(head.split(b" ")[1]), json.loads(rest[:length]) if length else None))
             said = rest[length:]
@@ -157,10 +179,17 @@ def test_a_grant_that_arrives_in_pieces_is_the_same_grant(daemon: Daemon, over: 
         assert read_answers(connection, 1)[0][0] == 201
 
 
-@pytest.mark.parametrize("head", ["Host: evil.example\r\n", "Origin: http://evil.example\r\n",
-                                  "Content-Type: text/plain\r\n",
-                                  "Sec-Fetch-Site: cross-site\r\n", "Content-Length: 3\r\n",
-                                  "Transfer-Encoding: chunked\r\n"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Host: evil.example\r\n",
+        "Origin: http://evil.example\r\n",
+        "Content-Type: text/plain\r\n",
+        "Sec-Fetch-Site: cross-site\r\n",
+        "Content-Length: 3\r\n",
+        "Transfer-Encoding: chunked\r\n",
+    ],
+)
 def test_a_head_with_more_in_it_is_not_taken_for_the_one_that_was_seen_before(daemon: Daemon, head: str) -> None:
     with dialed(daemon, "tcp") as connection:
         for _ in range(2):

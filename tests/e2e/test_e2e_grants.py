@@ -14,8 +14,10 @@ from tests.e2e.harness import Daemon, is_bindable, listen_on, unique
 
 EVERYWHERE = ("127.0.0.1", "0.0.0.0", "::", "::1", "127.0.0.2")
 PAIRS = [(first, second) for first in EVERYWHERE for second in EVERYWHERE]
-APART = {frozenset(pair) for pair in (("127.0.0.1", "::1"), ("0.0.0.0", "::1"), ("127.0.0.1", "127.0.0.2"),
-                                      ("127.0.0.2", "::1"))}
+APART = {
+    frozenset(pair)
+    for pair in (("127.0.0.1", "::1"), ("0.0.0.0", "::1"), ("127.0.0.1", "127.0.0.2"), ("127.0.0.2", "::1"))
+}
 """Addresses on which one port number can be two leases: the kernel lets both be bound (dual stack `::` none)."""
 
 
@@ -37,13 +39,45 @@ def refused(daemon: Daemon, body: Any) -> tuple[int, str | None, str | None]:
 def test_a_grant_says_all_that_the_contract_promises(daemon: Daemon) -> None:
     lease = daemon.lease("whole")
     assert lease.keys() == {
-        "id", "service", "instance", "endpoint", "protocol", "address", "port", "pool", "hold", "state", "health",
-        "drain", "lifetime", "owner", "tags", "metadata", "check", "announce", "host", "created_at", "renewed_at",
-        "expires_at", "ended_at", "ended_because", "revision", "token"}
+        "id",
+        "service",
+        "instance",
+        "endpoint",
+        "protocol",
+        "address",
+        "port",
+        "pool",
+        "hold",
+        "state",
+        "health",
+        "drain",
+        "lifetime",
+        "owner",
+        "tags",
+        "metadata",
+        "check",
+        "announce",
+        "host",
+        "created_at",
+        "renewed_at",
+        "expires_at",
+        "ended_at",
+        "ended_because",
+        "revision",
+        "token",
+    }
     assert lease["owner"].keys() == {"pid", "uid", "user", "exe", "cmdline", "unit", "started_at", "known_by"}
-    assert (lease["instance"], lease["endpoint"], lease["protocol"], lease["address"], lease["hold"], lease["state"],
-            lease["health"], lease["drain"], lease["lifetime"]) == (
-        "whole-1", "main", "tcp", "127.0.0.1", "shared", "held", "unknown", False, "process")
+    assert (
+        lease["instance"],
+        lease["endpoint"],
+        lease["protocol"],
+        lease["address"],
+        lease["hold"],
+        lease["state"],
+        lease["health"],
+        lease["drain"],
+        lease["lifetime"],
+    ) == ("whole-1", "main", "tcp", "127.0.0.1", "shared", "held", "unknown", False, "process")
     assert daemon.first_port <= lease["port"] <= daemon.last_port
 
 
@@ -72,30 +106,44 @@ def test_the_longest_unused_port_is_given(make_daemon: MakeDaemon) -> None:
 
 
 def test_an_array_is_granted_whole_or_not_at_all(daemon: Daemon) -> None:
-    good = daemon.call("POST", "/v1/leases", [{"service": "set"}, {"service": "set", "endpoint": "metrics"},
-                                              {"service": "set", "protocol": "udp", "endpoint": "dns"}])
+    good = daemon.call(
+        "POST",
+        "/v1/leases",
+        [
+            {"service": "set"},
+            {"service": "set", "endpoint": "metrics"},
+            {"service": "set", "protocol": "udp", "endpoint": "dns"},
+        ],
+    )
     assert (good.status, {lease["instance"] for lease in good.body}) == (201, {"set-1"}), "endpoints gather"
     assert unique(lease["token"] for lease in good.body)
     before = daemon.get("/v1/status")["pools"]
     taken = good.body[0]["port"]
-    for bad, said in (({"service": "Set"}, (400, "invalid_request", "/2/service")),
-                      ({"service": "x", "port": taken, "exact": True}, (409, "port_taken", "/2/port")),
-                      ({"service": "x", "pool": "nowhere"}, (400, "invalid_request", "/2/pool"))):
+    for bad, said in (
+        ({"service": "Set"}, (400, "invalid_request", "/2/service")),
+        ({"service": "x", "port": taken, "exact": True}, (409, "port_taken", "/2/port")),
+        ({"service": "x", "pool": "nowhere"}, (400, "invalid_request", "/2/pool")),
+    ):
         assert refused(daemon, [{"service": "x"}, {"service": "x"}, bad]) == said
     assert daemon.leases().keys() == {lease["id"] for lease in good.body}
     assert daemon.get("/v1/status")["pools"] == before
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_one_number_is_two_leases_only_where_the_kernel_keeps_them_apart(daemon: Daemon, first: str,
-                                                                         second: str) -> None:
+def test_one_number_is_two_leases_only_where_the_kernel_keeps_them_apart(
+    daemon: Daemon, first: str, second: str
+) -> None:
     port = daemon.first_port + 51 + PAIRS.index((first, second))  # one that is not cooling after another pair
     lease = daemon.lease("overlap", address=first, port=port, exact=True)
-    reply = daemon.call("POST", "/v1/leases", {"service": "overlap", "address": second, "port": lease["port"],
-                                               "exact": True})
+    reply = daemon.call(
+        "POST", "/v1/leases", {"service": "overlap", "address": second, "port": lease["port"], "exact": True}
+    )
     assert reply.status == (201 if frozenset((first, second)) in APART else 409), reply
-    other = daemon.call("POST", "/v1/leases", {"service": "overlap", "address": second, "port": lease["port"],
-                                               "exact": True, "protocol": "udp"})
+    other = daemon.call(
+        "POST",
+        "/v1/leases",
+        {"service": "overlap", "address": second, "port": lease["port"], "exact": True, "protocol": "udp"},
+    )
     assert other.status == 201, "udp is another matter"
     both = {"service": "overlap", "address": first, "port": lease["port"], "exact": True, "protocol": "both"}
     assert refused(daemon, both)[:2] == (409, "port_taken")
@@ -141,8 +189,14 @@ def test_a_declined_port_is_on_probation_and_the_lease_goes_on_elsewhere(daemon:
 def test_a_hundred_callers_at_once_get_a_hundred_ports(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(port_count=100).start()
     with ThreadPoolExecutor(20) as crowd:
-        replies = list(crowd.map(lambda n: daemon.call("POST", "/v1/leases", {"service": "crowd", "ttl": 600},
-                                                       over="tcp" if n % 2 else "unix"), range(120)))
+        replies = list(
+            crowd.map(
+                lambda n: daemon.call(
+                    "POST", "/v1/leases", {"service": "crowd", "ttl": 600}, over="tcp" if n % 2 else "unix"
+                ),
+                range(120),
+            )
+        )
     granted = [reply.body for reply in replies if reply.status == 201]
     assert len(granted) == 100
     assert {reply.code for reply in replies} == {None, "pool_exhausted"}
@@ -165,10 +219,23 @@ def test_a_listing_goes_by_pages_and_filters(daemon: Daemon) -> None:
     assert len(seen) == 7
     assert unique(lease["id"] for lease in seen)
     one = seen[0]
-    for query, count in (("tag=t0", 4), ("tag=t0&tag=t1", 0), ("tag=all", 7), ("endpoint=other", 3), ("state=held", 7),
-                         ("state=bound", 0), (f"port={one['port']}", 1), ("uid=0", 7), ("uid=1", 0), ("pid=1", 0),
-                         (f"instance={one['instance']}&endpoint={one['endpoint']}", 1), ("health=unknown", 7),
-                         ("protocol=udp", 0), ("pool=default", 7), ("state=ended", 0)):
+    for query, count in (
+        ("tag=t0", 4),
+        ("tag=t0&tag=t1", 0),
+        ("tag=all", 7),
+        ("endpoint=other", 3),
+        ("state=held", 7),
+        ("state=bound", 0),
+        (f"port={one['port']}", 1),
+        ("uid=0", 7),
+        ("uid=1", 0),
+        ("pid=1", 0),
+        (f"instance={one['instance']}&endpoint={one['endpoint']}", 1),
+        ("health=unknown", 7),
+        ("protocol=udp", 0),
+        ("pool=default", 7),
+        ("state=ended", 0),
+    ):
         assert len(daemon.get(f"/v1/leases?service=paged&{query}")["leases"]) == count, query
 
 

@@ -1,4 +1,4 @@
-"""Bound sockets that are passed to their owners: no gap, no stranger, and nobody waits at a dead owner's door."""
+"""Bound sockets that are passed to their owners: no gap, no foreign, and nobody waits at a dead owner's door."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def puppet(daemon: Daemon) -> Iterator[Puppet]:
         yield made
 
 
-def place_of(lease: Any, kind: str = "tcp", *, listens: bool = True) -> dict[str, Any]:
+def binding_of(lease: Any, kind: str = "tcp", *, listens: bool = True) -> dict[str, Any]:
     """Return what a socket of this lease looks like."""
     return {"kind": kind, "address": lease["address"], "port": lease["port"], "listens": listens and kind == "tcp"}
 
@@ -34,7 +34,7 @@ def place_of(lease: Any, kind: str = "tcp", *, listens: bool = True) -> dict[str
 def test_the_socket_of_a_lease_is_passed_and_it_is_bound(daemon: Daemon, puppet: Puppet, hold: str) -> None:
     lease = puppet.lease("passed", hold=hold)
     answer, sockets = puppet.hand_over({"lease": lease["id"], "listen": True})
-    assert sockets == [place_of(lease)]
+    assert sockets == [binding_of(lease)]
     assert (answer["lease"]["id"], "token" in answer["lease"]) == (lease["id"], False)
     assert daemon.wait_state(lease["id"], "bound")["owner"]["pid"] == puppet.pid
     socket.create_connection((lease["address"], lease["port"]), 5).close()
@@ -42,31 +42,42 @@ def test_the_socket_of_a_lease_is_passed_and_it_is_bound(daemon: Daemon, puppet:
 
 
 def test_a_request_is_granted_and_received_at_once(daemon: Daemon, puppet: Puppet) -> None:
-    answer, sockets = puppet.hand_over({"request": {"service": "at-once", "hold": "exclusive"}, "listen": True,
-                                        "backlog": 5})
+    answer, sockets = puppet.hand_over(
+        {"request": {"service": "at-once", "hold": "exclusive"}, "listen": True, "backlog": 5}
+    )
     lease = answer["lease"]
-    assert sockets == [place_of(lease)]
+    assert sockets == [binding_of(lease)]
     assert lease["owner"]["pid"] == puppet.pid
     assert lease["token"]
     daemon.wait_state(lease["id"], "bound")
 
 
-@pytest.mark.parametrize(("wish", "kinds"), [
-    ({"protocol": "udp"}, ["udp"]), ({"protocol": "both"}, ["tcp", "udp"]), ({"address": "::1"}, ["tcp"]),
-    ({"address": "::1", "protocol": "both"}, ["tcp", "udp"]), ({"address": "::"}, ["tcp"]),
-    ({"address": "0.0.0.0"}, ["tcp"]), ({"address": "own", "port": 53, "protocol": "both"}, ["tcp", "udp"]),
-    ({"protocol": "udp", "hold": "exclusive"}, ["udp"]), ({"protocol": "both", "hold": "exclusive"}, ["tcp", "udp"])])
-def test_every_protocol_and_address_comes_by_handoff(daemon: Daemon, puppet: Puppet, wish: Any,
-                                                     kinds: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("wish", "kinds"),
+    [
+        ({"protocol": "udp"}, ["udp"]),
+        ({"protocol": "both"}, ["tcp", "udp"]),
+        ({"address": "::1"}, ["tcp"]),
+        ({"address": "::1", "protocol": "both"}, ["tcp", "udp"]),
+        ({"address": "::"}, ["tcp"]),
+        ({"address": "0.0.0.0"}, ["tcp"]),
+        ({"address": "own", "port": 53, "protocol": "both"}, ["tcp", "udp"]),
+        ({"protocol": "udp", "hold": "exclusive"}, ["udp"]),
+        ({"protocol": "both", "hold": "exclusive"}, ["tcp", "udp"]),
+    ],
+)
+def test_every_protocol_and_address_comes_by_handoff(
+    daemon: Daemon, puppet: Puppet, wish: Any, kinds: list[str]
+) -> None:
     answer, sockets = puppet.hand_over({"request": {"service": "kinds", **wish}, "listen": True})
-    assert sockets == [place_of(answer["lease"], kind) for kind in kinds]
+    assert sockets == [binding_of(answer["lease"], kind) for kind in kinds]
     daemon.wait_state(answer["lease"]["id"], "bound")
 
 
 def test_without_listen_it_is_bound_only_and_the_owner_listens_later(daemon: Daemon, puppet: Puppet) -> None:
     lease = puppet.lease("later", hold="exclusive")
     _, sockets = puppet.hand_over({"lease": lease["id"]})
-    assert sockets == [place_of(lease, listens=False)]
+    assert sockets == [binding_of(lease, listens=False)]
     assert daemon.show(lease["id"])["state"] == "held"
 
 
@@ -93,7 +104,7 @@ def test_a_second_handoff_passes_the_same_socket_again(daemon: Daemon, puppet: P
     lease = puppet.lease("again", hold="exclusive")
     for _ in range(2):
         _, sockets = puppet.hand_over({"lease": lease["id"], "listen": True})
-        assert sockets == [place_of(lease)]
+        assert sockets == [binding_of(lease)]
 
 
 def test_a_handoff_after_a_crash_of_the_daemon(make_daemon: MakeDaemon) -> None:
@@ -103,7 +114,7 @@ def test_a_handoff_after_a_crash_of_the_daemon(make_daemon: MakeDaemon) -> None:
         daemon.kill()
         daemon.start()
         _, sockets = puppet.hand_over({"lease": lease["id"], "listen": True})
-        assert sockets == [place_of(lease)]
+        assert sockets == [binding_of(lease)]
         daemon.wait_state(lease["id"], "bound")
 
 
@@ -116,7 +127,7 @@ def test_a_user_without_privileges_gets_a_privileged_port_that_is_its_own(make_d
         assert "ermission" in str(nobody.listen(low))
         for wish in ({"service": "low"}, {"service": "web", "address": "own", "port": 443, "exact": True}):
             answer, sockets = nobody.hand_over({"request": wish, "listen": True})
-            assert sockets == [place_of(answer["lease"])]
+            assert sockets == [binding_of(answer["lease"])]
             assert answer["lease"]["port"] < 1024
             assert daemon.wait_state(answer["lease"]["id"], "bound")["owner"]["uid"] == NOBODY
         assert [lease["lifetime"] for lease in daemon.leases().values() if lease["service"] == "low"] == ["static"]
@@ -135,15 +146,19 @@ def test_what_cant_be_handed_over_is_told(daemon: Daemon, puppet: Puppet) -> Non
     taken = puppet.lease("taken", hold="none")
     with listen_on(taken["port"]):
         for wish, code, pointer in [
-                ({"lease": "0" * 24}, "not_found", None), ({"lease": ended["id"]}, "lease_ended", None),
-                ({"lease": taken["id"]}, "port_taken", "/lease"), ({}, "invalid_request", "/lease"),
-                ({"lease": "x", "request": {"service": "a"}}, "invalid_request", "/lease"),
-                ({"request": {"service": "A"}}, "invalid_request", "/request/service"),
-                ({"request": [{"service": "a"}]}, "invalid_request", "/request"),
-                ({"lease": taken["id"], "listen": 1}, "invalid_request", "/listen"),
-                ({"lease": taken["id"], "backlog": -1}, "invalid_request", "/backlog"),
-                ({"lease": taken["id"], "unknown": 1}, "invalid_request", "/unknown"),
-                ([], "invalid_request", ""), (None, "invalid_request", "")]:
+            ({"lease": "0" * 24}, "not_found", None),
+            ({"lease": ended["id"]}, "lease_ended", None),
+            ({"lease": taken["id"]}, "port_taken", "/lease"),
+            ({}, "invalid_request", "/lease"),
+            ({"lease": "x", "request": {"service": "a"}}, "invalid_request", "/lease"),
+            ({"request": {"service": "A"}}, "invalid_request", "/request/service"),
+            ({"request": [{"service": "a"}]}, "invalid_request", "/request"),
+            ({"lease": taken["id"], "listen": 1}, "invalid_request", "/listen"),
+            ({"lease": taken["id"], "backlog": -1}, "invalid_request", "/backlog"),
+            ({"lease": taken["id"], "unknown": 1}, "invalid_request", "/unknown"),
+            ([], "invalid_request", ""),
+            (None, "invalid_request", ""),
+        ]:
             answer, sockets = puppet.hand_over(wish)
             problem = answer["problem"]
             assert (problem["code"], problem.get("pointer"), sockets) == (code, pointer, []), (wish, problem)
@@ -151,8 +166,16 @@ def test_what_cant_be_handed_over_is_told(daemon: Daemon, puppet: Puppet) -> Non
 
 
 def test_garbage_on_the_handoff_socket_does_no_harm(daemon: Daemon) -> None:
-    for data in (b"x", b"\xff\xfe", b"\0" * 1000, b"{" * 60_000, b"[" * 60_000, b'{"lease":' * 7000, b" " * 70_000,
-                 json.dumps({"lease": "x" * 60_000}).encode()):
+    for data in (
+        b"x",
+        b"\xff\xfe",
+        b"\0" * 1000,
+        b"{" * 60_000,
+        b"[" * 60_000,
+        b'{"lease":' * 7000,
+        b" " * 70_000,
+        json.dumps({"lease": "x" * 60_000}).encode(),
+    ):
         with handoff(daemon) as connection:
             connection.send(data)
             answer, sockets = receive(connection)

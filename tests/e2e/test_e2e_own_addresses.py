@@ -16,16 +16,41 @@ REDIS_PORT = 6379
 
 def redis(host: str, *words: str) -> str:
     """Run a command on a Redis server; returns what it says, or an empty text while it does not answer."""
-    asked = subprocess.run(["redis-cli", "-h", host, "-p", str(REDIS_PORT), *words], capture_output=True, text=True,
-                           check=False, timeout=10)
+    asked = subprocess.run(
+        ["redis-cli", "-h", host, "-p", str(REDIS_PORT), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10,
+    )
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
 def test_two_redis_servers_have_the_same_port_and_neither_is_in_the_others_way(
-        make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
     daemon = make_daemon().start()
-    command = [sys.executable, "-m", "portd", "run", "cache", "--own-address", "--port", str(REDIS_PORT), "--exact",
-               "--", "redis-server", "--bind", "{host}", "--port", "{port}", "--save", "", "--dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "portd",
+        "run",
+        "cache",
+        "--own-address",
+        "--port",
+        str(REDIS_PORT),
+        "--exact",
+        "--",
+        "redis-server",
+        "--bind",
+        "{host}",
+        "--port",
+        "{port}",
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path),
+    ]
     with program(*command, env=daemon.environ), program(*command, env=daemon.environ):
         wait_for(lambda: [lease["state"] for lease in daemon.leases().values()] == ["bound"] * 2, "both listen")
         bound = sorted(lease["address"] for lease in daemon.leases().values())
@@ -41,8 +66,14 @@ def test_ten_instances_of_ten_services_each_have_the_port_that_they_like(own_dae
     try:
         for service, instance in itertools.product(range(10), range(10)):
             port = 5432 if service % 2 else 8080
-            lease = own_daemon.lease(f"service{service}", address="own", port=port, exact=True, ttl=60,
-                                     instance=f"service{service}-{instance}")
+            lease = own_daemon.lease(
+                f"service{service}",
+                address="own",
+                port=port,
+                exact=True,
+                ttl=60,
+                instance=f"service{service}-{instance}",
+            )
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
             listener.bind((lease["address"], port))

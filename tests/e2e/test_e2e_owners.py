@@ -135,8 +135,10 @@ def test_the_port_of_a_dead_parent_is_not_granted_while_its_child_still_listens(
         exact = daemon.call("POST", "/v1/leases", {"service": "another", "port": lease["port"], "exact": True})
         assert (exact.status, exact.code) == (409, "port_taken")
         os.kill(child, signal.SIGKILL)
-        again = wait_for(lambda: (reply := daemon.call("POST", "/v1/leases", {"service": "another"})).status == 201
-                         and reply.body, "the port is granted again once it is unbound")
+        again = wait_for(
+            lambda: (reply := daemon.call("POST", "/v1/leases", {"service": "another"})).status == 201 and reply.body,
+            "the port is granted again once it is unbound",
+        )
         assert again["port"] == lease["port"]
 
 
@@ -150,18 +152,18 @@ def test_the_child_that_listens_is_its_parents(daemon: Daemon) -> None:
 
 
 def test_a_stranger_on_a_leased_port_is_named_and_its_leaving_is_seen(daemon: Daemon) -> None:
-    with owner() as process, Stream(daemon, "?service=visited") as stream, Puppet(daemon) as stranger:
+    with owner() as process, Stream(daemon, "?service=visited") as stream, Puppet(daemon) as foreign:
         lease = daemon.lease("visited", pid=process.pid)
-        assert stranger.listen(lease["port"]) is None
+        assert foreign.listen(lease["port"]) is None
         event = stream.until(lambda event: event.type == "conflict")[-1]
-        assert event.data["stranger"]["pid"] == stranger.pid
+        assert event.data["foreign"]["pid"] == foreign.pid
         assert event.data["lease"]["state"] == "conflict"
         view = daemon.get(f"/v1/ports/{lease['port']}")
         assert (view["verdict"], view["lease"]["id"]) == ("conflict", lease["id"])
-        assert [listener["pid"] for listener in view["listeners"]] == [stranger.pid]
-        stranger.end()
+        assert [listener["pid"] for listener in view["listeners"]] == [foreign.pid]
+        foreign.end()
         stream.until(lambda event: event.type == "unbound")
-    assert re.search(rf"{lease['instance']} .*{lease['port']}: .*stranger, pid {stranger.pid}", daemon.log())
+    assert re.search(rf"{lease['instance']} .*{lease['port']}: .*foreign, pid {foreign.pid}", daemon.log())
 
 
 def test_a_lease_is_held_then_bound_then_held(daemon: Daemon) -> None:

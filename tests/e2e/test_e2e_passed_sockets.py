@@ -36,21 +36,27 @@ def fetch(port: int) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize(("source", "command"), [
-    pytest.param(("app.py", WSGI), ["{python}", "-m", "gunicorn", "--workers", "2", "app:app"], id="gunicorn"),
-    pytest.param(("app.py", ASGI), ["{python}", "-m", "uvicorn", "--fd", "3", "--lifespan", "off", "app:app"],
-                 id="uvicorn"),
-    pytest.param(("app.js", NODE), ["node", "app.js"], id="node"),
-])
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        pytest.param(("app.py", WSGI), ["{python}", "-m", "gunicorn", "--workers", "2", "app:app"], id="gunicorn"),
+        pytest.param(
+            ("app.py", ASGI), ["{python}", "-m", "uvicorn", "--fd", "3", "--lifespan", "off", "app:app"], id="uvicorn"
+        ),
+        pytest.param(("app.js", NODE), ["node", "app.js"], id="node"),
+    ],
+)
 @pytest.mark.parametrize("hold", ["shared", "exclusive"])
-def test_a_server_takes_the_passed_socket(own_daemon: Daemon, tmp_path: Path, source: tuple[str, str],
-                                          command: list[str], hold: str) -> None:
+def test_a_server_takes_the_passed_socket(
+    own_daemon: Daemon, tmp_path: Path, source: tuple[str, str], command: list[str], hold: str
+) -> None:
     name, text = source
     (tmp_path / name).write_text(text)
     words = [word.replace("{python}", sys.executable) for word in command]
     environ = {name: value for name, value in own_daemon.environ.items() if name != "PYTHONWARNINGS"}
-    with program(sys.executable, "-m", "portd", "run", "web", "--socket", "--hold", hold, "--", *words, cwd=tmp_path,
-                 env=environ):
+    with program(
+        sys.executable, "-m", "portd", "run", "web", "--socket", "--hold", hold, "--", *words, cwd=tmp_path, env=environ
+    ):
         lease = wait_for(lambda: next(iter(own_daemon.leases().values()), None), "the lease is there")
         wait_for(lambda: fetch(lease["port"]) == b"hello", "the server answers on the leased port")
         assert own_daemon.wait_state(lease["id"], "bound")["owner"]["pid"]

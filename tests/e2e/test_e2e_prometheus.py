@@ -29,8 +29,9 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(own_daemon: Daemon) -> No
         own_daemon.lease("orders", pid=process.pid, check={"kind": "listen"})
         own_daemon.call("GET", "/v1/nothing")
         text = own_daemon.call("GET", "/metrics", over="tcp").body
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True,
-                                 check=False)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
         assert 'portd_leases{state="held"} 1.0' in text
         assert 'portd_events_total{type="granted"} 1.0' in text
@@ -58,8 +59,13 @@ scrape_configs:
     http_sd_configs: [{{url: "http://127.0.0.1:{daemon.tcp[1]}/v1/prometheus?tag=scraped", refresh_interval: 200ms}}]
     relabel_configs: [{{source_labels: [__meta_portd_service], target_label: service}}]
 """)
-    prometheus = program("prometheus", f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}",
-                         f"--storage.tsdb.path={tmp_path}/tsdb", "--log.level=error")
+    prometheus = program(
+        "prometheus",
+        f"--config.file={config}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        f"--storage.tsdb.path={tmp_path}/tsdb",
+        "--log.level=error",
+    )
     with prometheus, owner() as idle:
         leases = {}
         with python(SERVICE, str(free_tcp_port())), owner() as quiet:
@@ -68,8 +74,10 @@ scrape_configs:
             with python(SERVICE, str(wanted)) as serving:
                 leases["orders"] = daemon.lease("orders", pid=serving.pid, port=wanted, hold="none", tags=["scraped"])
                 leases["drained"] = daemon.lease("drained", pid=idle.pid, tags=["scraped"])
-                wait_for(lambda: ask(port, "up") == {"orders": "1", "drained": "0"},
-                         f"both targets are found, the silent one is down: {ask(port, 'up')}")
+                wait_for(
+                    lambda: ask(port, "up") == {"orders": "1", "drained": "0"},
+                    f"both targets are found, the silent one is down: {ask(port, 'up')}",
+                )
                 assert ask(port, "test_up") == {"orders": "1"}
                 daemon.call("POST", f"/v1/leases/{leases['drained']['id']}/drain", {})
                 wait_for(lambda: ask(port, "up") == {"orders": "1"}, "a drained target is gone")

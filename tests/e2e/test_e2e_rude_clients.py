@@ -85,14 +85,17 @@ def test_silent_and_slow_clients_are_cut_off_while_others_are_served(impatient: 
     body = json.dumps({"service": "slow"}).encode()
     with contextlib.ExitStack() as stack, others_are_served(impatient):
         silent, head, trickle, partial, dripping, chunked, idle = (
-            stack.enter_context(contextlib.closing(dial(place))) for _ in range(7))
+            stack.enter_context(contextlib.closing(dial(place))) for _ in range(7)
+        )
         head.sendall(HEAD)
         partial.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:5])
         chunked.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + body[:5] + b"\r\n")
         idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         dripping.sendall(HEAD + b"Content-Length: 999\r\n\r\n")
-        slow = [threading.Thread(target=drip, args=(trickle, HEAD * 100, 0.05)),
-                threading.Thread(target=drip, args=(dripping, b" " * 999, 0.01))]
+        slow = [
+            threading.Thread(target=drip, args=(trickle, HEAD * 100, 0.05)),
+            threading.Thread(target=drip, args=(dripping, b" " * 999, 0.01)),
+        ]
         for thread in slow:
             thread.start()
         assert is_cut_off(silent) == b""
@@ -122,8 +125,11 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(impatient: Daemon) -
 def test_a_client_that_leases_on_and_on_without_reading_is_cut_off(impatient: Daemon) -> None:
     body = json.dumps({"service": "deaf", "instance": "deaf-1"}).encode()
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with contextlib.closing(small_window(impatient)) as deaf, others_are_served(impatient), \
-            pytest.raises(ConnectionError):
+    with (
+        contextlib.closing(small_window(impatient)) as deaf,
+        others_are_served(impatient),
+        pytest.raises(ConnectionError),
+    ):
         deaf.sendall(request * 500_000)
 
 
@@ -139,8 +145,9 @@ def small_window(daemon: Daemon) -> socket.socket:
 def test_a_follower_that_does_not_read_is_dropped_and_the_others_miss_nothing(impatient: Daemon) -> None:
     seen: list[int] = []
     with contextlib.ExitStack() as stack, Stream(impatient) as good:
-        reading = threading.Thread(target=lambda: seen.extend(
-            event.id for event in good.until(lambda event: event.type == "ended")))
+        reading = threading.Thread(
+            target=lambda: seen.extend(event.id for event in good.until(lambda event: event.type == "ended"))
+        )
         reading.start()
         deaf = [stack.enter_context(contextlib.closing(small_window(impatient))) for _ in range(10)]
         for connection in deaf:
@@ -220,15 +227,19 @@ def test_more_connections_than_the_bound_are_closed_and_there_is_room_again_afte
 def test_more_requests_than_may_wait_for_the_disk_are_told_to_come_back(make_daemon: MakeDaemon) -> None:
     """The disk is held up in the store's thread while 40 ask and 10 may wait."""
     slow = """
-import portd.journal, portd.adapters.sqlite.writing as writing, time
-portd.journal.PENDING_MAX = 10
+import portd.leasing.journal, portd.adapters.sqlite.writing as writing, time
+portd.leasing.journal.PENDING_MAX = 10
 write = writing.Writer.write
 writing.Writer.write = lambda *args: (time.sleep(0.3), write(*args))[1]
 """
     daemon = make_daemon(prelude=slow).start()
     replies = []
-    threads = [threading.Thread(target=lambda: replies.append(
-        daemon.call("POST", "/v1/leases", {"service": "crowd", "ttl": 60}))) for _ in range(40)]
+    threads = [
+        threading.Thread(
+            target=lambda: replies.append(daemon.call("POST", "/v1/leases", {"service": "crowd", "ttl": 60}))
+        )
+        for _ in range(40)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

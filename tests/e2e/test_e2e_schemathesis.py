@@ -16,8 +16,28 @@ mistake, and the contract answers 410 for an ended lease, 422 for an address tha
 def test_schemathesis_finds_nothing(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     host, port = make_daemon(port_count=2500).start().tcp  # so many that none of its grants finds the pool empty
     run = subprocess.run(
-        [str(Path(sys.executable).with_name("schemathesis")), "run", f"http://{host}:{port}/openapi.json",
-         "--max-examples", "10", "--phases", "examples,coverage,fuzzing", "--seed", "1", "--exclude-checks", STATEFUL,
-         "--exclude-path", "/v1/events", "--request-timeout", "10", "--no-color"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+        [
+            str(Path(sys.executable).with_name("schemathesis")),
+            "run",
+            f"http://{host}:{port}/openapi.json",
+            "--max-examples",
+            "10",
+            "--phases",
+            "examples,coverage,fuzzing",
+            "--seed",
+            "1",
+            "--exclude-checks",
+            STATEFUL,
+            "--exclude-path",
+            "/v1/events",
+            "--request-timeout",
+            "10",
+            "--no-color",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -75,7 +75,7 @@ class Worker(threading.Thread):
 def torture(rounds: int, directory: Path | None = None) -> dict[str, int]:
     """Kill the daemon `rounds` times under load, and return counts: `lost`, `doubled` and `risen` should be 0.
 
-    `lost`: acknowledged leases that are gone or changed; `doubled`: ports that two leases or a lease and a stranger
+    `lost`: acknowledged leases that are gone or changed; `doubled`: ports that two leases or a lease and a foreign process
     could have; `risen`: releases that were acknowledged and undone; `rewound`: revisions that did not grow.
     """
     if directory is None:
@@ -115,7 +115,8 @@ def _judge(daemon: Daemon, workers: list[Worker], before: set[str], revision: in
             known.add(lease_id)
             same = live.get(lease_id)
             counts["lost"] += same is None or any(
-                same[name] != lease[name] for name in ("port", "service", "instance", "address", "lifetime"))
+                same[name] != lease[name] for name in ("port", "service", "instance", "address", "lifetime")
+            )
             counts["granted"] += lease_id not in before
         for lease_id in worker.released:
             counts["risen"] += lease_id in live

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from portd.core.allocator import Place, meet, place_of
+from portd.core.bindings import Binding, binding_of, conflicts
 from portd.core.errors import Refusal, StoreUnavailable
 from portd.core.requests import LeaseRequest
 from portd.core.table import LeaseTable
@@ -25,7 +25,7 @@ ADDRESSES = st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "own"])
 
 
 class Simulation(RuleBasedStateMachine):
-    """A daemon, its processes, its disk, and strangers on its host."""
+    """A daemon, its processes, its disk, and foreign on its host."""
 
     def __init__(self):
         super().__init__()
@@ -40,6 +40,7 @@ class Simulation(RuleBasedStateMachine):
 
     def do(self, step, *args):
         """Take a step on the loop, as everything in the daemon is."""
+
         async def inside():
             step(*args)
 
@@ -56,9 +57,15 @@ class Simulation(RuleBasedStateMachine):
                 self.owed.pop(event.lease.id, None)
         self.world.events.clear()
 
-    @rule(pid=st.sampled_from(PIDS), service=st.sampled_from("ab"), address=ADDRESSES,
-          protocol=st.sampled_from(["tcp", "udp", "both"]), port=st.one_of(st.none(), st.sampled_from(PORTS)),
-          ttl=st.one_of(st.none(), st.just(5.0)), count=st.integers(1, 2))
+    @rule(
+        pid=st.sampled_from(PIDS),
+        service=st.sampled_from("ab"),
+        address=ADDRESSES,
+        protocol=st.sampled_from(["tcp", "udp", "both"]),
+        port=st.one_of(st.none(), st.sampled_from(PORTS)),
+        ttl=st.one_of(st.none(), st.just(5.0)),
+        count=st.integers(1, 2),
+    )
     def grant(self, pid, service, address, protocol, port, ttl, count):
         if not self.world.processes.is_running(pid):
             self.world.processes.start(pid)
@@ -95,8 +102,11 @@ class Simulation(RuleBasedStateMachine):
     @rule(data=st.data(), uid=st.sampled_from([0, 1000, 65534]), exe=st.sampled_from(["/bin/fake", "/bin/other"]))
     def owner_changes_user_and_listens(self, data, uid, exe):
         """What memcached -u, setpriv and every setuid program do."""
-        leases = [lease for lease in self.world.table if lease.process is not None
-                  and self.world.processes.is_alive(lease.process)]
+        leases = [
+            lease
+            for lease in self.world.table
+            if lease.process is not None and self.world.processes.is_alive(lease.process)
+        ]
         if not leases:
             return
         lease = data.draw(st.sampled_from(sorted(leases, key=lambda lease: lease.id)))
@@ -112,11 +122,11 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(port=st.sampled_from(PORTS))
     def stranger_comes_or_goes(self, port):
-        place = Place("tcp", "127.0.0.1", port)
-        if place in self.world.strangers:
-            self.world.strangers.discard(place)
+        place = Binding("tcp", "127.0.0.1", port)
+        if place in self.world.foreign:
+            self.world.foreign.discard(place)
         elif self.world.holds.is_free(*place):
-            self.world.strangers.add(place)
+            self.world.foreign.add(place)
 
     @rule(failing=st.sampled_from(["", "", "unavailable"]))
     def disk(self, failing):
@@ -147,7 +157,7 @@ class Simulation(RuleBasedStateMachine):
     @invariant()
     def no_two_leases_are_in_each_others_way(self):
         for one, other in itertools.combinations(self.world.table, 2):
-            assert not meet(place_of(one), place_of(other)), f"{one.id} and {other.id} on {one.port}"
+            assert not conflicts(binding_of(one), binding_of(other)), f"{one.id} and {other.id} on {one.port}"
 
     @invariant()
     def what_was_answered_is_there(self):
@@ -159,7 +169,7 @@ class Simulation(RuleBasedStateMachine):
         live = {lease.id: lease for lease in self.world.table}
         assert set(self.world.holds.held) <= set(live)
         for lease_id, (place, _) in self.world.holds.held.items():
-            assert place == place_of(live[lease_id])
+            assert place == binding_of(live[lease_id])
         watched = {lease.process for lease in live.values() if lease.lifetime != "ttl"}
         assert self.world.processes.watched_count == len(watched)
 
@@ -181,5 +191,6 @@ class Simulation(RuleBasedStateMachine):
 
 
 TestSimulation = Simulation.TestCase
-TestSimulation.settings = settings(max_examples=150, stateful_step_count=50, deadline=None,
-                                   suppress_health_check=[HealthCheck.too_slow])
+TestSimulation.settings = settings(
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -19,11 +19,24 @@ from urllib.parse import quote
 T = TypeVar("T")
 HERE = Path(__file__).parent
 LOAD = (HERE / "load.py").read_text()
-ENVIRONMENT = {"PATH": "/opt/portd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "dumb",
-               "LC_ALL": "C.UTF-8", "HOME": "/"}
+ENVIRONMENT = {
+    "PATH": "/opt/portd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "TERM": "dumb",
+    "LC_ALL": "C.UTF-8",
+    "HOME": "/",
+}
 DEADLINE_S = 30.0
-TOOLS = ("/lib/systemd/systemd", "/usr/bin/systemd-analyze", "/usr/bin/nsenter", "/usr/bin/unshare", "/usr/bin/setpriv",
-         "/usr/bin/python3", "/usr/bin/curl", "/usr/bin/pkill", "/usr/sbin/useradd")
+TOOLS = (
+    "/lib/systemd/systemd",
+    "/usr/bin/systemd-analyze",
+    "/usr/bin/nsenter",
+    "/usr/bin/unshare",
+    "/usr/bin/setpriv",
+    "/usr/bin/python3",
+    "/usr/bin/curl",
+    "/usr/bin/pkill",
+    "/usr/sbin/useradd",
+)
 
 
 def missing() -> str | None:
@@ -63,8 +76,9 @@ class Box:
         (directory / "root").symlink_to(root)
         (directory / "seed").write_text(seed)
         self._cgroup.mkdir()
-        self._outer = subprocess.Popen([HERE / "box.sh", directory, self._cgroup], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, text=True)
+        self._outer = subprocess.Popen(
+            [HERE / "box.sh", directory, self._cgroup], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._init = 0
 
     def boot(self) -> None:
@@ -172,7 +186,7 @@ class Box:
         out = self.run(shlex.join(["journalctl", "-b", "-o", "json", "--no-pager", "-u", "portd.service", *matches]))
         return [json.loads(line) for line in out.splitlines()]
 
-    def load(self, *words: object, user: str = "stranger") -> Load:
+    def load(self, *words: object, user: str = "foreign") -> Load:
         """Start load.py in the box as a user; returns when it is under way."""
         self.run(f"cat >/opt/load.py <<'EOF'\n{LOAD}\nEOF")
         command = f"exec setpriv --reuid {user} --regid {user} --clear-groups /usr/bin/python3 /opt/load.py"

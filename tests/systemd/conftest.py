@@ -16,7 +16,7 @@ from box import Box, missing
 from builds import build_package, build_venv
 
 SEED = """\
-chroot . useradd --system --no-create-home stranger
+chroot . useradd --system --no-create-home foreign
 mkdir -p etc/portd
 cat >etc/portd/portd.toml <<'EOF'
 [leases]

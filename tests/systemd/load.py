@@ -17,8 +17,10 @@ from collections.abc import Awaitable, Callable
 
 SOCKET = "/run/portd/portd.sock"
 HANDOFF = "/run/portd/handoff.sock"
-REQUEST = (b"POST /v1/leases HTTP/1.1\r\nHost: portd\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-           b"Connection: close\r\n\r\n%s")
+REQUEST = (
+    b"POST /v1/leases HTTP/1.1\r\nHost: portd\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    b"Connection: close\r\n\r\n%s"
+)
 
 
 def wish(index: int) -> bytes:
@@ -61,8 +63,9 @@ async def ask_for_socket(index: int, answers: list[tuple[int, str]]) -> None:
             loop.remove_reader(asking)
 
 
-async def steady(asking: Callable[[int, list[tuple[int, str]]], Awaitable[None]], count: int,
-                 per_second: float) -> None:
+async def steady(
+    asking: Callable[[int, list[tuple[int, str]]], Awaitable[None]], count: int, per_second: float
+) -> None:
     """Ask at a steady rate, however long answers take."""
     answers: list[tuple[int, str]] = []
     start = time.monotonic()
@@ -72,9 +75,15 @@ async def steady(asking: Callable[[int, list[tuple[int, str]]], Awaitable[None]]
             tasks.create_task(asking(index, answers))
             if index == 20:
                 print("under way", flush=True)
-    print(json.dumps({"granted": [json.loads(text)["port"] for status, text in answers if status == 201],
-                      "lost": [(status, text) for status, text in answers if status != 201],
-                      "seconds": time.monotonic() - start}))
+    print(
+        json.dumps(
+            {
+                "granted": [json.loads(text)["port"] for status, text in answers if status == 201],
+                "lost": [(status, text) for status, text in answers if status != 201],
+                "seconds": time.monotonic() - start,
+            }
+        )
+    )
 
 
 def grab(seconds: float, ports: list[int]) -> None:
@@ -85,9 +94,9 @@ def grab(seconds: float, ports: list[int]) -> None:
     while time.monotonic() < end:
         for port in ports:
             tries += 1
-            with socket.socket() as stranger:
+            with socket.socket() as foreign:
                 try:
-                    stranger.bind(("127.0.0.1", port))
+                    foreign.bind(("127.0.0.1", port))
                     grabbed.append(port)
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE:

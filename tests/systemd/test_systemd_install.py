@@ -10,8 +10,12 @@ import pytest
 
 pytestmark = pytest.mark.systemd
 UNITS = Path(__file__).parents[2] / "systemd"
-PUT_IN_PLACE = ("/etc/systemd/system/portd.service", "/etc/systemd/system/portd.socket",
-                "/etc/systemd/system/portd-run@.service", "/etc/sysusers.d/portd.conf")
+PUT_IN_PLACE = (
+    "/etc/systemd/system/portd.service",
+    "/etc/systemd/system/portd.socket",
+    "/etc/systemd/system/portd-run@.service",
+    "/etc/sysusers.d/portd.conf",
+)
 
 
 def is_there(box, place):
@@ -24,8 +28,12 @@ def test_the_unit_as_shipped_starts_the_program_that_install_puts_in_its_place(u
 
 
 def test_the_exposure_of_the_unit_is_at_most_two():
-    done = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager",
-                           UNITS / "portd.service"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNITS / "portd.service"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -36,8 +44,10 @@ def test_systemd_finds_nothing_wrong_in_the_installed_units(box):
 
 def test_systemd_finds_nothing_wrong_in_the_drop_in_for_a_leased_port(box):
     text = (UNITS / "bind-only-leased-port.conf").read_text()  # the checkout itself may not be seen from in there
-    box.run("mkdir -p /run/systemd/system/portd-run@orders.service.d && "
-            f"printf %s {shlex.quote(text)} >/run/systemd/system/portd-run@orders.service.d/port.conf")
+    box.run(
+        "mkdir -p /run/systemd/system/portd-run@orders.service.d && "
+        f"printf %s {shlex.quote(text)} >/run/systemd/system/portd-run@orders.service.d/port.conf"
+    )
     status, out, err = box.ask("systemd-analyze verify --man=no portd-run@orders.service")
     box.run("rm -r /run/systemd/system/portd-run@orders.service.d && systemctl daemon-reload")
     assert (status, out, err) == (0, "", "")
@@ -76,7 +86,7 @@ def test_a_python_that_the_unit_can_not_see_is_refused(box):
 
 
 def test_whoever_is_not_root_is_refused_before_anything_is_done(box):
-    status, out, err = box.ask("setpriv --reuid stranger --regid stranger --clear-groups portd install")
+    status, out, err = box.ask("setpriv --reuid foreign --regid foreign --clear-groups portd install")
     assert (status, out) == (1, "")
     assert "only root" in err
 

@@ -13,7 +13,7 @@ OTHERS = ("opt/", "tmp/", "var/tmp/", "var/log/", "var/cache/", "var/lib/dpkg/",
 @pytest.fixture(scope="module")
 def machine(make_box, packages):
     """Return a box in which the packages lie ready, and a portd from pip in /opt that is not installed as a unit."""
-    seed = ["chroot . useradd --system --no-create-home stranger"]
+    seed = ["chroot . useradd --system --no-create-home foreign"]
     seed += [f"cp {package} opt/portd-{number}.deb" for number, package in enumerate(packages, 1)]
     return make_box(seed="\n".join(seed))
 
@@ -41,8 +41,8 @@ def test_an_installed_package_is_enabled_ready_and_answers(box):
     assert box.run("systemctl is-enabled portd.service portd.socket").split() == ["enabled", "enabled"]
     assert box.api("/healthz") == {"status": "ok"}
     assert box.show("User") == "portd"
-    stranger = "setpriv --reuid stranger --regid stranger --clear-groups "
-    assert box.run(stranger + "/usr/bin/portd lease orders --ttl 9").strip().isdigit()
+    foreign = "setpriv --reuid foreign --regid foreign --clear-groups "
+    assert box.run(foreign + "/usr/bin/portd lease orders --ttl 9").strip().isdigit()
     assert box.ask("/usr/bin/portd serve --check-config")[0] == 0
     for unit in ("portd.service", "portd.socket", "portd-run@orders.service"):
         assert box.ask(f"systemd-analyze verify --man=no {unit}") == (0, "", "")
@@ -87,8 +87,10 @@ def test_a_disabled_portd_stays_so_through_an_upgrade(box):
 
 
 def test_a_unit_that_an_administrator_has_edited_stays_through_an_upgrade(box):
-    box.run("sed s/^WatchdogSec=.*/WatchdogSec=99/ /usr/lib/systemd/system/portd.service "
-            ">/etc/systemd/system/portd.service && dpkg --install /opt/portd-2.deb")
+    box.run(
+        "sed s/^WatchdogSec=.*/WatchdogSec=99/ /usr/lib/systemd/system/portd.service "
+        ">/etc/systemd/system/portd.service && dpkg --install /opt/portd-2.deb"
+    )
     seen = box.show("WatchdogUSec"), box.show("ActiveState"), box.show("FragmentPath")
     box.run("rm /etc/systemd/system/portd.service && systemctl daemon-reload")
     assert seen == ("1min 39s", "active", "/etc/systemd/system/portd.service")

@@ -22,8 +22,10 @@ def leases(box):
 
 def restarted(box, pid):
     """Wait until another process than `pid` has said that it is ready; returns its pid."""
-    return wait_for(lambda: box.show("ActiveState") == "active" and box.show("MainPID") not in (pid, "0")
-                    and box.show("MainPID"), "portd is ready again")
+    return wait_for(
+        lambda: box.show("ActiveState") == "active" and box.show("MainPID") not in (pid, "0") and box.show("MainPID"),
+        "portd is ready again",
+    )
 
 
 def test_ready_is_said_only_when_it_answers(box):
@@ -51,8 +53,10 @@ def test_a_crash_is_mended_and_every_lease_is_there_again(box):
 
 
 def test_a_daemon_whose_loop_hangs_is_killed_by_the_watchdog_and_started_anew(box):
-    box.run("mkdir -p /run/systemd/system/portd.service.d && printf '[Service]\\nWatchdogSec=1\\nTimeoutAbortSec=1\\n' "
-            ">/run/systemd/system/portd.service.d/hang.conf && systemctl daemon-reload && systemctl restart portd")
+    box.run(
+        "mkdir -p /run/systemd/system/portd.service.d && printf '[Service]\\nWatchdogSec=1\\nTimeoutAbortSec=1\\n' "
+        ">/run/systemd/system/portd.service.d/hang.conf && systemctl daemon-reload && systemctl restart portd"
+    )
     pid = box.show("MainPID")
     before = lease(box)
     box.run(f"kill -STOP {pid}")
@@ -87,8 +91,10 @@ def test_restarts_under_load_lose_no_handoff(box):
 
 
 def test_a_socket_that_the_configuration_turns_off_is_not_served_though_systemd_opens_it(box):
-    box.run("cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[listen]\\nhttp = \"\"\\n' "
-            ">/etc/portd/portd.toml && systemctl restart portd.service")
+    box.run(
+        "cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[listen]\\nhttp = \"\"\\n' "
+        ">/etc/portd/portd.toml && systemctl restart portd.service"
+    )
     answer = box.ask("curl -sS -m 20 http://127.0.0.1:7783/healthz")
     said = [line["MESSAGE"] for line in box.journal("PRIORITY=4")]
     box.run("mv /etc/portd/before.toml /etc/portd/portd.toml && systemctl restart portd.service")
@@ -112,10 +118,14 @@ def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
 
 def test_reload_takes_up_what_can_change_and_names_what_can_not(box):
     pid = box.show("MainPID")
-    box.run("cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[leases]\\nmax_ttl = 700\\n[pools.default]\\n"
-            "ranges = [\"21000-21999\"]\\n' >/etc/portd/portd.toml && systemctl reload portd.service")
-    warning = wait_for(lambda: [line for line in box.journal("PRIORITY=4") if "need a restart" in line["MESSAGE"]],
-                       "what needs a restart is said")
+    box.run(
+        "cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[leases]\\nmax_ttl = 700\\n[pools.default]\\n"
+        'ranges = ["21000-21999"]\\n\' >/etc/portd/portd.toml && systemctl reload portd.service'
+    )
+    warning = wait_for(
+        lambda: [line for line in box.journal("PRIORITY=4") if "need a restart" in line["MESSAGE"]],
+        "what needs a restart is said",
+    )
     assert warning[-1]["MESSAGE"].endswith(": pools")
     status, out, _ = box.ask("portd lease orders --ttl 701")
     box.run("mv /etc/portd/before.toml /etc/portd/portd.toml && systemctl reload portd.service")
@@ -135,8 +145,11 @@ def test_a_broken_configuration_stops_the_tries_and_says_where(box):
 def test_a_stop_ends_long_polls_cleanly_within_two_seconds_and_keeps_every_lease(box):
     before = lease(box)
     revision = box.api("/v1/services/orders")["revision"]
-    poll = box.start("curl -sS -o /dev/null -w '%{http_code}' --unix-socket /run/portd/portd.sock "
-                     f"'http://portd/v1/services/orders?after={revision}&wait=60'", stdout=subprocess.PIPE)
+    poll = box.start(
+        "curl -sS -o /dev/null -w '%{http_code}' --unix-socket /run/portd/portd.sock "
+        f"'http://portd/v1/services/orders?after={revision}&wait=60'",
+        stdout=subprocess.PIPE,
+    )
     wait_for(lambda: box.api("/v1/status")["counts"]["connections"] >= 2, "the poll is under way")
     took_us = stop_us(box)
     with poll:
@@ -154,16 +167,26 @@ def stop_us(box):
 
 
 def test_the_journal_finds_what_happened_to_a_port(box):
-    server = box.start("exec portd run life --instance life-7 -- python3 -m http.server --bind {host} {port} 2>&1",
-                       stdout=subprocess.DEVNULL)
+    server = box.start(
+        "exec portd run life --instance life-7 -- python3 -m http.server --bind {host} {port} 2>&1",
+        stdout=subprocess.DEVNULL,
+    )
     port = wait_for(lambda: bound_port(box, "life"), "it listens")
     life = box.leases("life")[0]
     box.run(f"kill {life['owner']['pid']}")
     server.wait(10)
-    found = wait_for(lambda: (lines := box.journal(f"PORT={port}", f"LEASE={life['id']}"))
-                     and lines[-1]["EVENT"] == "ended" and lines, "the journal has it")
+    found = wait_for(
+        lambda: (
+            (lines := box.journal(f"PORT={port}", f"LEASE={life['id']}")) and lines[-1]["EVENT"] == "ended" and lines
+        ),
+        "the journal has it",
+    )
     assert {key: found[-1][key] for key in ("SERVICE", "INSTANCE", "PRIORITY", "SYSLOG_IDENTIFIER")} == {
-        "SERVICE": "life", "INSTANCE": "life-7", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "portd"}
+        "SERVICE": "life",
+        "INSTANCE": "life-7",
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": "portd",
+    }
     owner = f"pid {life['owner']['pid']} ({life['owner']['exe']})"
     told = [line["MESSAGE"].removeprefix(f"life-7 (main) on port {port}: ") for line in found]
     assert [told[0], told[1], told[-1]] == [f"leased to {owner}", "its owner listens", "ended: owner_exited"]
@@ -171,25 +194,31 @@ def test_the_journal_finds_what_happened_to_a_port(box):
 
 def test_a_stranger_on_a_leased_port_is_a_warning(box):
     taken = lease(box, "taken", hold="none")
-    stranger = box.start("exec setpriv --reuid stranger --regid stranger --clear-groups "
-                         f"/usr/bin/python3 -m http.server --bind 127.0.0.1 {taken['port']} 2>/dev/null")
+    foreign = box.start(
+        "exec setpriv --reuid foreign --regid foreign --clear-groups "
+        f"/usr/bin/python3 -m http.server --bind 127.0.0.1 {taken['port']} 2>/dev/null"
+    )
     found = wait_for(lambda: box.journal(f"LEASE={taken['id']}", "EVENT=conflict"), "the journal has it")
-    box.run(f"pkill -u stranger -f 'http.server --bind 127.0.0.1 {taken['port']}'")
-    stranger.wait(10)
+    box.run(f"pkill -u foreign -f 'http.server --bind 127.0.0.1 {taken['port']}'")
+    foreign.wait(10)
     assert found[0]["PRIORITY"] == "4"
-    assert "listened on by a stranger, pid" in found[0]["MESSAGE"]
+    assert "listened on by a foreign process, pid" in found[0]["MESSAGE"]
 
 
 def test_too_many_events_at_once_are_told_in_number_and_leave_the_journal_room_for_others(box):
     def told_in_number():
         said = "\n".join(str(line["MESSAGE"]) for line in box.journal("LOGGER=portd.leases"))
         return sum(map(int, re.findall(r"^too much at once.* (\d+) granted", said, re.MULTILINE)))
+
     before = told_in_number()
     wanted = json.dumps([{"service": "burst", "ttl": 600}] * 250)
-    box.run(f"echo '{wanted}' >/tmp/burst && for call in 1 2 3 4; do curl -sS -o /dev/null -H 'Content-Type: "
-            "application/json' -d @/tmp/burst --unix-socket /run/portd/portd.sock http://portd/v1/leases & done; wait")
-    wait_for(lambda: len(box.journal("SERVICE=burst", "EVENT=granted")) + told_in_number() - before == 1000,
-             "all are told")
+    box.run(
+        f"echo '{wanted}' >/tmp/burst && for call in 1 2 3 4; do curl -sS -o /dev/null -H 'Content-Type: "
+        "application/json' -d @/tmp/burst --unix-socket /run/portd/portd.sock http://portd/v1/leases & done; wait"
+    )
+    wait_for(
+        lambda: len(box.journal("SERVICE=burst", "EVENT=granted")) + told_in_number() - before == 1000, "all are told"
+    )
     assert told_in_number() > before
 
 
@@ -203,8 +232,10 @@ def test_a_journal_that_hangs_stops_nobody(box):
 
 
 def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
-    box.run("mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
-            ">/etc/portd/run/web.env && systemctl start portd-run@web.service")
+    box.run(
+        "mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
+        ">/etc/portd/run/web.env && systemctl start portd-run@web.service"
+    )
     port = wait_for(lambda: bound_port(box, "web"), "the service listens")
     pid = box.show("MainPID", "portd-run@web.service")
     box.run(f"kill -KILL {pid}")
@@ -220,17 +251,21 @@ def bound_port(box, service):
 
 
 def test_another_users_process_is_named_by_the_hardened_unit(box):
-    server = box.start("exec setpriv --reuid stranger --regid stranger --clear-groups /usr/bin/python3 -m http.server "
-                       "--bind 127.0.0.1 31888 2>/dev/null")
+    server = box.start(
+        "exec setpriv --reuid foreign --regid foreign --clear-groups /usr/bin/python3 -m http.server "
+        "--bind 127.0.0.1 31888 2>/dev/null"
+    )
     listener = wait_for(lambda: box.api("/v1/ports/31888")["listeners"], "the server listens")[0]
-    box.run("pkill -u stranger -f 'http.server --bind 127.0.0.1 31888'")
+    box.run("pkill -u foreign -f 'http.server --bind 127.0.0.1 31888'")
     server.wait(10)
-    assert (listener["user"], listener["exe"]) == ("stranger", box.run("readlink -f /usr/bin/python3").strip())
+    assert (listener["user"], listener["exe"]) == ("foreign", box.run("readlink -f /usr/bin/python3").strip())
 
 
 def test_a_user_has_a_portd_of_their_own(box):
-    alice = ("exec setpriv --reuid alice --regid alice --init-groups env HOME=/home/alice "
-             "XDG_RUNTIME_DIR=/run/user/$(id -u alice) ")
+    alice = (
+        "exec setpriv --reuid alice --regid alice --init-groups env HOME=/home/alice "
+        "XDG_RUNTIME_DIR=/run/user/$(id -u alice) "
+    )
     box.run("systemctl start user@$(id -u alice).service")
     box.run(alice + "portd install --user")
     said = box.run(alice + "portd status")
@@ -245,18 +280,27 @@ def rebooting(make_box):
     """Return a box with two services that are started at every boot, `web` and `api`."""
     box = make_box()
     # The unit's own /proc would show the kernel's boot id, which is the same for every boot of a box.
-    box.run("mkdir -p /etc/systemd/system/portd.service.d && printf '[Service]\\nBindReadOnlyPaths="
-            "/run/boot_id:/proc/sys/kernel/random/boot_id\\n' >/etc/systemd/system/portd.service.d/boot-id.conf "
-            "&& portd install")
-    box.run("mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
-            "| tee /etc/portd/run/web.env >/etc/portd/run/api.env")
+    box.run(
+        "mkdir -p /etc/systemd/system/portd.service.d && printf '[Service]\\nBindReadOnlyPaths="
+        "/run/boot_id:/proc/sys/kernel/random/boot_id\\n' >/etc/systemd/system/portd.service.d/boot-id.conf "
+        "&& portd install"
+    )
+    box.run(
+        "mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
+        "| tee /etc/portd/run/web.env >/etc/portd/run/api.env"
+    )
     box.run("systemctl enable --now portd-run@web portd-run@api")
     return box
 
 
-@pytest.mark.parametrize(("going_down", "because"), [
-    # In a shutdown systemd ends services and portd side by side: portd may see them go.
-    ("power_off", {"host_rebooted", "owner_exited"}), ("pull_the_plug", {"host_rebooted"})])
+@pytest.mark.parametrize(
+    ("going_down", "because"),
+    [
+        # In a shutdown systemd ends services and portd side by side: portd may see them go.
+        ("power_off", {"host_rebooted", "owner_exited"}),
+        ("pull_the_plug", {"host_rebooted"}),
+    ],
+)
 def test_after_a_reboot_process_leases_have_ended_and_instances_get_their_ports_back(rebooting, going_down, because):
     box = rebooting
     ports = {name: wait_for(lambda name=name: bound_port(box, name), f"{name} listens") for name in ("web", "api")}

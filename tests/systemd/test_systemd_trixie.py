@@ -73,8 +73,10 @@ def next_venv(venv, tmp_path_factory) -> Path:
 def box(root, next_venv, make_box):
     """Return a Debian 13 on a LAN, with portd installed from pip and in systemd-resolved."""
     box = make_box(root=root, venv=next_venv, seed=SEED)
-    box.run("ip link add lan type veth peer name far && ip link set far up && ip addr add 192.0.2.1/24 dev lan "
-            "&& ip link set lan up && ip route add default via 192.0.2.9")
+    box.run(
+        "ip link add lan type veth peer name far && ip link set far up && ip addr add 192.0.2.1/24 dev lan "
+        "&& ip link set lan up && ip route add default via 192.0.2.9"
+    )
     box.run(f"cat >/opt/binds.py <<'EOF'\n{BINDS}\nEOF\ncat >/opt/link.py <<'EOF'\n{LINK_SERVER}\nEOF")
     box.run("systemctl start systemd-resolved.service && portd install --resolved")
     return box

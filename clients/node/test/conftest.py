@@ -39,14 +39,24 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("project")
     npm("pack", str(PACKAGE), cwd=directory)
     (archive,) = directory.glob("*.tgz")
-    npm("install", "--no-audit", "--no-fund", f"./{archive.name}", "express@5", "@types/express@5", "@types/node@20",
-        "typescript@5", cwd=directory)
+    npm(
+        "install",
+        "--no-audit",
+        "--no-fund",
+        f"./{archive.name}",
+        "express@5",
+        "@types/express@5",
+        "@types/node@20",
+        "typescript@5",
+        cwd=directory,
+    )
     return directory
 
 
 def npm(*words: str, cwd: Path) -> str:
     """Run npm, and return what it writes."""
-    ran = subprocess.run(["npm", *words], cwd=cwd, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S,
-                         check=False)
+    ran = subprocess.run(
+        ["npm", *words], cwd=cwd, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

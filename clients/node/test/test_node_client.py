@@ -99,12 +99,24 @@ def ports_seen_by_node(daemon: Daemon, project: Path, service: str, count: int) 
 
 # --- the package ---
 
+
 def test_the_archive_has_the_client_and_nothing_else() -> None:
-    packed = subprocess.run(["npm", "pack", "--dry-run", "--json"], cwd=PACKAGE, capture_output=True, text=True,
-                            timeout=DEADLINE_S, check=True)
+    packed = subprocess.run(
+        ["npm", "pack", "--dry-run", "--json"],
+        cwd=PACKAGE,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
     files = {file["path"] for file in json.loads(packed.stdout)[0]["files"]}
-    assert files == {"LICENSE", "README.md", "index.d.ts", "package.json",
-                     *(f"lib/{path.name}" for path in (PACKAGE / "lib").glob("*.js"))}
+    assert files == {
+        "LICENSE",
+        "README.md",
+        "index.d.ts",
+        "package.json",
+        *(f"lib/{path.name}" for path in (PACKAGE / "lib").glob("*.js")),
+    }
 
 
 def test_the_types_name_just_what_there_is(project: Path) -> None:
@@ -116,18 +128,42 @@ def test_the_types_name_just_what_there_is(project: Path) -> None:
 
 def test_a_typed_program_compiles_and_its_mistakes_do_not(project: Path) -> None:
     shutil.copy(PACKAGE / "test/usage.ts", project / "usage.mts")
-    compiled = subprocess.run(["node", "node_modules/typescript/bin/tsc", "--noEmit", "--strict", "--target", "es2022",
-                               "--module", "nodenext", "--lib", "es2023,esnext.disposable", "usage.mts"],
-                              cwd=project, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    compiled = subprocess.run(
+        [
+            "node",
+            "node_modules/typescript/bin/tsc",
+            "--noEmit",
+            "--strict",
+            "--target",
+            "es2022",
+            "--module",
+            "nodenext",
+            "--lib",
+            "es2023,esnext.disposable",
+            "usage.mts",
+        ],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
     assert compiled.returncode == 0, compiled.stdout
 
 
 # --- what only Node has ---
 
+
 @pytest.mark.parametrize("name", sorted(path.name for path in Path(__file__).parent.glob("*.test.mjs")))
 def test_what_only_node_has(daemon: Daemon, name: str) -> None:
-    with subprocess.Popen(["node", "--test", "--test-reporter=tap", str(PACKAGE / "test" / name)], env=daemon.environ,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as tests:
+    with subprocess.Popen(
+        ["node", "--test", "--test-reporter=tap", str(PACKAGE / "test" / name)],
+        env=daemon.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as tests:
         try:
             written, _ = tests.communicate(timeout=DEADLINE_S)
         finally:
@@ -138,6 +174,7 @@ def test_what_only_node_has(daemon: Daemon, name: str) -> None:
 
 
 # --- the README ---
+
 
 def test_the_readmes_service_is_found_by_its_look_up(daemon: Daemon, project: Path) -> None:
     service = daemon.start_program(put(project, "service.mjs", SERVICE))
@@ -150,9 +187,13 @@ def test_the_readmes_service_is_found_by_its_look_up(daemon: Daemon, project: Pa
 
 
 def test_a_server_moves_along_with_a_lease_that_was_lost(own_daemon: Daemon, project: Path) -> None:
-    service = own_daemon.start_program(put(
-        project, "moving.mjs", SERVICE.replace("check:", "ttl: 0.9, check:") + MOVING
-        + 'lease.on("changed", () => console.log("moved"));'))
+    service = own_daemon.start_program(
+        put(
+            project,
+            "moving.mjs",
+            SERVICE.replace("check:", "ttl: 0.9, check:") + MOVING + 'lease.on("changed", () => console.log("moved"));',
+        )
+    )
     try:
         port = int(first_line(service).split()[-1])
         own_daemon.stop()
@@ -197,7 +238,8 @@ server.close();
 
 @pytest.mark.parametrize("hold", ["shared", "exclusive"])
 def test_the_socket_that_portd_run_passed_is_listened_on_and_children_do_not_get_it(
-        daemon: Daemon, project: Path, hold: str) -> None:
+    daemon: Daemon, project: Path, hold: str
+) -> None:
     words = put(project, "passed.mjs", PASSED)
     written = daemon.portd("run", "passed", "--socket", "--hold", hold, "--", *words)
     assert json.loads(written.stdout) == [True, True, True, False], written.stderr
@@ -248,8 +290,10 @@ def test_the_workers_of_a_cluster_share_what_portd_run_leased(daemon: Daemon, op
 def test_the_workers_of_a_cluster_on_its_own_are_an_instance_each(daemon: Daemon) -> None:
     program = daemon.start_program(["node", str(PACKAGE / "test/crew.mjs")])
     try:
-        leases = wait_for(lambda: len(now := list(daemon.client.leases(service="crew", state="bound"))) == 2 and now,
-                          "both workers listen")
+        leases = wait_for(
+            lambda: len(now := list(daemon.client.leases(service="crew", state="bound"))) == 2 and now,
+            "both workers listen",
+        )
         assert leases
         assert len({lease["port"] for lease in leases}) == 2
         assert len({lease["owner"]["pid"] for lease in leases} - {program.pid}) == 2
@@ -260,10 +304,12 @@ def test_the_workers_of_a_cluster_on_its_own_are_an_instance_each(daemon: Daemon
 
 # --- real services ---
 
+
 def serves_three(daemon: Daemon, project: Path, service: str, start: Callable[[], subprocess.Popen[str]]) -> None:
     """Start three instances, find all by both clients, kill one, and see it leave by both."""
     programs = [start() for _ in range(3)]
     try:
+
         def passing() -> list[portd_client.Instance]:
             for program in programs:
                 assert program.poll() is None or program is programs[0], program.communicate()[0]
@@ -288,11 +334,20 @@ def serves_three(daemon: Daemon, project: Path, service: str, start: Callable[[]
 @pytest.mark.parametrize("run", [False, True], ids=["on its own", "under portd run"])
 @pytest.mark.parametrize(("kind", "source"), [("http", HTTP), ("express", EXPRESS)])
 def test_three_instances_are_found_and_the_killed_one_leaves(
-        daemon: Daemon, project: Path, kind: str, source: str, run: bool) -> None:
+    daemon: Daemon, project: Path, kind: str, source: str, run: bool
+) -> None:
     service = f"by-{kind}{'-run' if run else ''}"
     words = put(project, f"{service}.mjs", source.replace("SERVICE", json.dumps(service)))
-    serves_three(daemon, project, service, lambda: daemon.start_portd(
-        "run", service, "--check", "http:/healthz", "--", *words) if run else daemon.start_program(words))
+    serves_three(
+        daemon,
+        project,
+        service,
+        lambda: (
+            daemon.start_portd("run", service, "--check", "http:/healthz", "--", *words)
+            if run
+            else daemon.start_program(words)
+        ),
+    )
 
 
 def test_services_in_python_are_found_by_the_node_client(daemon: Daemon, project: Path) -> None:
@@ -300,6 +355,7 @@ def test_services_in_python_are_found_by_the_node_client(daemon: Daemon, project
 
 
 # --- the figure ---
+
 
 @pytest.mark.parametrize("mode", ["bare", "portd"])
 def test_the_start_is_measured(daemon: Daemon, mode: str) -> None:

@@ -41,8 +41,19 @@ __version__ = "0.1.0"
 _ROOMS = {
     "aio": ("AsyncClient",),
     "client": ("Client",),
-    "errors": ("DaemonUnavailable", "InvalidUrl", "LeaseLost", "NoAnswerInTime", "NotOwner", "PoolExhausted",
-               "PortTaken", "PortdError", "Problem", "ProtocolError", "TryAgain"),
+    "errors": (
+        "DaemonUnavailable",
+        "InvalidUrl",
+        "LeaseLost",
+        "NoAnswerInTime",
+        "NotOwner",
+        "PoolExhausted",
+        "PortTaken",
+        "PortdError",
+        "Problem",
+        "ProtocolError",
+        "TryAgain",
+    ),
     "finding": ("Instance", "NobodyThere", "resolve", "resolve_all", "watch"),
     "leasing": ("Lease", "lease", "listen"),
 }

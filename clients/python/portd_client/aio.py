@@ -1,7 +1,7 @@
 """The asyncio shell: the same calls, steps and errors as the sync client, without a thread.
 
-    async with aio.lease("orders", check="http:/healthz") as lease:
-        server = await asyncio.start_server(handle, sock=await lease.listen())
+async with aio.lease("orders", check="http:/healthz") as lease:
+    server = await asyncio.start_server(handle, sock=await lease.listen())
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ class AsyncClient:
 
     async def service(self, name: str, **filters: Any) -> Instances:
         """Return a service's instances; with `after` and `wait` (seconds), once something changes."""
-        return await self.call(calls.service(name, **filters),  # type: ignore[no-any-return]
-                               timeout_s=self._timeout_s + float(filters.get("wait") or 0))
+        return await self.call(  # type: ignore[no-any-return]
+            calls.service(name, **filters),
+            timeout_s=self._timeout_s + float(filters.get("wait") or 0),
+        )
 
     async def call(self, request: Request, *, timeout_s: float | None = None) -> Any:
         """Make any call of `portd_client.calls`, and return its decoded answer (None where there is no body)."""
@@ -108,13 +110,15 @@ class AsyncClient:
         if reader.status != 200:
             result(reader.status, reader.headers.get("content-type", ""), problem)
 
-    async def resolve(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
-                      scope: Scope | None = None) -> Instance:
+    async def resolve(
+        self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None
+    ) -> Instance:
         """Return one working instance, by chance; raises NobodyThere when there is none; see `finding.resolve`."""
         return pick(service, await self.resolve_all(service, endpoint=endpoint, tags=tags, scope=scope))
 
-    async def resolve_all(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
-                          scope: Scope | None = None) -> list[Instance]:
+    async def resolve_all(
+        self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None
+    ) -> list[Instance]:
         """Return all working instances, perhaps none."""
         question = (service, endpoint, scope, *tags)
         try:
@@ -122,8 +126,9 @@ class AsyncClient:
         except (DaemonUnavailable, ProtocolError, TryAgain) as error:
             return self._memory.recall(question, error)
 
-    async def watch(self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (),
-                    scope: Scope | None = None) -> AsyncIterator[list[Instance]]:
+    async def watch(
+        self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None
+    ) -> AsyncIterator[list[Instance]]:
         """Yield the working instances now and whenever they change, without end; see `finding.watch`."""
         filters = lookup(endpoint, tags, scope)
         found = await self.service(service, **filters)
@@ -141,8 +146,9 @@ class AsyncClient:
                 yield [Instance(document) for document in newer["instances"]]
             found = newer
 
-    async def _receive(self, request: Request, reader: ResponseReader, accept: str = "application/json",
-                       silence_s: float | None = None) -> AsyncGenerator[bytes, None]:
+    async def _receive(
+        self, request: Request, reader: ResponseReader, accept: str = "application/json", silence_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
         stream, writer, endpoint = await self._connect()
         try:
             writer.write(request.render(endpoint.authority, self._token, accept))
@@ -193,9 +199,15 @@ async def drive(client: AsyncClient, sequence: steps.Steps) -> Any:
         return stop.value
 
 
-def lease(service: str, *, client: AsyncClient | None = None, fallback: Literal["ephemeral"] | None = None,
-          on_change: Callable[[AsyncLease], object] | None = None, drain_s: float = 0.0,
-          **options: Unpack[LeaseOptions]) -> AsyncLease:
+def lease(
+    service: str,
+    *,
+    client: AsyncClient | None = None,
+    fallback: Literal["ephemeral"] | None = None,
+    on_change: Callable[[AsyncLease], object] | None = None,
+    drain_s: float = 0.0,
+    **options: Unpack[LeaseOptions],
+) -> AsyncLease:
     """Return a lease to enter: `async with lease("orders") as lease`.
 
     The arguments are those of `portd_client.lease`; `on_change` is called on the event loop. At SIGTERM the loop goes
@@ -207,8 +219,14 @@ def lease(service: str, *, client: AsyncClient | None = None, fallback: Literal[
 class AsyncLease(Held):
     """A lease of this process, from entering to leaving; one task keeps it meanwhile."""
 
-    def __init__(self, client: AsyncClient, wish: LeaseWish, fallback: str | None,
-                 on_change: Callable[[AsyncLease], object] | None, drain_s: float) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        wish: LeaseWish,
+        fallback: str | None,
+        on_change: Callable[[AsyncLease], object] | None,
+        drain_s: float,
+    ) -> None:
         super().__init__(wish, drain_s)
         self.client = client
         self._fallback = fallback
@@ -304,8 +322,9 @@ class AsyncLease(Held):
         while True:
             await asyncio.sleep(pause_s)
             try:
-                found = await drive(self.client, steps.keep(self.document, self.token, self.wish,
-                                                            may_move=self._on_change is not None))
+                found = await drive(
+                    self.client, steps.keep(self.document, self.token, self.wish, may_move=self._on_change is not None)
+                )
             except (DaemonUnavailable, ProtocolError, TryAgain):
                 pause_s = min(steps.RETRY_S, pause_s)
                 continue
@@ -331,8 +350,10 @@ def _mind_sigterm() -> None:
 
     The handler is a plain one: whoever sets another, by `signal` or `add_signal_handler`, replaces it without a trace.
     """
-    if threading.current_thread() is threading.main_thread() and \
-            signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, leasing.on_sigterm):
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) in (
+        signal.SIG_DFL,
+        leasing.on_sigterm,
+    ):
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 
@@ -349,8 +370,9 @@ def _on_sigterm(number: int, frame: object) -> None:
 
 def _leave(loop: asyncio.AbstractEventLoop) -> None:
     async def leave() -> None:
-        await asyncio.gather(*(one.release() for one in _open), asyncio.to_thread(leasing.release_all),
-                             return_exceptions=True)
+        await asyncio.gather(
+            *(one.release() for one in _open), asyncio.to_thread(leasing.release_all), return_exceptions=True
+        )
         os.kill(os.getpid(), signal.SIGTERM)
 
     _tasks.add(loop.create_task(leave(), name="portd leaves"))

@@ -77,8 +77,10 @@ class Client:
 
     def service(self, name: str, **filters: Any) -> Instances:
         """Return a service's instances; with `after` and `wait` (seconds), once something changes."""
-        return self.call(calls.service(name, **filters),  # type: ignore[no-any-return]
-                         timeout_s=self._timeout_s + float(filters.get("wait") or 0))
+        return self.call(  # type: ignore[no-any-return]
+            calls.service(name, **filters),
+            timeout_s=self._timeout_s + float(filters.get("wait") or 0),
+        )
 
     def call(self, request: Request, *, timeout_s: float | None = None) -> Any:
         """Make any call of `portd_client.calls`, and return its decoded answer (None where there is no body)."""
@@ -104,8 +106,9 @@ class Client:
 
     # --- the way there ---
 
-    def _receive(self, request: Request, reader: ResponseReader, timeout_s: float,
-                 accept: str = "application/json") -> Iterator[bytes]:
+    def _receive(
+        self, request: Request, reader: ResponseReader, timeout_s: float, accept: str = "application/json"
+    ) -> Iterator[bytes]:
         """Send a request and yield the body as it comes; `timeout_s` bounds each silence, and a whole call."""
         connection, endpoint = self._connect(min(timeout_s, self._timeout_s))
         deadline = None if accept == "text/event-stream" else monotonic() + timeout_s

@@ -50,8 +50,15 @@ def parse(url: str) -> Endpoint:
         return Endpoint(rest)
     authority = rest.rstrip("/")
     host, _, port = authority.rpartition(":")
-    if scheme in {"http", "https"} and separator and host and port.isdecimal() and 0 < int(port) < 65536 and \
-            "/" not in authority and "@" not in authority:
+    if (
+        scheme in {"http", "https"}
+        and separator
+        and host
+        and port.isdecimal()
+        and 0 < int(port) < 65536
+        and "/" not in authority
+        and "@" not in authority
+    ):
         return Endpoint(host=host.removeprefix("[").removesuffix("]"), port=int(port), tls=scheme == "https")
     raise InvalidUrl(f"{url!r} is no URL of a portd: write unix:///path/portd.sock or http://host:port")
 
@@ -62,8 +69,11 @@ def candidates(environ: Mapping[str, str], uid: int) -> list[Endpoint]:
         return [parse(url)]
     own = user_socket(environ, uid)
     is_ours = bool(environ.get("XDG_RUNTIME_DIR")) or _is_own(own.removesuffix("/portd/portd.sock"), uid)
-    return [*([Endpoint(own)] if is_ours else []), Endpoint(SYSTEM_SOCKET),
-            Endpoint(host="127.0.0.1", port=LOOPBACK_PORT)]
+    return [
+        *([Endpoint(own)] if is_ours else []),
+        Endpoint(SYSTEM_SOCKET),
+        Endpoint(host="127.0.0.1", port=LOOPBACK_PORT),
+    ]
 
 
 def user_socket(environ: Mapping[str, str], uid: int) -> str:

@@ -22,8 +22,9 @@ class DaemonUnavailable(PortdError):
     def __init__(self, tried: Sequence[tuple[str, str]]) -> None:
         self.tried = tuple(tried)
         places = ", ".join(f"{url} ({reason})" for url, reason in self.tried)
-        super().__init__(f"no portd answers at {places}; start one with 'portd serve --user', "
-                         "or name a running one in PORTD_URL")
+        super().__init__(
+            f"no portd answers at {places}; start one with 'portd serve --user', or name a running one in PORTD_URL"
+        )
 
 
 class NoAnswerInTime(DaemonUnavailable):
@@ -70,8 +71,14 @@ class TryAgain(Problem):
 
 
 _CLASSES: dict[str, type[Problem]] = {
-    "port_taken": PortTaken, "port_reserved": PortTaken, "not_found": LeaseLost, "lease_ended": LeaseLost,
-    "not_owner": NotOwner, "pool_exhausted": PoolExhausted, "busy": TryAgain, "store_unavailable": TryAgain,
+    "port_taken": PortTaken,
+    "port_reserved": PortTaken,
+    "not_found": LeaseLost,
+    "lease_ended": LeaseLost,
+    "not_owner": NotOwner,
+    "pool_exhausted": PoolExhausted,
+    "busy": TryAgain,
+    "store_unavailable": TryAgain,
 }
 
 

@@ -107,8 +107,14 @@ class Memory:
 _memory = Memory()
 
 
-def resolve(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
-            client: Client | None = None) -> Instance:
+def resolve(
+    service: str,
+    *,
+    endpoint: str = "main",
+    tags: Sequence[str] = (),
+    scope: Scope | None = None,
+    client: Client | None = None,
+) -> Instance:
     """Return one working instance, by chance; raises NobodyThere when there is none, DaemonUnavailable.
 
     `scope` says how far to look: "local", "cluster", "lan" or "all"; None is this host, or its cluster if it has one.
@@ -116,8 +122,14 @@ def resolve(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), s
     return pick(service, resolve_all(service, endpoint=endpoint, tags=tags, scope=scope, client=client))
 
 
-def resolve_all(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
-                client: Client | None = None) -> list[Instance]:
+def resolve_all(
+    service: str,
+    *,
+    endpoint: str = "main",
+    tags: Sequence[str] = (),
+    scope: Scope | None = None,
+    client: Client | None = None,
+) -> list[Instance]:
     """Return all working instances, perhaps none."""
     client = client or Client()
     question = (client.url, service, endpoint, scope, *tags)
@@ -127,8 +139,14 @@ def resolve_all(service: str, *, endpoint: str = "main", tags: Sequence[str] = (
         return _memory.recall(question, error)
 
 
-def watch(service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None,
-          client: Client | None = None) -> Iterator[list[Instance]]:
+def watch(
+    service: str,
+    *,
+    endpoint: str = "main",
+    tags: Sequence[str] = (),
+    scope: Scope | None = None,
+    client: Client | None = None,
+) -> Iterator[list[Instance]]:
     """Yield the working instances now, and again whenever they change, without end; a daemon's absence is waited out.
 
     What comes and goes on the LAN is seen within LAN_WAIT_S. Raises DaemonUnavailable only when none answers at first.
@@ -169,5 +187,6 @@ def follow_up(answer: Instances, scope: Scope | None) -> dict[str, float]:
 
 def shown(answer: Instances) -> list[tuple[object, ...]]:
     """Return what a watcher cares about: who is where, and what it says about itself."""
-    return [(one["id"], one["address"], one["port"], one.get("tags"), one.get("metadata"))
-            for one in answer["instances"]]
+    return [
+        (one["id"], one["address"], one["port"], one.get("tags"), one.get("metadata")) for one in answer["instances"]
+    ]

@@ -67,7 +67,7 @@ def _receive(connection: Any) -> tuple[bytes, list[int], bool]:
     descriptors = array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-            descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
+            descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
     return data, list(descriptors), not flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC)
 
 

@@ -19,10 +19,18 @@ class Held:
         self.drain_s = drain_s
         """Seconds between leaving look-ups and giving back: whoever found this instance before still comes."""
         self.document: LeaseDocument = {
-            "id": "", "service": wish["service"], "instance": wish.get("instance", ""),
-            "endpoint": wish.get("endpoint", "main"), "protocol": wish.get("protocol", "tcp"),
-            "address": wish.get("address", "127.0.0.1"), "port": wish.get("port", 0), "lifetime": "process",
-            "state": "held", "health": "unknown", "drain": False}
+            "id": "",
+            "service": wish["service"],
+            "instance": wish.get("instance", ""),
+            "endpoint": wish.get("endpoint", "main"),
+            "protocol": wish.get("protocol", "tcp"),
+            "address": wish.get("address", "127.0.0.1"),
+            "port": wish.get("port", 0),
+            "lifetime": "process",
+            "state": "held",
+            "health": "unknown",
+            "drain": False,
+        }
         self.token: str | None = None
         self.is_adopted = False
         self.is_passed = False

@@ -32,8 +32,15 @@ RELEASE_TIMEOUT_S = 2.0
 _open: set[Lease] = set()
 
 
-def lease(service: str, *, client: Client | None = None, fallback: Literal["ephemeral"] | None = None,
-          on_change: OnChange | None = None, drain_s: float = 0.0, **options: Unpack[LeaseOptions]) -> Lease:
+def lease(
+    service: str,
+    *,
+    client: Client | None = None,
+    fallback: Literal["ephemeral"] | None = None,
+    on_change: OnChange | None = None,
+    drain_s: float = 0.0,
+    **options: Unpack[LeaseOptions],
+) -> Lease:
     """Lease a port for this process, or adopt the one that `portd run` leased for it.
 
     `fallback="ephemeral"` takes a port of the kernel's choice where no daemon answers, and logs that once. `on_change`
@@ -58,9 +65,16 @@ def lease(service: str, *, client: Client | None = None, fallback: Literal["ephe
     return made
 
 
-def listen(service: str, *, backlog: int = 128, client: Client | None = None,
-           fallback: Literal["ephemeral"] | None = None, on_change: OnChange | None = None, drain_s: float = 0.0,
-           **options: Unpack[LeaseOptions]) -> LeasedSocket:
+def listen(
+    service: str,
+    *,
+    backlog: int = 128,
+    client: Client | None = None,
+    fallback: Literal["ephemeral"] | None = None,
+    on_change: OnChange | None = None,
+    drain_s: float = 0.0,
+    **options: Unpack[LeaseOptions],
+) -> LeasedSocket:
     """Return a listening socket on a leased port; its `lease` is given back when it is closed, or at exit.
 
     asyncio, uvicorn, gunicorn, aiohttp and socketserver take it as it is. For `udp` it is bound, for nothing listens
@@ -92,8 +106,9 @@ def drive(client: Client, sequence: steps.Steps) -> Any:
 class Lease(Held):
     """A lease of this process. Made by `lease`; `release`, or leaving the `with` block, gives it back."""
 
-    def __init__(self, client: Client, wish: LeaseWish, on_change: OnChange | None = None,
-                 drain_s: float = 0.0) -> None:
+    def __init__(
+        self, client: Client, wish: LeaseWish, on_change: OnChange | None = None, drain_s: float = 0.0
+    ) -> None:
         super().__init__(wish, drain_s)
         self.client = client
         self.is_released = False
@@ -215,8 +230,9 @@ class Lease(Held):
                 pause_s = steps.CHECK_S
 
     def _keep_once(self) -> None:
-        found = drive(self.client, steps.keep(self.document, self.token, self.wish,
-                                              may_move=self._on_change is not None))
+        found = drive(
+            self.client, steps.keep(self.document, self.token, self.wish, may_move=self._on_change is not None)
+        )
         if not self._stop.is_set() and self.keep(found) and self._on_change is not None:
             try:
                 self._on_change(self)

@@ -1,6 +1,6 @@
 """HTTP/1.1 (RFC 9112) and server-sent events, as far as portd speaks them, without any I/O.
 
-Bytes go in, answers come out: the sync and the asyncio client share every line here. This room must not know sockets,
+Bytes go in, answers come out: the sync and the asyncio client share every line here. This module must not know sockets,
 time, or what the calls mean.
 """
 
@@ -95,7 +95,7 @@ class ResponseReader:
         version, _, rest = first.partition(" ")
         if not version.startswith("HTTP/1.") or not rest[:3].isdecimal():
             raise ProtocolError("what answers does not speak HTTP/1.1")
-        del self._data[:end + 4]
+        del self._data[: end + 4]
         for field in fields:
             name, _, value = field.partition(":")
             self.headers[name.strip().lower()] = value.strip()
@@ -115,8 +115,8 @@ class ResponseReader:
         return True
 
     def _read_plain(self, *, at_end: bool) -> None:
-        part = self._data[:self._left]
-        del self._data[:len(part)]
+        part = self._data[: self._left]
+        del self._data[: len(part)]
         self._body += part
         if self._left is not None:
             self._left -= len(part)
@@ -134,12 +134,12 @@ class ResponseReader:
                     self._left = int(bytes(self._data[:end]).partition(b";")[0], 16)
                 except ValueError:
                     raise ProtocolError("a chunk without a length") from None
-                del self._data[:end + 2]
+                del self._data[: end + 2]
                 self._in_chunk = True
                 self.is_complete = self._left == 0  # trailers are not awaited: portd sends none
             assert self._left is not None
-            part = self._data[:self._left]
-            del self._data[:len(part)]
+            part = self._data[: self._left]
+            del self._data[: len(part)]
             self._body += part
             self._left -= len(part)
             if self._left or len(self._data) < 2:
@@ -201,8 +201,12 @@ class EventReader:
 
 def query(target: str, fields: Mapping[str, Any]) -> str:
     """Add a query to a path: None leaves a field out, a list repeats it, booleans are written as JSON writes them."""
-    pairs = [(name, item) for name, value in fields.items() if value is not None
-             for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    pairs = [
+        (name, item)
+        for name, value in fields.items()
+        if value is not None
+        for item in (value if isinstance(value, (list, tuple)) else (value,))
+    ]
     return target + ("?" + "&".join(f"{name}={quote(_text(item))}" for name, item in pairs) if pairs else "")
 
 

@@ -1,7 +1,7 @@
 """What the client does with a lease, as sequences of calls without any I/O: the sync and the asyncio lease drive them.
 
 A sequence is a generator: it yields a Request, is sent the decoded answer (or thrown the error that came instead), and
-returns its result. This room must not know sockets, threads or event loops.
+returns its result. This module must not know sockets, threads or event loops.
 """
 
 from __future__ import annotations
@@ -76,9 +76,15 @@ def adopt(given: Given, wish: LeaseWish) -> Steps:
     except LeaseLost:
         return None
     except DaemonUnavailable:
-        return {"id": given.lease_id, "service": wish["service"], "endpoint": wish.get("endpoint", "main"),
-                "address": given.host, "port": given.port, "protocol": wish.get("protocol", "tcp"),
-                "lifetime": "process"}
+        return {
+            "id": given.lease_id,
+            "service": wish["service"],
+            "endpoint": wish.get("endpoint", "main"),
+            "address": given.host,
+            "port": given.port,
+            "protocol": wish.get("protocol", "tcp"),
+            "lifetime": "process",
+        }
     if document["state"] == "ended" or document["service"] != wish["service"]:
         return None
     return document

@@ -59,10 +59,20 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def shown_lease(handle: str, lease: Any) -> dict[str, Any]:
     """Describe a lease."""
-    return {"handle": handle, "lease": lease.id or None, "service": lease.service, "instance": lease.instance,
-            "endpoint": lease.endpoint, "protocol": lease.protocol, "address": lease.address, "port": lease.port,
-            "revision": lease.document.get("revision"), "is_adopted": lease.is_adopted, "is_fallback": not lease.id,
-            "is_passed": lease.is_passed}
+    return {
+        "handle": handle,
+        "lease": lease.id or None,
+        "service": lease.service,
+        "instance": lease.instance,
+        "endpoint": lease.endpoint,
+        "protocol": lease.protocol,
+        "address": lease.address,
+        "port": lease.port,
+        "revision": lease.document.get("revision"),
+        "is_adopted": lease.is_adopted,
+        "is_fallback": not lease.id,
+        "is_passed": lease.is_passed,
+    }
 
 
 def shown_instance(instance: portd_client.Instance) -> dict[str, Any]:
@@ -129,8 +139,11 @@ class Calls:
 
     def _lease(self, arguments: Arguments) -> tuple[str, Any]:
         handle = f"l{len(self._handles) + 1}"
-        held = portd_client.lease(client=self.client, on_change=lambda lease: tell(
-            event="changed", handle=handle, port=lease.port, lease=lease.id), **arguments)
+        held = portd_client.lease(
+            client=self.client,
+            on_change=lambda lease: tell(event="changed", handle=handle, port=lease.port, lease=lease.id),
+            **arguments,
+        )
         self._handles[handle] = held
         return handle, held
 
@@ -179,8 +192,12 @@ class Calls:
         for instances in answers:
             if handle in self._unwatched:
                 return
-            tell(event="instances", handle=handle, is_stale=any(one.is_stale for one in instances),
-                 instances=[shown_instance(one) for one in instances])
+            tell(
+                event="instances",
+                handle=handle,
+                is_stale=any(one.is_stale for one in instances),
+                instances=[shown_instance(one) for one in instances],
+            )
 
     def unwatch(self, arguments: Arguments) -> Any:
         self._unwatched.add(arguments["handle"])

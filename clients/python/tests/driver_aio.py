@@ -62,13 +62,17 @@ class Calls:
                 await held.release()
             raise
         self._listeners[handle] = [
-            await asyncio.start_server(greet, sock=one) if one.type == socket.SOCK_STREAM else one for one in listeners]
+            await asyncio.start_server(greet, sock=one) if one.type == socket.SOCK_STREAM else one for one in listeners
+        ]
         return shown_lease(handle, held)
 
     async def _lease(self, arguments: Arguments) -> tuple[str, aio.AsyncLease]:
         handle = f"l{len(self._handles) + 1}"
-        self._handles[handle] = held = aio.lease(client=self.client, on_change=lambda lease: tell(
-            event="changed", handle=handle, port=lease.port, lease=lease.id), **arguments)
+        self._handles[handle] = held = aio.lease(
+            client=self.client,
+            on_change=lambda lease: tell(event="changed", handle=handle, port=lease.port, lease=lease.id),
+            **arguments,
+        )
         return handle, await held.__aenter__()
 
     async def call(self, arguments: Arguments) -> Any:
@@ -110,8 +114,12 @@ class Calls:
 
     async def _follow(self, handle: str, arguments: Arguments) -> None:
         async for instances in self.client.watch(**arguments):
-            tell(event="instances", handle=handle, is_stale=any(one.is_stale for one in instances),
-                 instances=[shown_instance(one) for one in instances])
+            tell(
+                event="instances",
+                handle=handle,
+                is_stale=any(one.is_stale for one in instances),
+                instances=[shown_instance(one) for one in instances],
+            )
 
     async def unwatch(self, arguments: Arguments) -> Any:
         task = self._watches.pop(arguments["handle"])

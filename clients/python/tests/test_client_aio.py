@@ -71,8 +71,9 @@ def test_a_ttl_lease_is_renewed_and_a_forgotten_one_taken_again(own_daemon: Daem
         client = aio.AsyncClient(own_daemon.url)
         async with aio.lease("kept", client=client, ttl=0.6) as lease:
             first = lease.document.get("expires_at")
-            await until(lambda: lease.document.get("renewed_at") is not None
-                        and lease.document.get("expires_at") != first)
+            await until(
+                lambda: lease.document.get("renewed_at") is not None and lease.document.get("expires_at") != first
+            )
             first_id = lease.id
             own_daemon.stop(signal.SIGKILL)
             own_daemon.forget()
@@ -86,8 +87,9 @@ def test_a_ttl_lease_is_renewed_and_a_forgotten_one_taken_again(own_daemon: Daem
 def test_the_program_is_told_when_it_has_to_move(own_daemon: Daemon) -> None:
     async def main() -> None:
         moved: list[int] = []
-        async with aio.lease("moved", client=aio.AsyncClient(own_daemon.url),
-                             on_change=lambda lease: moved.append(lease.port)) as lease:
+        async with aio.lease(
+            "moved", client=aio.AsyncClient(own_daemon.url), on_change=lambda lease: moved.append(lease.port)
+        ) as lease:
             port = lease.port
             own_daemon.stop()
             own_daemon.forget()

@@ -23,11 +23,15 @@ def test_portd_url_is_the_only_place_where_it_is_set() -> None:
 
 def test_without_it_the_users_socket_comes_before_the_systems_and_loopback() -> None:
     assert [place.url for place in endpoints.candidates({"XDG_RUNTIME_DIR": "/run/user/7"}, 7)] == [
-        "unix:///run/user/7/portd/portd.sock", "unix:///run/portd/portd.sock", "http://127.0.0.1:7783"]
+        "unix:///run/user/7/portd/portd.sock",
+        "unix:///run/portd/portd.sock",
+        "http://127.0.0.1:7783",
+    ]
 
 
 def test_without_a_runtime_directory_the_daemon_and_the_client_meet_in_the_temporary_one(
-        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from portd.config import user_paths
 
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -46,8 +50,21 @@ def test_a_directory_that_somebody_else_made_is_not_taken_for_the_users(tmp_path
     assert endpoints.candidates(environ, other)[0].url == "unix:///run/portd/portd.sock"
 
 
-@pytest.mark.parametrize("url", ["", "portd.sock", "unix:relative", "ftp://x:1", "http://", "http://x:y", "http://x:0",
-                                 "http://x:65536", "http://a/b:80", "http://u@x:80"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "portd.sock",
+        "unix:relative",
+        "ftp://x:1",
+        "http://",
+        "http://x:y",
+        "http://x:0",
+        "http://x:65536",
+        "http://a/b:80",
+        "http://u@x:80",
+    ],
+)
 def test_a_url_that_cannot_be_read_says_how_one_looks(url: str) -> None:
     with pytest.raises(ValueError, match=r"unix:///path/portd\.sock"):
         endpoints.parse(url)
@@ -73,12 +90,17 @@ def test_nobody_there_is_told_with_every_place_that_was_tried(monkeypatch: pytes
     with pytest.raises(DaemonUnavailable) as caught:
         next(Client().leases(), None)
     assert [url for url, _ in caught.value.tried] == [
-        f"unix://{tmp_path}/portd/portd.sock", f"unix://{tmp_path}/none.sock", f"http://127.0.0.1:{port}"]
+        f"unix://{tmp_path}/portd/portd.sock",
+        f"unix://{tmp_path}/none.sock",
+        f"http://127.0.0.1:{port}",
+    ]
 
 
 def test_something_else_that_listens_there_is_not_taken_for_a_daemon() -> None:
-    source = ("import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
-              "c, _ = s.accept(); c.recv(9); c.sendall(b'220 mail ready\\r\\n\\r\\n'); c.close()")
+    source = (
+        "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
+        "c, _ = s.accept(); c.recv(9); c.sendall(b'220 mail ready\\r\\n\\r\\n'); c.close()"
+    )
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         url = f"http://127.0.0.1:{other.stdout.readline().strip()}"
@@ -93,10 +115,18 @@ def test_a_daemon_that_does_not_answer_in_time_is_not_waited_for_longer() -> Non
 
 
 def test_importing_the_client_and_asking_for_a_port_imports_nothing_heavy(daemon: Daemon) -> None:
-    source = ("import sys, portd_client; portd_client.Client().grant({'service': 'light', 'ttl': 60});"
-              "print(sorted({'re', 'json', 'socket', 'typing', 'enum', 'asyncio', 'threading', 'ssl', 'logging'}"
-              " & set(sys.modules)))")
+    source = (
+        "import sys, portd_client; portd_client.Client().grant({'service': 'light', 'ttl': 60});"
+        "print(sorted({'re', 'json', 'socket', 'typing', 'enum', 'asyncio', 'threading', 'ssl', 'logging'}"
+        " & set(sys.modules)))"
+    )
     # -S: an installed environment's .pth files may import re and more before the first line of ours
-    done = subprocess.run([sys.executable, "-S", "-c", source], env=daemon.environ, capture_output=True, text=True,
-                          timeout=DEADLINE_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", source],
+        env=daemon.environ,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
     assert done.stdout == "[]\n"

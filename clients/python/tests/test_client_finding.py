@@ -54,12 +54,15 @@ def test_tags_and_endpoints_are_told_apart(daemon: Daemon) -> None:
     blue = grant(daemon, "sorted", tags=["blue"])
     metrics = grant(daemon, "sorted", endpoint="metrics", instance="sorted-1")
     assert portd_client.resolve("sorted", tags=["blue"], client=daemon.client).port == daemon.client.lease(blue)["port"]
-    assert portd_client.resolve("sorted", endpoint="metrics", client=daemon.client).port == \
-        daemon.client.lease(metrics)["port"]
+    assert (
+        portd_client.resolve("sorted", endpoint="metrics", client=daemon.client).port
+        == daemon.client.lease(metrics)["port"]
+    )
 
 
 def test_while_the_daemon_is_away_its_last_answer_is_given_and_says_so(
-        own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grant(own_daemon, "remembered")
     fresh = portd_client.resolve("remembered", client=own_daemon.client)
     own_daemon.stop()

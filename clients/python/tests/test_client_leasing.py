@@ -44,9 +44,20 @@ def test_listen_returns_a_listening_socket_on_the_leased_port(daemon: Daemon) ->
 
 
 def test_every_option_of_the_api_can_be_given(daemon: Daemon) -> None:
-    with portd_client.lease("optional", client=daemon.client, instance="blue", endpoint="metrics", port=24599,
-                            exact=True, ttl=60, tags=["a"], metadata={"k": "v"}, check="http:/healthz",
-                            hold="none", announce=None) as lease:
+    with portd_client.lease(
+        "optional",
+        client=daemon.client,
+        instance="blue",
+        endpoint="metrics",
+        port=24599,
+        exact=True,
+        ttl=60,
+        tags=["a"],
+        metadata={"k": "v"},
+        check="http:/healthz",
+        hold="none",
+        announce=None,
+    ) as lease:
         document = daemon.client.lease(lease.id)
         assert (document["instance"], document["endpoint"], document["port"]) == ("blue", "metrics", 24599)
         assert (document["tags"], document["metadata"], document["lifetime"]) == (["a"], {"k": "v"}, "ttl")
@@ -118,8 +129,9 @@ def test_a_lease_that_the_daemon_forgot_is_taken_again_on_the_same_port(own_daem
 
 def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Daemon) -> None:
     moved: list[int] = []
-    with portd_client.lease("moved", client=own_daemon.client,
-                            on_change=lambda lease: moved.append(lease.port)) as lease:
+    with portd_client.lease(
+        "moved", client=own_daemon.client, on_change=lambda lease: moved.append(lease.port)
+    ) as lease:
         port = lease.port
         own_daemon.stop()
         own_daemon.forget()
@@ -134,8 +146,10 @@ def test_a_callback_that_fails_does_not_end_the_keeping(daemon: Daemon, caplog: 
     def fail(_: portd_client.Lease) -> None:
         raise RuntimeError("the program's own")
 
-    with caplog.at_level(logging.WARNING), \
-            portd_client.lease("fragile", client=daemon.client, hold="none", on_change=fail) as lease:
+    with (
+        caplog.at_level(logging.WARNING),
+        portd_client.lease("fragile", client=daemon.client, hold="none", on_change=fail) as lease,
+    ):
         first, port = lease.id, lease.port
         with socket.create_server((lease.address, port)):
             daemon.client.call(calls.release(first))
@@ -178,10 +192,15 @@ def test_drain_and_report_reach_the_daemon(daemon: Daemon) -> None:
         assert not daemon.client.lease(lease.id)["drain"]
 
 
-@pytest.mark.parametrize(("ending", "because"), [
-    ("", "released"), ("raise SystemExit(3)", "released"), ("import signal; signal.raise_signal(signal.SIGTERM)",
-                                                            "released"),
-    ("import os; os._exit(1)", "owner_exited")])
+@pytest.mark.parametrize(
+    ("ending", "because"),
+    [
+        ("", "released"),
+        ("raise SystemExit(3)", "released"),
+        ("import signal; signal.raise_signal(signal.SIGTERM)", "released"),
+        ("import os; os._exit(1)", "owner_exited"),
+    ],
+)
 def test_however_a_program_ends_its_lease_ends_with_it(daemon: Daemon, ending: str, because: str) -> None:
     program = daemon.start_python(f"import portd_client; print(portd_client.lease('ending').id); {ending}")
     lease_id = end_naturally(program).strip()
@@ -197,20 +216,24 @@ def test_a_program_that_minds_sigterm_itself_keeps_its_own_handler(daemon: Daemo
         "signal.signal(signal.SIGTERM, lambda *_: print('mine'))\n"
         "lease = portd_client.lease('minds')\n"
         "signal.raise_signal(signal.SIGTERM)\n"
-        "print(lease.is_released)\n")
+        "print(lease.is_released)\n"
+    )
     assert end_naturally(program) == "mine\nFalse\n"
 
 
-ADOPT = ("import json, os, portd_client\n"
-         "with portd_client.listen('{service}') as listener:\n"
-         "    print(json.dumps([listener.lease.id, listener.getsockname()[1], listener.lease.is_adopted]))\n")
+ADOPT = (
+    "import json, os, portd_client\n"
+    "with portd_client.listen('{service}') as listener:\n"
+    "    print(json.dumps([listener.lease.id, listener.getsockname()[1], listener.lease.is_adopted]))\n"
+)
 
 
 def test_what_portd_run_leased_is_adopted(daemon: Daemon) -> None:
     import sys
 
-    program = daemon.start_portd("run", "adopted", "--ttl", "60", "--", sys.executable, "-c",
-                                 ADOPT.format(service="adopted"))
+    program = daemon.start_portd(
+        "run", "adopted", "--ttl", "60", "--", sys.executable, "-c", ADOPT.format(service="adopted")
+    )
     lease_id, port, adopted = json.loads(end_naturally(program))
     assert adopted
     lease = daemon.client.lease(lease_id)
@@ -240,10 +263,13 @@ def test_without_a_daemon_a_lease_is_a_clear_error() -> None:
 
 
 def test_with_the_fallback_a_program_gets_a_port_of_the_kernels_choice_and_is_told_once(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     absent = portd_client.Client("unix:///nonexistent/portd.sock")
-    with caplog.at_level(logging.WARNING), \
-            portd_client.listen("alone", client=absent, fallback="ephemeral") as listener:
+    with (
+        caplog.at_level(logging.WARNING),
+        portd_client.listen("alone", client=absent, fallback="ephemeral") as listener,
+    ):
         assert listener.lease.id == ""
         assert listener.getsockname()[1] == listener.lease.port
         with socket.create_connection(listener.getsockname(), 5):
@@ -255,8 +281,10 @@ def test_with_the_fallback_a_program_gets_a_port_of_the_kernels_choice_and_is_to
 
 def test_fifty_programs_threads_at_once_get_fifty_ports(daemon: Daemon) -> None:
     leases: list[portd_client.Lease] = []
-    threads = [threading.Thread(target=lambda: leases.append(portd_client.lease("crowd", client=daemon.client)))
-               for _ in range(50)]
+    threads = [
+        threading.Thread(target=lambda: leases.append(portd_client.lease("crowd", client=daemon.client)))
+        for _ in range(50)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -284,5 +312,3 @@ def _later(moment: str, seconds: float) -> str:
     from datetime import datetime, timedelta
 
     return (datetime.fromisoformat(moment) + timedelta(seconds=seconds)).isoformat()
-
-

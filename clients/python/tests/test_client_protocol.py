@@ -11,8 +11,10 @@ from portd_client.errors import DaemonUnavailable, LeaseLost, PortTaken, Problem
 from portd_client.protocol import EventReader, Request, ResponseReader, query, result
 
 PLAIN = b'HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"port": 8080}'
-CHUNKED = (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n"
-           b'8\r\n{"port":\r\n6;note=x\r\n 8080}\r\n0\r\n\r\n')
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n"
+    b'8\r\n{"port":\r\n6;note=x\r\n 8080}\r\n0\r\n\r\n'
+)
 TO_THE_END = b'HTTP/1.0 200 OK\r\ncontent-type:application/json\r\n\r\n{"port": 8080}'
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN
 EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -49,10 +51,17 @@ def test_an_answer_that_ends_too_early_is_an_error(data: bytes) -> None:
         answer(data, [])
 
 
-@pytest.mark.parametrize("data", [
-    b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"x" * 70_000,
-    b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"x" * 70_000,
+        b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
 def test_what_is_no_answer_is_an_error(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         answer(data, [])
@@ -64,11 +73,18 @@ def test_something_else_that_answers_with_html_is_told_as_a_problem_without_a_co
     assert (caught.value.status, caught.value.code) == (502, "unknown")
 
 
-@pytest.mark.parametrize(("code", "status", "kind"), [
-    ("port_taken", 409, PortTaken), ("lease_ended", 410, LeaseLost), ("not_found", 404, LeaseLost),
-    ("busy", 503, TryAgain), ("store_unavailable", 503, TryAgain), ("invalid_request", 400, Problem),
-    ("a_code_of_tomorrow", 418, Problem),
-])
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("port_taken", 409, PortTaken),
+        ("lease_ended", 410, LeaseLost),
+        ("not_found", 404, LeaseLost),
+        ("busy", 503, TryAgain),
+        ("store_unavailable", 503, TryAgain),
+        ("invalid_request", 400, Problem),
+        ("a_code_of_tomorrow", 418, Problem),
+    ],
+)
 def test_a_refusal_keeps_its_code_and_pointer(code: str, status: int, kind: type[Problem]) -> None:
     body = documents.encode({"code": code, "detail": "no", "pointer": "/port", "status": status})
     with pytest.raises(kind) as caught:
@@ -94,15 +110,23 @@ def test_a_token_cannot_smuggle_a_header() -> None:
 
 
 def test_a_query_is_encoded_as_the_api_reads_it() -> None:
-    assert query("/v1/leases", {"service": None, "tag": ["a b", "c&d"], "passing": True, "after": 3}) == \
-        "/v1/leases?tag=a%20b&tag=c%26d&passing=true&after=3"
+    assert (
+        query("/v1/leases", {"service": None, "tag": ["a b", "c&d"], "passing": True, "after": 3})
+        == "/v1/leases?tag=a%20b&tag=c%26d&passing=true&after=3"
+    )
 
 
 @settings(max_examples=50)
-@given(st.recursive(
-    st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**53), 2**53)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_documents_survive_the_way_there_and_back(value: object) -> None:
     assert documents.decode(documents.encode(value)) == value
 
@@ -115,14 +139,18 @@ def test_what_is_not_json_is_refused(data: bytes) -> None:
 
 @given(st.lists(st.integers(0, 200), max_size=10))
 def test_events_read_the_same_however_they_are_cut(cuts: list[int]) -> None:
-    data = (b": alive\n\nid: 7\nevent: granted\ndata: {\"a\":\ndata: 1}\n\n"
-            b": following\n\nid: 8\r\nevent: ended\r\ndata:2\r\n\r\ndata: cut off")
+    data = (
+        b': alive\n\nid: 7\nevent: granted\ndata: {"a":\ndata: 1}\n\n'
+        b": following\n\nid: 8\r\nevent: ended\r\ndata:2\r\n\r\ndata: cut off"
+    )
     reader, events, last = EventReader(), [], 0
     for cut in [*sorted({cut % len(data) for cut in cuts}), len(data)]:
         events += reader.feed(data[last:cut])
         last = cut
-    assert [(event.id, event.name, event.data) for event in events] == \
-        [("7", "granted", '{"a":\n1}'), ("8", "ended", "2")]
+    assert [(event.id, event.name, event.data) for event in events] == [
+        ("7", "granted", '{"a":\n1}'),
+        ("8", "ended", "2"),
+    ]
 
 
 def test_unavailable_says_what_was_tried_and_how_to_start_one() -> None:

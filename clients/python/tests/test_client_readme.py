@@ -10,8 +10,9 @@ from urllib.request import urlopen
 
 from tests.cli.bed import Daemon, end
 
-SERVICE, LOOK_UP, ASYNC_SERVICE = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md")
-                                             .read_text(), re.DOTALL)
+SERVICE, LOOK_UP, ASYNC_SERVICE = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
+)
 
 
 def port_of(program: subprocess.Popen[str]) -> int:

@@ -81,6 +81,7 @@ def serves_three(daemon: Daemon, service: str, start: Callable[[], subprocess.Po
     """Start three instances, find and ask all of them, kill one, and see it leave at once."""
     programs = [start() for _ in range(3)]
     try:
+
         def passing() -> list[portd_client.Instance]:
             for program in programs:
                 assert program.poll() is None or program is programs[0], program.communicate()[0]
@@ -92,8 +93,13 @@ def serves_three(daemon: Daemon, service: str, start: Callable[[], subprocess.Po
         for one in found:
             with urlopen(f"http://{one.authority}/", timeout=10) as answer:
                 assert answer.read() == b"ok"
-        gone = daemon.client.lease(next(lease["id"] for lease in daemon.client.leases(service=service)
-                                        if lease["owner"]["pid"] == programs[0].pid))
+        gone = daemon.client.lease(
+            next(
+                lease["id"]
+                for lease in daemon.client.leases(service=service)
+                if lease["owner"]["pid"] == programs[0].pid
+            )
+        )
         end(programs[0])
         left = wait_for(lambda: len(now := passing()) == 2 and now, "the killed one leaves")
         assert left
@@ -109,9 +115,14 @@ def needs(*packages: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-@pytest.mark.parametrize(("service", "source"), [
-    ("by-socketserver", SOCKETSERVER), ("by-aiohttp", AIOHTTP),
-    pytest.param("by-uvicorn", UVICORN, marks=needs("uvicorn"))])
+@pytest.mark.parametrize(
+    ("service", "source"),
+    [
+        ("by-socketserver", SOCKETSERVER),
+        ("by-aiohttp", AIOHTTP),
+        pytest.param("by-uvicorn", UVICORN, marks=needs("uvicorn")),
+    ],
+)
 def test_a_server_that_leases_by_itself(daemon: Daemon, service: str, source: str) -> None:
     serves_three(daemon, service, lambda: daemon.start_python(source))
 
@@ -122,15 +133,46 @@ def test_flask_on_gunicorn_under_portd_run(daemon: Daemon, socket: bool) -> None
     (daemon.directory / "service_app.py").write_text(FLASK)
     service = "by-passed-socket" if socket else "by-flask"
     how, bind = (["--socket"], []) if socket else ([], ["--bind", "{host}:{port}"])
-    serves_three(daemon, service, lambda: daemon.start_portd(
-        "run", service, "--check", "http:/healthz", *how, "--", sys.executable, "-m", "gunicorn", *bind,
-        "--timeout", "2", "--chdir", str(daemon.directory), "service_app:app"))
+    serves_three(
+        daemon,
+        service,
+        lambda: daemon.start_portd(
+            "run",
+            service,
+            "--check",
+            "http:/healthz",
+            *how,
+            "--",
+            sys.executable,
+            "-m",
+            "gunicorn",
+            *bind,
+            "--timeout",
+            "2",
+            "--chdir",
+            str(daemon.directory),
+            "service_app:app",
+        ),
+    )
 
 
 @needs("gunicorn", "flask")
 def test_flask_on_a_gunicorn_that_leases_by_itself(daemon: Daemon) -> None:
     (daemon.directory / "service_app.py").write_text(FLASK)
     (daemon.directory / "gunicorn.conf.py").write_text(GUNICORN)
-    serves_three(daemon, "by-gunicorn", lambda: daemon.start_program([
-        sys.executable, "-m", "gunicorn", "--config", str(daemon.directory / "gunicorn.conf.py"),
-        "--chdir", str(daemon.directory), "service_app:app"]))
+    serves_three(
+        daemon,
+        "by-gunicorn",
+        lambda: daemon.start_program(
+            [
+                sys.executable,
+                "-m",
+                "gunicorn",
+                "--config",
+                str(daemon.directory / "gunicorn.conf.py"),
+                "--chdir",
+                str(daemon.directory),
+                "service_app:app",
+            ]
+        ),
+    )

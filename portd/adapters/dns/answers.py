@@ -1,6 +1,6 @@
 """Positive answers to one question, ready but for the id, the question as asked and OPT, in every rotation.
 
-A rotation is put together by joining when it is first asked for, and kept until the records change. This room must not
+A rotation is put together by joining when it is first asked for, and kept until the records change. This module must not
 know names or leases.
 """
 

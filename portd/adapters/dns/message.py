@@ -1,7 +1,7 @@
 """One query in, one answer out, in bytes: what a message must be (RFC 1035, 2308, 6891, 8482) and what it is answered
 with. The way of a good query is short: find the name, patch id, flags and the question into what is prepared.
 
-This room must not know sockets, leases, or where a table of names comes from.
+This module must not know sockets, leases, or where a table of names comes from.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Responder:
     def _answer(self, query: bytes, limits: Limits) -> bytes:
         # A name that is found is well-formed, as the table's are: only others need a walk over their labels.
         end = query.find(0, HEADER_BYTES) + 5
-        node = self._names.find(query[HEADER_BYTES:end - 4].lower())
+        node = self._names.find(query[HEADER_BYTES : end - 4].lower())
         ours = True
         if node is None:
             end, ours = self._locate(query)
@@ -110,7 +110,7 @@ class Responder:
         if edns is not None and edns.version:
             return self._reject(query, end, qtype, BADVERS, BADVERS_OPTS[edns.dnssec_ok])
         opt = b"" if edns is None else OPTS[edns.dnssec_ok]
-        if not ours or query[end - 2:end] != IN_CLASS or qtype in (AXFR, IXFR):
+        if not ours or query[end - 2 : end] != IN_CLASS or qtype in (AXFR, IXFR):
             return self._reject(query, end, qtype, REFUSED, opt)
         if node is None:
             return self._deny(query, end, qtype, NXDOMAIN, opt)
@@ -139,7 +139,7 @@ class Responder:
         at += 1
         if at - HEADER_BYTES > 255:
             raise Malformed
-        return at + 4, at - len(zone) in starts and query[at - len(zone):at].lower() == zone
+        return at + 4, at - len(zone) in starts and query[at - len(zone) : at].lower() == zone
 
     def _deny(self, query: bytes, end: int, qtype: int, rcode: Rcode, opt: bytes) -> bytes:
         """Say that there is no such name, or (NOERROR) no such record, and who says so (RFC 2308 section 2)."""
@@ -147,8 +147,9 @@ class Responder:
             self._on_query(TYPE_NAMES.get(qtype, "other"), rcode.name)
         zone_at = end - 4 - len(self._names.wire)
         top = head(AUTHORITATIVE | _desired(query) | rcode, 0, 1, 1 if opt else 0)
-        return b"".join((query[:2], top, query[HEADER_BYTES:end], (zone_at | 0xC000).to_bytes(2),
-                         self._names.soa.data, opt))
+        return b"".join(
+            (query[:2], top, query[HEADER_BYTES:end], (zone_at | 0xC000).to_bytes(2), self._names.soa.data, opt)
+        )
 
     def _reject(self, query: bytes, end: int, qtype: int, rcode: Rcode, opt: bytes) -> bytes:
         """Decline a question that is none of ours; the upper bits of `rcode` are in OPT."""
@@ -183,7 +184,7 @@ def find_edns(counts: bytes, records: bytes) -> Edns | None:
         owner_at, at = at, _skip_name(records, at)
         if at + 10 > len(records):
             raise Malformed
-        if left <= additional and records[owner_at:owner_at + 3] == OPT_START:
+        if left <= additional and records[owner_at : owner_at + 3] == OPT_START:
             if found is not None:
                 raise Malformed
             found = Edns(records[at + 2] << 8 | records[at + 3], records[at + 5], bool(records[at + 6] & DO_BIT))

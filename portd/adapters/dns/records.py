@@ -2,7 +2,7 @@
 
 dnspython renders them. That takes 45 µs a lease, about as long as a grant, so it happens when somebody first asks after
 a change, and nobody waits for it who only wants a port. A record is kept from its type on, without its owner's name, so
-that an answer can be put together by joining. This room must not know which leases are shown, or where in a message a
+that an answer can be put together by joining. This module must not know which leases are shown, or where in a message a
 record ends up.
 """
 
@@ -20,7 +20,7 @@ import dns.rdata
 from dns.rdataclass import IN
 from dns.rdatatype import AAAA, HINFO, NS, SOA, SRV, TXT, A, RdataType
 
-from portd.core.addresses import ANY, ANY_V4
+from portd.core.bindings import ANY, ANY_V4
 from portd.core.model import MAIN_ENDPOINT, Lease
 
 LABEL_MAX_BYTES: Final = 63
@@ -97,8 +97,14 @@ class Endpoint:
     def follow(self, lease: Lease) -> bool:
         """Take the lease's next version over; False, and nothing is done, where its records must be packed anew."""
         before = self.lease
-        if (lease.address, lease.port, lease.tags, lease.metadata, lease.name, lease.protocol) != \
-                (before.address, before.port, before.tags, before.metadata, before.name, before.protocol):
+        if (lease.address, lease.port, lease.tags, lease.metadata, lease.name, lease.protocol) != (
+            before.address,
+            before.port,
+            before.tags,
+            before.metadata,
+            before.name,
+            before.protocol,
+        ):
             return False
         self.lease = lease
         return True
@@ -130,8 +136,10 @@ def minimal_any() -> Record:
 
 def address_records(addresses: Sequence[str], ttl: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """Render A and AAAA records; raises dns.exception.SyntaxError for what is no address."""
-    return (tuple(Record(_render(A, address, ttl)) for address in addresses if ":" not in address),
-            tuple(Record(_render(AAAA, address, ttl)) for address in addresses if ":" in address))
+    return (
+        tuple(Record(_render(A, address, ttl)) for address in addresses if ":" not in address),
+        tuple(Record(_render(AAAA, address, ttl)) for address in addresses if ":" in address),
+    )
 
 
 def stands_for(address: str, hosts: Sequence[str]) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """The DNS server: sockets of both kinds over one table of names. It only follows events; it undoes nothing.
 
 What has happened is taken in when somebody asks next, once for each lease: the answer is as new as ever, and a host
-where nobody asks, or a lease that came and went between two questions, pays nothing for DNS. This room must not know
+where nobody asks, or a lease that came and went between two questions, pays nothing for DNS. This module must not know
 what messages look like.
 """
 
@@ -19,7 +19,7 @@ from portd.adapters.dns.message import Limits, Responder
 from portd.adapters.dns.tcp import TcpListener
 from portd.adapters.dns.udp import UdpListener
 from portd.adapters.dns.zone import Zone
-from portd.core.addresses import ANY, ANY_V4
+from portd.core.bindings import ANY, ANY_V4
 from portd.core.model import Event, Lease
 
 LOOPBACK: Final = ("127.0.0.1", "::1")
@@ -41,16 +41,21 @@ class DnsServer:
     Raises ValueError for an impossible zone.
     """
 
-    def __init__(self, listen: Sequence[tuple[str, int]], zone: str = "portd.internal.", ttl: int = 0,
-                 on_query: Callable[[str, str], None] | None = None,
-                 host_addresses: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        listen: Sequence[tuple[str, int]],
+        zone: str = "portd.internal.",
+        ttl: int = 0,
+        on_query: Callable[[str, str], None] | None = None,
+        host_addresses: Sequence[str] | None = None,
+    ) -> None:
         self._listen = listen
         self._zone_name = zone
         self._ttl = ttl
         self._zone = Zone(zone, ttl, _reached_at(listen) if host_addresses is None else host_addresses)
         self._responder = Responder(self._zone, on_query)
         self._news: dict[str, Lease] = {}  # by id, in the order of first changes: a name's last lease leaves before
-        self._revision = 0                 # its next one comes
+        self._revision = 0  # its next one comes
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._addresses: list[tuple[str, int]] = []
@@ -103,10 +108,16 @@ class DnsServer:
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
         self._catch_up()
-        return {"listen": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self._addresses],
-                "zone": self._zone_name, "ttl": self._ttl, "services": self._zone.service_count,
-                "names": len(self._zone), "connections": sum(len(listener) for listener in self._tcp),
-                "failed_queries": self._failures, "problem": self._problem}
+        return {
+            "listen": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self._addresses],
+            "zone": self._zone_name,
+            "ttl": self._ttl,
+            "services": self._zone.service_count,
+            "names": len(self._zone),
+            "connections": sum(len(listener) for listener in self._tcp),
+            "failed_queries": self._failures,
+            "problem": self._problem,
+        }
 
     def _catch_up(self) -> None:
         """Take in what has happened since the last question: 3 µs for each lease that has changed."""
@@ -126,8 +137,10 @@ class DnsServer:
         try:
             tcp, udp = _bind_both(host, port)
         except OSError as error:
-            raise OSError(error.errno, f"dns can't listen on {host} port {port}: {error.strerror}; "
-                                       "change [dns] listen, or end what has it") from error
+            raise OSError(
+                error.errno,
+                f"dns can't listen on {host} port {port}: {error.strerror}; change [dns] listen, or end what has it",
+            ) from error
         self._tcp.append(listener := TcpListener(tcp, self._respond))
         self._udp.append(answerer := UdpListener(udp, self._respond))
         await listener.start()

@@ -154,7 +154,7 @@ class _Connection(asyncio.Protocol):
             for count in range(BATCH + 1):
                 if len(received) < at + 2:
                     return False
-                end = at + 2 + int.from_bytes(received[at:at + 2])
+                end = at + 2 + int.from_bytes(received[at : at + 2])
                 if end > at + 2 + QUERY_MAX_BYTES:
                     self.abort()
                     return False
@@ -162,7 +162,7 @@ class _Connection(asyncio.Protocol):
                     return False
                 if count == BATCH or self._full:
                     return True
-                answer = self._listener.respond(bytes(received[at + 2:end]), LIMITS)
+                answer = self._listener.respond(bytes(received[at + 2 : end]), LIMITS)
                 if answer is None:  # no query at all: whatever this client speaks, it is not DNS
                     self.abort()
                     return False

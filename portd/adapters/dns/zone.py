@@ -39,8 +39,11 @@ QUESTION_TAIL_BYTES: Final = 4
 
 _ANY_ANSWER: Final = (minimal_any(),)
 _OF_TYPE: Final[dict[int, Callable[[Endpoint], Sequence[Record]]]] = {
-    A: lambda endpoint: endpoint.a, AAAA: lambda endpoint: endpoint.aaaa, TXT: lambda endpoint: endpoint.txt,
-    SRV: lambda endpoint: (endpoint.srv,)}
+    A: lambda endpoint: endpoint.a,
+    AAAA: lambda endpoint: endpoint.aaaa,
+    TXT: lambda endpoint: endpoint.txt,
+    SRV: lambda endpoint: (endpoint.srv,),
+}
 
 
 class Source:

@@ -73,8 +73,9 @@ class Reader:
 
     def __init__(self, route: Route) -> None:
         self._query_type = route.query or NoQuery
-        self._lists = {field.encode_name for field in msgspec.structs.fields(self._query_type)
-                       if isinstance(field.default, tuple)}
+        self._lists = {
+            field.encode_name for field in msgspec.structs.fields(self._query_type) if isinstance(field.default, tuple)
+        }
         self._type = route.body
         self._decode = None if route.body is None else msgspec.json.Decoder(route.body).decode
         self._required = route.body_required

@@ -22,7 +22,7 @@ from portd.core.model import Event, Label
 from portd.core.problems import InvalidQuery
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import EventView, view_event
-from portd.feed import Feed
+from portd.leasing.feed import Feed
 
 BUFFER_MAX_BYTES: Final = 2 << 20
 """What may wait for one follower: two thousand events, so that a thousand owners that exit at once cut nobody off. The
@@ -99,9 +99,19 @@ class EventCalls:
         self.dropped_count = 0
 
     def routes(self) -> list[Route]:
-        """Return the routes of this room."""
-        return [Route("GET", "/v1/events", self.follow, "Follow events as server-sent events", {200: EventView},
-                      query=EventQuery, refusals=("revision_gone", "busy"), media_type="text/event-stream")]
+        """Return the routes of this module."""
+        return [
+            Route(
+                "GET",
+                "/v1/events",
+                self.follow,
+                "Follow events as server-sent events",
+                {200: EventView},
+                query=EventQuery,
+                refusals=("revision_gone", "busy"),
+                media_type="text/event-stream",
+            )
+        ]
 
     def close(self) -> None:
         """End every stream: the daemon stops."""
@@ -122,9 +132,13 @@ class EventCalls:
             raise Busy(f"{FOLLOWERS_MAX} followers are connected already")
         service = call.query.service
         past = self._feed.since(self._start(call), service)
-        response = web.StreamResponse(headers={
-            "Content-Type": "text/event-stream", "Cache-Control": "no-store",
-            "X-Portd-Revision": str(self._feed.revision)})
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-store",
+                "X-Portd-Revision": str(self._feed.revision),
+            }
+        )
         stream = _Stream(call.request.transport)
         try:
             with self._joined(stream, call.caller, service):  # nothing is missed: `past` ends where this begins
@@ -168,8 +182,9 @@ class EventCalls:
         if self._timer is None:
             loop = asyncio.get_running_loop()
             due = self._written_at + self.stream_count * FLUSH_S_A_STREAM
-            self._timer = loop.call_soon(self._begin_round) if due <= loop.time() else \
-                loop.call_at(due, self._begin_round)
+            self._timer = (
+                loop.call_soon(self._begin_round) if due <= loop.time() else loop.call_at(due, self._begin_round)
+            )
 
     def _begin_round(self) -> None:
         self._round = [each for group in self._groups.values() for each in group.take_pending()]

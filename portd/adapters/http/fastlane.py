@@ -23,14 +23,24 @@ from portd.adapters.http.leases import Grants, LeaseCalls, as_requests
 from portd.core.errors import ForbiddenOrigin, Refusal
 from portd.core.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.rights import Caller
-from portd.journal import Entry
-from portd.service import Decision, LeaseService
+from portd.leasing.journal import Entry
+from portd.leasing.service import Decision, LeaseService
 
 logger = logging.getLogger(__name__)
 
 REQUEST_LINE: Final = b"POST /v1/leases HTTP/1.1\r\n"
-_HARMLESS: Final = frozenset({b"host", b"content-type", b"content-length", b"accept", b"user-agent",
-                              b"accept-encoding", b"accept-language", b"connection"})
+_HARMLESS: Final = frozenset(
+    {
+        b"host",
+        b"content-type",
+        b"content-length",
+        b"accept",
+        b"user-agent",
+        b"accept-encoding",
+        b"accept-language",
+        b"connection",
+    }
+)
 """Headers that change nothing about a grant. One that is not here sends the request the long way."""
 _LENGTH = re.compile(rb"[1-9][0-9]{0,6}\Z")
 _REASONS: Final = {200: b"OK", 201: b"Created"}
@@ -50,8 +60,9 @@ class Head(NamedTuple):
 class FastLane:
     """Takes plain grants for all connections."""
 
-    def __init__(self, gate: Gate, service: LeaseService, calls: LeaseCalls,
-                 hash_token: Callable[[str], bytes]) -> None:
+    def __init__(
+        self, gate: Gate, service: LeaseService, calls: LeaseCalls, hash_token: Callable[[str], bytes]
+    ) -> None:
         self._gate = gate
         self._service = service
         self._calls = calls
@@ -70,7 +81,7 @@ class FastLane:
         if head is None or len(data) - head_size - 4 != head.body_size:
             return None
         try:
-            wish = self._decode(data[head_size + 4:])
+            wish = self._decode(data[head_size + 4 :])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None  # the long way finds the words for it
         if self._service.unsettled(as_requests(wish)) is not None:
@@ -114,7 +125,7 @@ class FastLane:
         if not head.startswith(REQUEST_LINE):
             return False
         headers: dict[bytes, bytes] = {}
-        for line in head[len(REQUEST_LINE):].split(b"\r\n"):
+        for line in head[len(REQUEST_LINE) :].split(b"\r\n"):
             name, colon, value = line.partition(b":")
             name = name.lower()
             if not colon or name not in _HARMLESS or name in headers:
@@ -145,5 +156,12 @@ def _refuse(refusal: Refusal) -> bytes:
 
 
 def _response(status: int, reason: bytes, content_type: bytes, headers: bytes, body: bytes) -> bytes:
-    return (b"HTTP/1.1 %d %s\r\n%sContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n\r\n%s"
-            % (status, reason, headers, content_type, len(body), rfc822_formatted_time().encode(), body))
+    return b"HTTP/1.1 %d %s\r\n%sContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n\r\n%s" % (
+        status,
+        reason,
+        headers,
+        content_type,
+        len(body),
+        rfc822_formatted_time().encode(),
+        body,
+    )

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from portd.core.errors import ForbiddenOrigin, Unauthenticated
 from portd.core.rights import Caller
-from portd.seams import Peer, Peers
+from portd.leasing.seams import Peer, Peers
 
 LOCAL_NAMES: Final = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 
@@ -43,7 +43,7 @@ class Gate:
         self._tokens = tokens
         self._names = LOCAL_NAMES | {name.lower() for name in names}
 
-    def meet(self, transport: Any) -> Guest:
+    def identify(self, transport: Any) -> Guest:
         """Find out who opened a connection; called once for each."""
         connection: socket.socket = transport.get_extra_info("socket")
         if connection.family == socket.AF_UNIX:

@@ -30,9 +30,10 @@ class LanCalls:
         self._lan = lan
 
     def routes(self) -> list[Route]:
-        """Return the routes of this room."""
-        return [Route("GET", "/v1/lan", self.show, "List DNS-SD services seen on the LAN", {200: LanList},
-                      query=LanQuery)]
+        """Return the routes of this module."""
+        return [
+            Route("GET", "/v1/lan", self.show, "List DNS-SD services seen on the LAN", {200: LanList}, query=LanQuery)
+        ]
 
     async def show(self, call: Call) -> Answer:
         """GET /v1/lan."""

@@ -14,7 +14,7 @@ from portd.core.problems import InvalidQuery
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import LeaseView
-from portd.service import Granted, LeaseService
+from portd.leasing.service import Granted, LeaseService
 
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
@@ -58,28 +58,91 @@ class LeaseCalls:
         self._service = service
 
     def routes(self) -> list[Route]:
-        """Return the routes of this room."""
+        """Return the routes of this module."""
         one = {200: LeaseView}
         mine = ("unauthenticated", "not_owner", "not_found", "lease_ended", "store_unavailable", "busy")
         lease = "/v1/leases/{id}"
         return [
-            Route("POST", "/v1/leases", self.grant, "Grant one lease, or several: all or none",
-                  {201: LeaseView | list[LeaseView], 200: LeaseView | list[LeaseView]}, body=Grants,
-                  refusals=("unauthenticated", "not_owner", "port_taken", "port_reserved", "other_network",
-                            "announce_unreachable", "quota_exceeded", "pool_exhausted", "busy", "store_unavailable")),
+            Route(
+                "POST",
+                "/v1/leases",
+                self.grant,
+                "Grant one lease, or several: all or none",
+                {201: LeaseView | list[LeaseView], 200: LeaseView | list[LeaseView]},
+                body=Grants,
+                refusals=(
+                    "unauthenticated",
+                    "not_owner",
+                    "port_taken",
+                    "port_reserved",
+                    "other_network",
+                    "announce_unreachable",
+                    "quota_exceeded",
+                    "pool_exhausted",
+                    "busy",
+                    "store_unavailable",
+                ),
+            ),
             Route("GET", "/v1/leases", self.listing, "List leases", {200: LeaseList}, query=LeaseQuery),
-            Route("GET", lease, self.show, "Show one lease, an ended one too while it is remembered", one,
-                  refusals=("not_found",)),
-            Route("POST", f"{lease}/renew", self.renew, "Restart the clock of a ttl lease", one, body=RenewRequest,
-                  body_required=False, refusals=(*mine, "no_clock"), access="lease"),
-            Route("POST", f"{lease}/decline", self.decline, "Get another port: somebody else has this one", one,
-                  refusals=(*mine, "not_declinable", "pool_exhausted"), access="lease"),
-            Route("POST", f"{lease}/drain", self.drain, "Take no new work, or take it again", one, body=DrainRequest,
-                  body_required=False, refusals=mine, access="lease"),
-            Route("PATCH", lease, self.patch, "Replace tags, metadata, check or announcement", one, body=PatchRequest,
-                  refusals=(*mine, "announce_unreachable"), access="lease"),
-            Route("PUT", f"{lease}/health", self.report, "Report the result of a 'report' check", one,
-                  body=HealthReport, refusals=mine, access="lease"),
+            Route(
+                "GET",
+                lease,
+                self.show,
+                "Show one lease, an ended one too while it is remembered",
+                one,
+                refusals=("not_found",),
+            ),
+            Route(
+                "POST",
+                f"{lease}/renew",
+                self.renew,
+                "Restart the clock of a ttl lease",
+                one,
+                body=RenewRequest,
+                body_required=False,
+                refusals=(*mine, "no_clock"),
+                access="lease",
+            ),
+            Route(
+                "POST",
+                f"{lease}/decline",
+                self.decline,
+                "Get another port: somebody else has this one",
+                one,
+                refusals=(*mine, "not_declinable", "pool_exhausted"),
+                access="lease",
+            ),
+            Route(
+                "POST",
+                f"{lease}/drain",
+                self.drain,
+                "Take no new work, or take it again",
+                one,
+                body=DrainRequest,
+                body_required=False,
+                refusals=mine,
+                access="lease",
+            ),
+            Route(
+                "PATCH",
+                lease,
+                self.patch,
+                "Replace tags, metadata, check or announcement",
+                one,
+                body=PatchRequest,
+                refusals=(*mine, "announce_unreachable"),
+                access="lease",
+            ),
+            Route(
+                "PUT",
+                f"{lease}/health",
+                self.report,
+                "Report the result of a 'report' check",
+                one,
+                body=HealthReport,
+                refusals=mine,
+                access="lease",
+            ),
             Route("DELETE", lease, self.release, "Release", {204: None}, refusals=mine, access="lease"),
         ]
 
@@ -90,8 +153,10 @@ class LeaseCalls:
 
     def show_granted(self, granted: Granted, wish: Grants, caller: Caller) -> Answer:
         """Show what a call for leases brought, in the shape that it was asked for in."""
-        views = [self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
-                 for lease, token in zip(granted.leases, granted.tokens, strict=True)]
+        views = [
+            self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
+            for lease, token in zip(granted.leases, granted.tokens, strict=True)
+        ]
         return Answer(views if isinstance(wish, list) else views[0], 201 if granted.is_new else 200)
 
     async def listing(self, call: Call) -> Answer:
@@ -102,7 +167,7 @@ class LeaseCalls:
         matching = sorted((lease for lease in leases if _matches(lease, query)), key=_order)
         page = [lease for lease in matching if after is None or _order(lease) > after]
         cursor = _encode_cursor(page[query.limit - 1]) if len(page) > query.limit else None
-        return Answer(LeaseList([self._view(lease, call.caller) for lease in page[:query.limit]], cursor))
+        return Answer(LeaseList([self._view(lease, call.caller) for lease in page[: query.limit]], cursor))
 
     async def show(self, call: Call) -> Answer:
         """GET /v1/leases/{id}."""
@@ -151,12 +216,19 @@ class LeaseCalls:
 
 
 def _matches(lease: Lease, query: LeaseQuery) -> bool:
-    return (query.service in (None, lease.service) and query.instance in (None, lease.instance)
-            and query.endpoint in (None, lease.endpoint) and query.protocol in (None, lease.protocol)
-            and query.port in (None, lease.port) and query.pid in (None, lease.owner.pid)
-            and query.uid in (None, lease.uid) and query.pool in (None, lease.pool)
-            and query.state in (None, lease.state) and query.health in (None, lease.health)
-            and all(tag in lease.tags for tag in query.tag))
+    return (
+        query.service in (None, lease.service)
+        and query.instance in (None, lease.instance)
+        and query.endpoint in (None, lease.endpoint)
+        and query.protocol in (None, lease.protocol)
+        and query.port in (None, lease.port)
+        and query.pid in (None, lease.owner.pid)
+        and query.uid in (None, lease.uid)
+        and query.pool in (None, lease.pool)
+        and query.state in (None, lease.state)
+        and query.health in (None, lease.health)
+        and all(tag in lease.tags for tag in query.tag)
+    )
 
 
 def _order(lease: Lease) -> tuple[str, str, str, str]:

@@ -41,9 +41,12 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schema_of, components)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "portd", "version": __version__, "license": {"name": "Apache-2.0",
-                                                                       "identifier": "Apache-2.0"},
-                 "description": "Leases ports to the processes of a host, and helps callers find the healthy ones."},
+        "info": {
+            "title": "portd",
+            "version": __version__,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            "description": "Leases ports to the processes of a host, and helps callers find the healthy ones.",
+        },
         "paths": paths,
         "components": {
             "schemas": components,
@@ -60,14 +63,18 @@ def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, An
         "summary": route.summary,
         "responses": {str(status): _answer(route, status, kind, schema_of) for status, kind in route.answers.items()},
     }
-    parameters = [{"name": name, "in": "path", "required": True, "schema": _path_schema(name)}
-                  for name in re.findall(r"{(\w+)}", route.path)]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": _path_schema(name)}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
     parameters += _query_parameters(route, components)
     if parameters:
         operation["parameters"] = parameters
     if route.body is not None:
-        operation["requestBody"] = {"required": route.body_required, "content": {
-            "application/json": {"schema": schema_of[repr(route.body)]}}}
+        operation["requestBody"] = {
+            "required": route.body_required,
+            "content": {"application/json": {"schema": schema_of[repr(route.body)]}},
+        }
     codes = {"invalid_request", "forbidden_origin", "method_not_allowed", *route.refusals}
     if route.body is not None:
         codes |= {"too_large", "unsupported_media_type", "request_timeout"}
@@ -97,8 +104,10 @@ def _query_parameters(route: Route, components: dict[str, Any]) -> list[dict[str
     schema = found.pop(route.query.__name__)
     components.update(found)
     required = schema.get("required", ())
-    return [{"name": name, "in": "query", "required": name in required, "schema": _without_null(field)}
-            for name, field in schema["properties"].items()]
+    return [
+        {"name": name, "in": "query", "required": name in required, "schema": _without_null(field)}
+        for name, field in schema["properties"].items()
+    ]
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -120,5 +129,7 @@ def _answer(route: Route, status: int, kind: Any, schema_of: dict[str, Any]) -> 
 
 
 def _refusal(*codes: str) -> dict[str, Any]:
-    return {"description": "; or: ".join(TITLE[code] for code in codes),
-            "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    return {
+        "description": "; or: ".join(TITLE[code] for code in codes),
+        "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }

@@ -30,7 +30,7 @@ from portd.core.problems import (
     headers_of,
     problem_of,
 )
-from portd.journal import Entry
+from portd.leasing.journal import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Connection(RequestHandler):
         self._late: list[bytes] = []
         server = self._manager
         assert isinstance(server, Server)
-        self.guest = server.gate.meet(transport)
+        self.guest = server.gate.identify(transport)
         super().connection_made(transport)
         if len(server.connections) > CONNECTIONS_MAX:
             self.force_close()
@@ -126,8 +126,9 @@ class Connection(RequestHandler):
         if self._wire is not None and self._abort_timer is None and self._wire.get_write_buffer_size():
             self._abort_timer = self._loop.call_later(ANSWER_TIMEOUT_S, self._wire.abort)
 
-    def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
-                     message: str | None = None) -> web.StreamResponse:
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
         """Answer what aiohttp itself refuses (broken HTTP), and what went wrong in portd, with a problem document."""
         if status < 500:
             refusal = InvalidRequest(f"this is not HTTP: {(message or 'bad request').splitlines()[0][:200]}")
@@ -159,8 +160,15 @@ class Connection(RequestHandler):
     def _is_idle(self) -> bool:
         """Tell whether aiohttp waits for the first byte of a request, and the client takes its answers."""
         waiter = self._waiter
-        return waiter is not None and not waiter.done() and not self._messages and not self._is_partial \
-            and not self._close and not self._force_close and not self.writing_paused
+        return (
+            waiter is not None
+            and not waiter.done()
+            and not self._messages
+            and not self._is_partial
+            and not self._close
+            and not self._force_close
+            and not self.writing_paused
+        )
 
     def _take_fast(self, data: bytes) -> bool:
         server = self._manager
@@ -216,9 +224,16 @@ class _Runner(web.AppRunner):
         # With cancellation nobody waits for a change, or the disk, on behalf of a client that has gone; the service
         # sees to it that the work goes on.
         stock = await super()._make_server()
-        return Server(stock.request_handler, self._gate, self._fast_lane, request_factory=stock.request_factory,
-                      handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S,
-                      lingering_time=LINGER_S)
+        return Server(
+            stock.request_handler,
+            self._gate,
+            self._fast_lane,
+            request_factory=stock.request_factory,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+            lingering_time=LINGER_S,
+        )
 
 
 class HttpServer:
@@ -284,8 +299,9 @@ class HttpServer:
             self._gate.check_origin(guest, request.headers)
         caller, known = self._gate.caller(guest, request.headers, self._hash_token)
         if not known and not (route.access == "anybody" or (route.access == "lease" and caller.token_hash)):
-            raise Unauthenticated("callers from elsewhere need a token of the configuration: send it as "
-                                  "'Authorization: Bearer TOKEN'")
+            raise Unauthenticated(
+                "callers from elsewhere need a token of the configuration: send it as 'Authorization: Bearer TOKEN'"
+            )
         query = reader.query(request)
         body = await reader.body(request, REQUEST_TIMEOUT_S)
         if needs_pid and caller.pid is None and caller.uid is not None:
@@ -341,6 +357,11 @@ def problem_response(problem: Problem, headers: dict[str, str] | None = None) ->
 
 def internal_error() -> web.Response:
     """Make the answer to a fault of ours: it tells nothing that a client could use, or should know."""
-    problem = Problem("urn:portd:problem:internal_error", "portd failed", 500,
-                      "this is a fault of portd's; its log says more", "internal_error")
+    problem = Problem(
+        "urn:portd:problem:internal_error",
+        "portd failed",
+        500,
+        "this is a fault of portd's; its log says more",
+        "internal_error",
+    )
     return problem_response(problem)

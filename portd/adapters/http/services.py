@@ -15,8 +15,8 @@ from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
 from portd.core.rights import sees_cmdline
 from portd.core.views import LeaseView, OwnerView, moment
-from portd.feed import Feed
-from portd.service import LeaseService
+from portd.leasing.feed import Feed
+from portd.leasing.service import LeaseService
 
 WAIT_MAX_S: Final = 600.0
 """The longest long poll, in seconds: proxies and kernels forget idle connections that stay longer."""
@@ -84,7 +84,7 @@ class ServiceCalls:
         self._lan = lan
 
     def routes(self) -> list[Route]:
-        """Return the routes of this room."""
+        """Return the routes of this module."""
         return [
             Route("GET", "/v1/services", self.names, "List services with counts by health", {200: ServiceList}),
             Route(
@@ -184,14 +184,22 @@ def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
         port=seen.port,
         pool="",
         hold="none",
+        listening=(),
+        vouched_by=None,
+        elsewhere=(),
         state="bound",
         health="passing",
+        health_note="",
+        health_since=None,
+        checked_at=None,
         drain=False,
         lifetime="ttl",
         owner=owner,
         uid=None,
         tags=(),
         metadata=dict(seen.txt),
+        weight=1,
+        priority=0,
         check=None,
         announce=None,
         host=seen.host.removesuffix(".local."),

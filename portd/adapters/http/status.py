@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from portd import __version__
 from portd.adapters.http.calls import Answer, Call, Route
-from portd.service import LeaseService
+from portd.leasing.service import LeaseService
 
 
 class PoolStatus(Struct, frozen=True):
@@ -64,8 +64,14 @@ class StatusCalls:
     sentence. `facts` gives pid, uptime and counts beyond those of leases.
     """
 
-    def __init__(self, service: LeaseService, conditions: Conditions, facts: Callable[[], dict[str, Any]],
-                 metrics: Callable[[], bytes], extra_warnings: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        service: LeaseService,
+        conditions: Conditions,
+        facts: Callable[[], dict[str, Any]],
+        metrics: Callable[[], bytes],
+        extra_warnings: Callable[[], list[str]],
+    ) -> None:
         self._service = service
         self._conditions = conditions
         self._facts = facts
@@ -73,13 +79,26 @@ class StatusCalls:
         self._extra_warnings = extra_warnings
 
     def routes(self) -> list[Route]:
-        """Return the routes of this room."""
+        """Return the routes of this module."""
         return [
             Route("GET", "/v1/status", self.status, "Show the daemon's condition", {200: Status}),
-            Route("GET", "/healthz", self.healthz, "Tell whether all is well", {200: Healthy, 503: Unhealthy},
-                  access="anybody"),
-            Route("GET", "/metrics", self.metrics, "Show metrics for Prometheus", {200: str}, access="anybody",
-                  media_type="text/plain"),
+            Route(
+                "GET",
+                "/healthz",
+                self.healthz,
+                "Tell whether all is well",
+                {200: Healthy, 503: Unhealthy},
+                access="anybody",
+            ),
+            Route(
+                "GET",
+                "/metrics",
+                self.metrics,
+                "Show metrics for Prometheus",
+                {200: str},
+                access="anybody",
+                media_type="text/plain",
+            ),
         ]
 
     async def status(self, call: Call) -> Answer:
@@ -87,19 +106,37 @@ class StatusCalls:
         facts = self._facts()
         table = self._service.table
         states = Counter(lease.state for lease in table)
-        counts = {"leases": len(table), "services": sum(1 for _ in table.services()),
-                  **{state: states[state] for state in ("held", "bound", "conflict")}, **facts["counts"]}
+        counts = {
+            "leases": len(table),
+            "services": sum(1 for _ in table.services()),
+            **{state: states[state] for state in ("held", "bound", "conflict")},
+            **facts["counts"],
+        }
         found = {name: condition() for name, condition in self._conditions.items()}
-        return Answer(Status(
-            version=__version__, host=self._service.granter.policy.host, revision=table.revision,
-            pools=pool_status(self._service), counts=counts, warnings=self._warnings(found), pid=facts["pid"],
-            uptime=facts["uptime"], store=found["store"], mdns=found["mdns"], dns=found["dns"],
-            cluster=found["cluster"]))
+        return Answer(
+            Status(
+                version=__version__,
+                host=self._service.granter.policy.host,
+                revision=table.revision,
+                pools=pool_status(self._service),
+                counts=counts,
+                warnings=self._warnings(found),
+                pid=facts["pid"],
+                uptime=facts["uptime"],
+                store=found["store"],
+                mdns=found["mdns"],
+                dns=found["dns"],
+                cluster=found["cluster"],
+            )
+        )
 
     async def healthz(self, call: Call) -> Answer:
         """GET /healthz: 503 when grants can't be made."""
-        reasons = [f"{name}: {problem}" for name, condition in self._conditions.items()
-                   if name == "store" and (problem := condition().get("problem"))]
+        reasons = [
+            f"{name}: {problem}"
+            for name, condition in self._conditions.items()
+            if name == "store" and (problem := condition().get("problem"))
+        ]
         return Answer(Unhealthy(reasons), 503) if reasons else Answer(Healthy())
 
     async def metrics(self, call: Call) -> Answer:
@@ -109,8 +146,10 @@ class StatusCalls:
     def _warnings(self, found: dict[str, dict[str, Any]]) -> list[str]:
         warnings = [f"{name}: {condition['problem']}" for name, condition in found.items() if condition.get("problem")]
         if count := self._service.without_hold_count:
-            warnings.append(f"{count} leases have no hold: their owners listened already when portd started; each is "
-                            "held again as soon as its owner stops listening")
+            warnings.append(
+                f"{count} leases have no hold: their owners listened already when portd started; each is "
+                "held again as soon as its owner stops listening"
+            )
         return warnings + self._extra_warnings()
 
 
@@ -121,6 +160,7 @@ def pool_status(service: LeaseService) -> dict[str, PoolStatus]:
     pools = {}
     for name in allocator.pools():
         count = allocator.count(name)
-        pools[name] = PoolStatus(count.size, count.used - held[name], held[name], count.cooling, count.declined,
-                                 count.free)
+        pools[name] = PoolStatus(
+            count.size, count.used - held[name], held[name], count.cooling, count.declined, count.free
+        )
     return pools

@@ -5,7 +5,7 @@ With it, whoever sets it too may bind and listen, of any user, and all others st
 as well. The option takes effect on a bound socket at once, so one descriptor is lock and open door in turn. It is kept,
 never made anew: a second bind fails once the owner listens.
 
-A port is first bound *without* the option: that alone proves that nobody has it. This room must not know owners.
+A port is first bound *without* the option: that alone proves that nobody has it. This module must not know owners.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal
 
-from portd.core.addresses import overlaps
+from portd.core.bindings import overlaps
 from portd.core.model import HoldKind, Listener, Protocol
-from portd.seams import Taken
+from portd.leasing.seams import Taken
 
 Part = Literal["tcp", "udp"]
 """What the kernel binds: `both` is one of each."""
@@ -34,13 +34,13 @@ _REFUSALS: Final[dict[int | None, Taken]] = {
     errno.EADDRINUSE: "busy",
     errno.EADDRNOTAVAIL: "no_address",
     errno.EAFNOSUPPORT: "no_address",  # no IPv6 on this host
-    errno.EINVAL: "no_address",        # a link-local address without its interface
+    errno.EINVAL: "no_address",  # a link-local address without its interface
     errno.ENODEV: "no_address",
-    errno.EACCES: "forbidden",         # a port below 1024, or a security module
-    errno.EPERM: "forbidden",          # systemd's SocketBindDeny=
+    errno.EACCES: "forbidden",  # a port below 1024, or a security module
+    errno.EPERM: "forbidden",  # systemd's SocketBindDeny=
     errno.EMFILE: "no_descriptors",
     errno.ENFILE: "no_descriptors",
-    errno.ENOBUFS: "no_descriptors",   # out of kernel memory: as little to be done about
+    errno.ENOBUFS: "no_descriptors",  # out of kernel memory: as little to be done about
     errno.ENOMEM: "no_descriptors",
 }
 
@@ -209,7 +209,7 @@ class KernelHolds:
     def _is_alone(self, bound: socket.socket, address: str, port: int) -> bool:
         """Tell whether the socket table shows this TCP socket, and no other one in its way.
 
-        A table that does not show it (Linux before 6.8), or can't be read, would not show a stranger's either: then
+        A table that does not show it (Linux before 6.8), or can't be read, would not show a foreign process's either: then
         nothing is proved, and the port counts as taken until the old connections have ended (a minute in TIME_WAIT).
         """
         try:

@@ -1,7 +1,7 @@
 """The kernel's socket table, by NETLINK_SOCK_DIAG (sock_diag(7)).
 
 A dump costs 2 µs a listener, one exact query 5 µs, whatever the number of sockets. No privilege is needed for either.
-This room must not know processes: an inode is all it has of one.
+This module must not know processes: an inode is all it has of one.
 """
 
 from __future__ import annotations
@@ -70,8 +70,12 @@ class SocketDiag:
         """
         tcp = [listener for family in _FAMILIES for listener in self._dump("tcp", family, 1 << TCP_LISTEN, port)]
         own = self._own_inodes()
-        return tcp + [listener for family in _FAMILIES for listener in self._dump("udp", family, 1 << TCP_CLOSE, port)
-                      if listener.inode not in own]
+        return tcp + [
+            listener
+            for family in _FAMILIES
+            for listener in self._dump("udp", family, 1 << TCP_CLOSE, port)
+            if listener.inode not in own
+        ]
 
     def bound(self, protocol: KernelProtocol, port: int) -> list[Listener]:
         """List what is bound to a port without a connection: listeners, and what may become one, portd's own too."""
@@ -156,7 +160,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     at = 0
     while at + _HEADER.size <= len(data):
         size, kind, flags, _, _ = _HEADER.unpack_from(data, at)
-        yield kind, flags, data[at + _HEADER.size:at + size]
+        yield kind, flags, data[at + _HEADER.size : at + size]
         at += max(_HEADER.size, (size + 3) & ~3)
 
 

@@ -1,7 +1,7 @@
 """Who is at the other end of a connection, by the kernel's word.
 
 Over a unix socket the kernel noted it at connect(); over loopback TCP the socket table names the creator of the other
-end, and the process is whoever has that socket open. This room must not know what the peer may do.
+end, and the process is whoever has that socket open. This module must not know what the peer may do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Set
 from typing import Final
 
 from portd.adapters.kernel import procfs
-from portd.seams import Peer
+from portd.leasing.seams import Peer
 
 SO_PEERGROUPS: Final = 59
 """Linux 4.13 (socket(7)); Python's socket module has no name for it."""

@@ -21,7 +21,7 @@ from typing import Final
 
 from portd.adapters.kernel import procfs
 from portd.core.model import KnownBy, ProcessId
-from portd.seams import ForeignNetwork, Process, ProcessGone
+from portd.leasing.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
 AT_ONCE_S: Final = 0.001
@@ -165,8 +165,12 @@ class KernelProcesses:
         if not is_fresh:
             self._check_network(pid)
             known.read_at = now
-        if last is None or last.owner.known_by != known_by or last.owner.uid != procfs.uid(pid) \
-                or not (is_fresh or last.owner.cmdline == procfs.cmdline(pid)):
+        if (
+            last is None
+            or last.owner.known_by != known_by
+            or last.owner.uid != procfs.uid(pid)
+            or not (is_fresh or last.owner.cmdline == procfs.cmdline(pid))
+        ):
             owner = procfs.describe(pid, known_by)
             if owner is None or _has_exited(known.pidfd):
                 raise ProcessGone(pid)

@@ -2,7 +2,7 @@
 
 Parsers take bytes, so that tests feed them literal kernel text. Readers return None, or nothing, where the kernel shows
 nothing: the process is gone, or it is another user's and portd lacks CAP_SYS_PTRACE. `root` is where proc is mounted.
-This room must not know what a lease is, nor whether a process is still the one it was: pids are reused.
+This module must not know what a lease is, nor whether a process is still the one it was: pids are reused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Stat(NamedTuple):
 
 def parse_stat(text: bytes) -> Stat:
     """Parse /proc/PID/stat. The name in it may hold anything, brackets too, but nothing after it holds one."""
-    fields = text[text.rindex(b")") + 2:].split(None, 20)
+    fields = text[text.rindex(b")") + 2 :].split(None, 20)
     return Stat(fields[0].decode("ascii"), int(fields[1]), int(fields[19]))
 
 
@@ -128,8 +128,16 @@ def describe(pid: int, known_by: KnownBy, known: Stat | None = None, root: str =
         ticks = (known or stat(pid, root)).start_ticks
     except OSError:
         return None
-    return Owner(pid=pid, uid=user_id, user=user_name(user_id), exe=_exe(pid, root), cmdline=cmdline(pid, root),
-                 unit=_unit(pid, root), started_at=started_at(ticks), known_by=known_by)
+    return Owner(
+        pid=pid,
+        uid=user_id,
+        user=user_name(user_id),
+        exe=_exe(pid, root),
+        cmdline=cmdline(pid, root),
+        unit=_unit(pid, root),
+        started_at=started_at(ticks),
+        known_by=known_by,
+    )
 
 
 def started_at(ticks: int) -> float:

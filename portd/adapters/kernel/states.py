@@ -4,7 +4,7 @@ The kernel tells nobody when a socket begins to listen, so the table of listener
 costs by the number of listeners on this host, 1.4 µs each, and not by the number of leases; only a socket that is new
 on a leased port is attributed to a process, which is the dear part.
 
-Judging is synchronous and always on a table that was read this moment: nobody is called a stranger for what was true
+Judging is synchronous and always on a table that was read this moment: nobody is called a foreign process for what was true
 before somebody else's lease began.
 """
 
@@ -21,9 +21,9 @@ from contextlib import suppress
 from typing import Final, Literal, NamedTuple
 
 from portd.adapters.kernel import procfs
-from portd.core.addresses import overlaps
+from portd.core.bindings import overlaps
 from portd.core.model import Lease, Listener, Owner
-from portd.seams import ReportState, SocketTable
+from portd.leasing.seams import ReportState, SocketTable
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,14 @@ class Holder(NamedTuple):
 class StateWatch:
     """Compares listeners with leases, and reports each lease whose state is not what the kernel says."""
 
-    def __init__(self, sockets: SocketTable, leases_on: LeasesOn, live_count: Callable[[], int], report: ReportState,
-                 interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        sockets: SocketTable,
+        leases_on: LeasesOn,
+        live_count: Callable[[], int],
+        report: ReportState,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
         self._sockets = sockets
         self._leases_on = leases_on
         self._live_count = live_count
@@ -84,7 +90,7 @@ class StateWatch:
         """Take up which leases were listened on before a restart: that may have ended meanwhile."""
         self._occupied = {lease.id: lease.port for lease in leases if lease.state != "held"}
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Look soon: somebody was granted a port and will listen on it. Cheap, however often it is called."""
         if len(self._eager) == len(EAGER_S) - 1:
             return  # nudged since the last look: the next one comes no later for it
@@ -160,14 +166,15 @@ class StateWatch:
         listened: dict[str, tuple[Lease, list[Listener]]] = {}
         for listener in listeners:
             for lease in self._leases_on(listener.port):
-                if listener.protocol in lease.protocols \
-                        and overlaps(listener.address, lease.address, v6only=listener.v6only):
+                if listener.protocol in lease.protocols and overlaps(
+                    listener.address, lease.address, v6only=listener.v6only
+                ):
                     listened.setdefault(lease.id, (lease, []))[1].append(listener)
         return listened
 
     def _verdict(self, lease: Lease, listeners: list[Listener]) -> Verdict | None:
-        """Judge a lease by those who listen on it: its owner, beside others too; a stranger; None: not known yet."""
-        strangers: list[Owner] = []
+        """Judge a lease by those who listen on it: its owner, beside others too; a foreign process; None: not known yet."""
+        foreign: list[Owner] = []
         for listener in listeners:
             holder = self._holders.get(listener.inode)
             if holder is None:
@@ -175,10 +182,10 @@ class StateWatch:
             if belongs(listener, holder, lease):
                 return "bound", holder.owner
             if not holder.is_portd:
-                strangers.append(holder.owner or hidden(listener))
+                foreign.append(holder.owner or hidden(listener))
         if any(listener.inode not in self._holders for listener in listeners):
             return None
-        return ("conflict", strangers[0]) if strangers else ("held", None)
+        return ("conflict", foreign[0]) if foreign else ("held", None)
 
     def _leave(self, listened: Iterable[str]) -> None:
         """Report the leases that nobody listens on any more; keeps those whose report has not come true yet."""

@@ -43,8 +43,15 @@ log = logging.getLogger("portd.mdns")
 class Announcer:
     """Announces leases and browses. All calls belong on one event loop; `apply` and `restore` never raise or wait."""
 
-    def __init__(self, host: str, report: ReportAnnounced, *, responder: ResponderChoice = "auto",
-                 interfaces: Sequence[str] = (), bus_address: str | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        report: ReportAnnounced,
+        *,
+        responder: ResponderChoice = "auto",
+        interfaces: Sequence[str] = (),
+        bus_address: str | None = None,
+    ) -> None:
         self._host = host
         self._report = report
         self._choice = responder
@@ -95,9 +102,13 @@ class Announcer:
         if self._responder is not None:
             found |= self._responder.condition()
         damped = sum(wanted.timer is not None for wanted in self._wanted.values())
-        return found | {"why": self._why, "wanted": len(self._wanted), "damped": damped,
-                        "browsing": self._lan.is_active,
-                        "problem": self._problem or found.get("problem") or self._lan.problem}
+        return found | {
+            "why": self._why,
+            "wanted": len(self._wanted),
+            "damped": damped,
+            "browsing": self._lan.is_active,
+            "problem": self._problem or found.get("problem") or self._lan.problem,
+        }
 
     async def lan(self, type: str | None = None) -> list[LanService]:
         """List the LAN's services of one type, or all; waits a moment the first time, then answers from the cache.
@@ -157,8 +168,11 @@ class Announcer:
             self._publish(wanted)
         else:
             wanted.timer = loop.call_later(wait_s, self._undamp, wanted)
-            self._tell(wanted, None, f"it went {wanted.flap_count} times within a short time: announced again in "
-                                     f"{wait_s:.0f} s")
+            self._tell(
+                wanted,
+                None,
+                f"it went {wanted.flap_count} times within a short time: announced again in {wait_s:.0f} s",
+            )
 
     def _withdraw(self, wanted: _Wanted) -> None:
         wanted.is_due = False
@@ -177,7 +191,7 @@ class Announcer:
         del self._wanted[lease.id]
         if self._responder is not None:
             self._responder.withdraw(lease.id)
-        self._lan.nudge()
+        self._lan.wake()
 
     def _disown(self, lease: Lease) -> None:
         """Take back what only the LAN still knows of: it went while the daemon was down. A live one keeps its name."""
@@ -210,7 +224,7 @@ class Announcer:
 
     def _tell(self, wanted: _Wanted, name: str | None, problem: str | None) -> None:
         wanted.published_as, wanted.problem = name, problem
-        self._lan.nudge()
+        self._lan.wake()
         try:
             self._report(wanted.service.id, name, problem)
         except Exception:
@@ -272,7 +286,7 @@ class Announcer:
         if self._choice == "avahi" or (self._choice == "auto" and self._bus.is_present):
             if not self._bus.is_present:
                 await self._switch(None)
-                raise OSError("[mdns] responder is \"avahi\", and avahi-daemon does not run")
+                raise OSError('[mdns] responder is "avahi", and avahi-daemon does not run')
             self._why = "avahi: avahi-daemon runs on this host, and one responder a host is right (RFC 6762, 15.4)"
             # A new daemon knows nothing of what the last one published for us, so a new responder asks for all again.
             await self._switch(AvahiResponder(self._bus, self._settled, self._interfaces))
@@ -307,11 +321,21 @@ class Announcer:
         responder = self._responder
         if responder is None:
             return []
-        return [LanService(type=wanted.service.type, name=wanted.published_as, host=responder.host_name,
-                           addresses=responder.addresses if wanted.service.address in ("0.0.0.0", "::")
-                           else (wanted.service.address,), port=wanted.service.port, txt=dict(wanted.service.txt),
-                           ours=True)
-                for wanted in self._wanted.values() if wanted.published_as is not None]
+        return [
+            LanService(
+                type=wanted.service.type,
+                name=wanted.published_as,
+                host=responder.host_name,
+                addresses=responder.addresses
+                if wanted.service.address in ("0.0.0.0", "::")
+                else (wanted.service.address,),
+                port=wanted.service.port,
+                txt=dict(wanted.service.txt),
+                ours=True,
+            )
+            for wanted in self._wanted.values()
+            if wanted.published_as is not None
+        ]
 
 
 class _Wanted:
@@ -332,8 +356,9 @@ class _Wanted:
         """Count a withdrawal: the first one is forgiven, each further one makes the next announcement wait longer."""
         self.flap_count = self.flap_count + 1 if now - self._last_flap < CALM_S else 1
         self._last_flap = now
-        self.damped_until = now + min(DAMPED_S * 2 ** (self.flap_count - 2), DAMPED_MOST_S) \
-            if self.flap_count > 1 else 0.0
+        self.damped_until = (
+            now + min(DAMPED_S * 2 ** (self.flap_count - 2), DAMPED_MOST_S) if self.flap_count > 1 else 0.0
+        )
 
     def cancel(self) -> None:
         if self.timer is not None:
@@ -345,5 +370,11 @@ def _service(lease: Lease, name: str | None = None) -> Service:
     """Make what a lease wants announced, under its own name or another."""
     announcement = lease.announce
     assert announcement is not None
-    return Service(id=lease.id, type=announcement.type, name=name or announcement.name, port=lease.port,
-                   txt=tuple(announcement.txt.items()), address=lease.address)
+    return Service(
+        id=lease.id,
+        type=announcement.type,
+        name=name or announcement.name,
+        port=lease.port,
+        txt=tuple(announcement.txt.items()),
+        address=lease.address,
+    )

@@ -81,8 +81,7 @@ class Answerer:
         for target in targets:
             said = self._said.setdefault(target, {})
             if len(said) > 64 and len(said) > 8 * len(self._zone.entries):  # most are of services long gone
-                said = self._said[target] = {record: at for record, at in said.items()
-                                             if now - at < wire.OTHER_TTL / 4}
+                said = self._said[target] = {record: at for record, at in said.items() if now - at < wire.OTHER_TTL / 4}
             said.update(dict.fromkeys(records, now))
 
     def forget(self, record: DNSRecord) -> None:
@@ -96,8 +95,15 @@ class Answerer:
         held = self._held.pop(arrival.source)
         self._answer(arrival, link, held.questions, held.known, is_probe=False)
 
-    def _answer(self, arrival: Arrival, link: Interface, questions: list[DNSQuestion],
-                known: dict[DNSRecord, DNSRecord], *, is_probe: bool) -> None:
+    def _answer(
+        self,
+        arrival: Arrival,
+        link: Interface,
+        questions: list[DNSQuestion],
+        known: dict[DNSRecord, DNSRecord],
+        *,
+        is_probe: bool,
+    ) -> None:
         target = Target(arrival.family, arrival.link)
         said = self._said.get(target, {})
         now = self._now()
@@ -116,9 +122,11 @@ class Answerer:
                     delay = random.uniform(*SHARED_DELAY_S) if is_shared else 0.0
                     self._plan(target, record, max(now + delay, last + REPEAT_S))
         for start in range(0, len(direct), PER_PACKET):
-            answers = direct[start:start + PER_PACKET]
-            self._sockets.send(wire.encode_response(answers, self._additionals(answers, link)),
-                               [Target(arrival.family, arrival.link, arrival.source, arrival.port)])
+            answers = direct[start : start + PER_PACKET]
+            self._sockets.send(
+                wire.encode_response(answers, self._additionals(answers, link)),
+                [Target(arrival.family, arrival.link, arrival.source, arrival.port)],
+            )
 
     def _answer_legacy(self, arrival: Arrival, link: Interface, message: DNSIncoming) -> None:
         answers = [record for question in message.questions[:4] for record, _ in self._records(question, link)]
@@ -133,8 +141,11 @@ class Answerer:
         """Find the answers to a question, and whether others may have more of them."""
         key, type_ = question.key, question.type
         if key == wire.TYPES_NAME:
-            return [(wire.pointer(wire.TYPES_NAME, base), True) for base in self._zone.types()] \
-                if type_ in (wire.PTR, wire.ANY) else []
+            return (
+                [(wire.pointer(wire.TYPES_NAME, base), True) for base in self._zone.types()]
+                if type_ in (wire.PTR, wire.ANY)
+                else []
+            )
         claim = self._zone.claim(key)
         if claim is not None:
             if claim.standing is not Standing.OWNED or not claim.is_on(link):
@@ -146,9 +157,13 @@ class Answerer:
             return [(record, False) for record in found]
         if type_ not in (wire.PTR, wire.ANY):
             return []
-        return [(record, True) for entry in self._zone.pointed(key)
-                if entry.standing is Standing.OWNED and entry.is_on(link)
-                for record in entry.pointers() if record.key == key]
+        return [
+            (record, True)
+            for entry in self._zone.pointed(key)
+            if entry.standing is Standing.OWNED and entry.is_on(link)
+            for record in entry.pointers()
+            if record.key == key
+        ]
 
     def _additionals(self, answers: Iterable[DNSRecord], link: Interface) -> list[DNSRecord]:
         """Add what the asker would ask next: SRV and TXT to a PTR, the addresses to an SRV (RFC 6763 section 12)."""
@@ -192,7 +207,7 @@ class Answerer:
                 del planned[record]
             for start in range(0, len(ripe) if link else 0, PER_PACKET):
                 assert link is not None
-                answers = ripe[start:start + PER_PACKET]
+                answers = ripe[start : start + PER_PACKET]
                 additionals = self._additionals(answers, link)
                 self._sockets.send(wire.encode_response(answers, additionals), [target])
                 self.said([target], answers + additionals)
@@ -204,8 +219,9 @@ class Answerer:
 class _HeldQuery:
     """A query whose known answers go on in further packets."""
 
-    def __init__(self, questions: list[DNSQuestion], known: dict[DNSRecord, DNSRecord],
-                 timer: asyncio.TimerHandle) -> None:
+    def __init__(
+        self, questions: list[DNSQuestion], known: dict[DNSRecord, DNSRecord], timer: asyncio.TimerHandle
+    ) -> None:
         self.questions = questions
         self.known = known
         self.timer = timer

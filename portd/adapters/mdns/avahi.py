@@ -60,8 +60,10 @@ class AvahiBus:
         self._bus = bus
         bus.add_message_handler(self._hear)
         try:
-            for rule in (f"type='signal',sender='{_DBUS}',member='NameOwnerChanged',arg0='{AVAHI}'",
-                         f"type='signal',sender='{AVAHI}',interface='{_GROUP}',member='StateChanged'"):
+            for rule in (
+                f"type='signal',sender='{_DBUS}',member='NameOwnerChanged',arg0='{AVAHI}'",
+                f"type='signal',sender='{AVAHI}',interface='{_GROUP}',member='StateChanged'",
+            ):
                 await self._call(_DBUS, "/org/freedesktop/DBus", _DBUS, "AddMatch", "s", rule)
             (self.is_present,) = await self._call(_DBUS, "/org/freedesktop/DBus", _DBUS, "NameHasOwner", "s", AVAHI)
             self._attending = asyncio.get_running_loop().create_task(self._attend(bus))
@@ -87,8 +89,15 @@ class AvahiBus:
     async def _call(self, name: str, path: str, interface: str, member: str, signature: str, *body: Any) -> list[Any]:
         if self._bus is None:
             raise OSError("not connected to D-Bus")
-        message = Message(destination=name, path=path, interface=interface, member=member, signature=signature,
-                          body=list(body), flags=MessageFlag.NO_AUTOSTART)
+        message = Message(
+            destination=name,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=list(body),
+            flags=MessageFlag.NO_AUTOSTART,
+        )
         try:
             reply = await asyncio.wait_for(self._bus.call(message), CALL_S)
         except (TimeoutError, EOFError) as error:
@@ -178,9 +187,13 @@ class AvahiResponder:
 
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
-        return {"responder": "avahi", "version": self._version, "host_name": self.host_name,
-                "announced": sum(group.published_as is not None for group in self._groups.values()),
-                "problem": self._problem}
+        return {
+            "responder": "avahi",
+            "version": self._version,
+            "host_name": self.host_name,
+            "announced": sum(group.published_as is not None for group in self._groups.values()),
+            "problem": self._problem,
+        }
 
     async def _register(self, group: _Group) -> None:
         async with group.lock, self._turn:
@@ -208,8 +221,9 @@ class AvahiResponder:
                     where = (link, _ANY, 0, group.entry.name, base, "")
                     await self._bus.call(path, _GROUP, "AddService", "iiussssqaay", *where, "", group.service.port, txt)
                     if subtype is not None:
-                        await self._bus.call(path, _GROUP, "AddServiceSubtype", "iiussss", *where,
-                                             f"{subtype}._sub.{base}")
+                        await self._bus.call(
+                            path, _GROUP, "AddServiceSubtype", "iiussss", *where, f"{subtype}._sub.{base}"
+                        )
                 await self._bus.call(path, _GROUP, "Commit")
             except DBusError as error:
                 if error.type != f"{AVAHI}.CollisionError":
@@ -245,8 +259,19 @@ class AvahiResponder:
             txt = [f"{key}={value}".encode() for key, value in group.service.txt]
             try:
                 for link in self._links(group.service.address):
-                    await self._bus.call(group.path, _GROUP, "UpdateServiceTxt", "iiusssaay", link, _ANY, 0,
-                                         group.entry.name, base, "", txt)
+                    await self._bus.call(
+                        group.path,
+                        _GROUP,
+                        "UpdateServiceTxt",
+                        "iiusssaay",
+                        link,
+                        _ANY,
+                        0,
+                        group.entry.name,
+                        base,
+                        "",
+                        txt,
+                    )
             except (DBusError, OSError) as error:
                 self._fail(group, f"avahi-daemon refuses its TXT: {error}")
 
@@ -266,8 +291,11 @@ class AvahiResponder:
             name, wish = group.entry.name, group.service.name
             if group.published_as != name:
                 group.published_as = name
-                self._outcome(group.service.id, name, None if name == wish else
-                              f"{wish!r} is taken on the LAN: published as {name!r}")
+                self._outcome(
+                    group.service.id,
+                    name,
+                    None if name == wish else f"{wish!r} is taken on the LAN: published as {name!r}",
+                )
         elif state == _COLLISION:
             group.entry.rename()
             self._spawn(self._register(group))

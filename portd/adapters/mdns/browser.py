@@ -142,8 +142,11 @@ class Browser:
         now = self._now()
         if self._expire(now):
             self._last_news = now
-        if self._last_news > self._worked_at or now - self._worked_at >= REFRESH_S or any(
-                query.is_due(link, now) for query in self._queries.values() for link in self._links()):
+        if (
+            self._last_news > self._worked_at
+            or now - self._worked_at >= REFRESH_S
+            or any(query.is_due(link, now) for query in self._queries.values() for link in self._links())
+        ):
             self._work()
         if self._queries:
             self._wake_later()
@@ -195,8 +198,11 @@ class Browser:
                     self._want(name)
 
     def _types(self, cache: DNSCache, now_ms: float) -> list[str]:
-        return [record.alias for record in _alive(cache, wire.TYPES_NAME, wire.PTR, now_ms)
-                if isinstance(record, DNSPointer)]
+        return [
+            record.alias
+            for record in _alive(cache, wire.TYPES_NAME, wire.PTR, now_ms)
+            if isinstance(record, DNSPointer)
+        ]
 
     def _ask(self, link: int, cache: DNSCache, now: float) -> None:
         now_ms = now * 1000
@@ -204,22 +210,31 @@ class Browser:
         known: list[DNSRecord] = []
         is_first = False
         for query in self._queries.values():
-            if query.is_due(link, now) or (query.is_rested(link, now) and any(
-                    _needs_refresh(record, now_ms) for record in cache.async_all_by_details(query.name, wire.PTR, 1))):
+            if query.is_due(link, now) or (
+                query.is_rested(link, now)
+                and any(
+                    _needs_refresh(record, now_ms) for record in cache.async_all_by_details(query.name, wire.PTR, 1)
+                )
+            ):
                 is_first |= query.asked(link, now)
                 questions.append((query.name, wire.PTR))
-                known += [record for record in _alive(cache, query.name, wire.PTR, now_ms)
-                          if record.get_remaining_ttl(now_ms) * 2 > record.ttl]
+                known += [
+                    record
+                    for record in _alive(cache, query.name, wire.PTR, now_ms)
+                    if record.get_remaining_ttl(now_ms) * 2 > record.ttl
+                ]
         if questions:
-            self._send(link, wire.encode_query(questions, known, now_ms=now_ms,
-                                               unicast=is_first and self._sockets.takes_unicast))
+            self._send(
+                link,
+                wire.encode_query(questions, known, now_ms=now_ms, unicast=is_first and self._sockets.takes_unicast),
+            )
         gaps = list(self._gaps(cache, now_ms))
         present = {(link, name.lower(), type_) for name, type_ in gaps}
         for missing in [missing for missing in self._missing if missing[0] == link and missing not in present]:
             del self._missing[missing]
         due = [gap for gap in gaps if self._is_gap_due(link, *gap, now)]
         for start in range(0, len(due), QUESTIONS_PER_PACKET):
-            self._send(link, wire.encode_query(due[start:start + QUESTIONS_PER_PACKET]))
+            self._send(link, wire.encode_query(due[start : start + QUESTIONS_PER_PACKET]))
 
     def _gaps(self, cache: DNSCache, now_ms: float) -> Iterator[tuple[str, int]]:
         """Yield what an instance lacks to be whole, or will soon: questions to ask."""
@@ -299,8 +314,9 @@ def _alive(cache: DNSCache, name: str, type_: int, now_ms: float) -> list[DNSRec
 
 def _needs_refresh(record: DNSRecord, now_ms: float) -> bool:
     """Tell whether one of the moments to ask again has just passed."""
-    return record.ttl > 2 and any(0 <= now_ms - record.get_expiration_time(percent) < REFRESH_S * 1500
-                                  for percent in REFRESH_PERCENT)
+    return record.ttl > 2 and any(
+        0 <= now_ms - record.get_expiration_time(percent) < REFRESH_S * 1500 for percent in REFRESH_PERCENT
+    )
 
 
 def _whole(cache: DNSCache, name: str, type_name: str, now_ms: float) -> LanService | None:
@@ -309,14 +325,24 @@ def _whole(cache: DNSCache, name: str, type_name: str, now_ms: float) -> LanServ
     if not services or split is None:
         return None
     newest = max(services, key=lambda record: record.created)
-    addresses = [_text(record) for type_ in (wire.A, wire.AAAA)
-                 for record in _alive(cache, newest.server, type_, now_ms) if isinstance(record, DNSAddress)]
+    addresses = [
+        _text(record)
+        for type_ in (wire.A, wire.AAAA)
+        for record in _alive(cache, newest.server, type_, now_ms)
+        if isinstance(record, DNSAddress)
+    ]
     if not addresses:
         return None
     texts = [record for record in _alive(cache, name, wire.TXT, now_ms) if isinstance(record, DNSText)]
     txt = wire.decode_txt(max(texts, key=lambda record: record.created).text) if texts else {}
-    return LanService(type=type_name.removesuffix("." + wire.DOMAIN), name=split[0],
-                      host=newest.server.removesuffix("."), addresses=tuple(addresses), port=newest.port, txt=txt)
+    return LanService(
+        type=type_name.removesuffix("." + wire.DOMAIN),
+        name=split[0],
+        host=newest.server.removesuffix("."),
+        addresses=tuple(addresses),
+        port=newest.port,
+        txt=txt,
+    )
 
 
 def _text(record: DNSAddress) -> str:
@@ -329,6 +355,12 @@ def _merge(found: dict[tuple[str, str], LanService], service: LanService) -> Non
     other = found.get(key)
     if other is not None:
         addresses: Iterable[str] = dict.fromkeys((*other.addresses, *service.addresses))
-        service = LanService(type=service.type, name=service.name, host=service.host, addresses=tuple(addresses),
-                             port=service.port, txt=service.txt)
+        service = LanService(
+            type=service.type,
+            name=service.name,
+            host=service.host,
+            addresses=tuple(addresses),
+            port=service.port,
+            txt=service.txt,
+        )
     found[key] = service

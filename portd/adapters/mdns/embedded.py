@@ -147,12 +147,17 @@ class EmbeddedResponder:
 
     def condition(self) -> dict[str, object]:
         """Tell what status shows."""
-        return {"responder": "embedded", "host_name": self.host_name,
-                "interfaces": sorted(link.name for link in self._links.values()),
-                "guardian": self._guard.pid, "announced": len(self._published),
-                "sent_packets": self.sockets.sent_packets, "sent_bytes": self.sockets.sent_bytes,
-                "failed_packets": self.sockets.failed_packets,
-                "problem": self.sockets.problem or (None if self._links else NO_LINK)}
+        return {
+            "responder": "embedded",
+            "host_name": self.host_name,
+            "interfaces": sorted(link.name for link in self._links.values()),
+            "guardian": self._guard.pid,
+            "announced": len(self._published),
+            "sent_packets": self.sockets.sent_packets,
+            "sent_bytes": self.sockets.sent_bytes,
+            "failed_packets": self.sockets.failed_packets,
+            "problem": self.sockets.problem or (None if self._links else NO_LINK),
+        }
 
     # --- names: claimed, won, lost ---
 
@@ -163,8 +168,13 @@ class EmbeddedResponder:
         if not any(claim.is_on(link) for link in self._links.values()):
             claim.standing = Standing.WAITING
             if isinstance(claim, Entry):
-                self._tell(claim, None, NO_LINK if not self._links else
-                           f"no network interface that is up has the address {claim.service.address}")
+                self._tell(
+                    claim,
+                    None,
+                    NO_LINK
+                    if not self._links
+                    else f"no network interface that is up has the address {claim.service.address}",
+                )
             return
         claim.standing = Standing.CLAIMED
         if after_s:
@@ -195,8 +205,10 @@ class EmbeddedResponder:
 
     async def _probe(self, claims: list[Claim], link: Interface) -> None:
         for some in _slices(claims, 4 * wire.PROBED_PER_PACKET):
-            self.sockets.send(wire.encode_probe([(claim.full_name, claim.unique(link)) for claim in some]),
-                              self.sockets.groups(link.index))
+            self.sockets.send(
+                wire.encode_probe([(claim.full_name, claim.unique(link)) for claim in some]),
+                self.sockets.groups(link.index),
+            )
             for claim in some:
                 claim.was_asked = True
             await asyncio.sleep(0)
@@ -238,8 +250,13 @@ class EmbeddedResponder:
             for claim in claims:
                 if isinstance(claim, Entry) and claim.standing is Standing.OWNED:
                     self._guard.keep(claim.service.id, claim.records())
-                    self._tell(claim, claim.name, None if claim.name == claim.wish else
-                               f"{claim.wish!r} is taken on the LAN: published as {claim.name!r}")
+                    self._tell(
+                        claim,
+                        claim.name,
+                        None
+                        if claim.name == claim.wish
+                        else f"{claim.wish!r} is taken on the LAN: published as {claim.name!r}",
+                    )
 
     async def _announce_on(self, link: Interface, claims: list[Claim]) -> None:
         targets, host = self.sockets.groups(link.index), self.zone.host
@@ -284,8 +301,10 @@ class EmbeddedResponder:
         await self._take_back(self._to_withdraw)
         if host.standing is Standing.OWNED:
             for link in self._links.values():
-                self.sockets.send(wire.encode_response([wire.with_ttl(record, 0) for record in host.unique(link)]),
-                                  self.sockets.groups(link.index))
+                self.sockets.send(
+                    wire.encode_response([wire.with_ttl(record, 0) for record in host.unique(link)]),
+                    self.sockets.groups(link.index),
+                )
         await self.sockets.drained()
 
     def _owned_entries(self) -> list[Claim]:
@@ -293,7 +312,8 @@ class EmbeddedResponder:
 
     def _tell(self, entry: Entry, name: str | None, problem: str | None) -> None:
         if self.zone.entries.get(entry.service.id) is entry and (
-                name is None or self._published.get(entry.service.id) != name):
+            name is None or self._published.get(entry.service.id) != name
+        ):
             if name is None:
                 self._published.pop(entry.service.id, None)
             else:
@@ -328,8 +348,11 @@ class EmbeddedResponder:
             if record in mine:
                 if record.ttl * 2 < mine[record].ttl and claim.standing is Standing.OWNED:
                     self._gather(announce=[claim])
-            elif record.ttl > 0 and record.type in (wire.SRV, wire.TXT, wire.A, wire.AAAA) \
-                    and not self._is_own_address(record):
+            elif (
+                record.ttl > 0
+                and record.type in (wire.SRV, wire.TXT, wire.A, wire.AAAA)
+                and not self._is_own_address(record)
+            ):
                 lost[claim] = None
         for claim in lost:
             # Before our first question it is the conflict that made us ask, told again: by its TXT, over IPv6.
@@ -339,7 +362,8 @@ class EmbeddedResponder:
     def _is_own_address(self, record: DNSRecord) -> bool:
         """Tell whether it is this host, heard by another of its interfaces or through a reflector."""
         return isinstance(record, DNSAddress) and any(
-            address.ip.packed == record.address for link in self._links.values() for address in link.addresses)
+            address.ip.packed == record.address for link in self._links.values() for address in link.addresses
+        )
 
     def _break_ties(self, arrival: Arrival, message: DNSIncoming) -> None:
         """Two probe for one name at the same moment: the lexicographically later data wins (section 8.2)."""
@@ -376,8 +400,14 @@ class EmbeddedResponder:
         """Ask on a link that is new or was down whether our names are ours there too, then announce them there."""
         for _ in range(PROBES):
             for link in [self._links[index] for index in links & self._links.keys()]:
-                await self._probe([claim for claim in [self.zone.host, *self._owned_entries()]
-                                   if claim.standing is Standing.OWNED and claim.is_on(link)], link)
+                await self._probe(
+                    [
+                        claim
+                        for claim in [self.zone.host, *self._owned_entries()]
+                        if claim.standing is Standing.OWNED and claim.is_on(link)
+                    ],
+                    link,
+                )
             await asyncio.sleep(PROBE_S)
         await self._announce([self.zone.host, *self._owned_entries()], links)
 
@@ -424,4 +454,4 @@ def _comparable(records: Iterable[DNSRecord]) -> list[tuple[int, int, bytes]]:
 
 def _slices(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
     for start in range(0, len(items), size):
-        yield items[start:start + size]
+        yield items[start : start + size]

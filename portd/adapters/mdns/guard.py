@@ -52,14 +52,26 @@ class Guard:
         """Start the guardian; raises OSError."""
         ours, theirs = socket.socketpair()
         descriptors = self._sockets.filenos()
-        command = [sys.executable, "-I", "-S", str(Path(guardian.__file__)), str(theirs.fileno()),
-                   *(f"{int(family)}={number}" for family, number in descriptors.items())]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            str(Path(guardian.__file__)),
+            str(theirs.fileno()),
+            *(f"{int(family)}={number}" for family, number in descriptors.items()),
+        ]
         with theirs:
             try:
                 self._process = await asyncio.to_thread(
-                    subprocess.Popen, command, pass_fds=[theirs.fileno(), *descriptors.values()], cwd="/",
-                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL)
+                    subprocess.Popen,
+                    command,
+                    pass_fds=[theirs.fileno(), *descriptors.values()],
+                    cwd="/",
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
             except OSError:
                 ours.close()
                 raise
@@ -103,8 +115,9 @@ class Guard:
 
     def aim(self) -> None:
         """Tell the guardian where packets go now."""
-        self._tell(b"T", 0, json.dumps([[int(target.family), target.link]
-                                        for target in self._sockets.groups()]).encode())
+        self._tell(
+            b"T", 0, json.dumps([[int(target.family), target.link] for target in self._sockets.groups()]).encode()
+        )
 
     def _touch(self, slot: int) -> None:
         self._dirty.add(slot)
@@ -115,8 +128,10 @@ class Guard:
         self._timer = None
         slot = self._dirty.pop()
         records = [wire.with_ttl(record, 0) for records in self._slots[slot].values() for record in records]
-        for kind, some in ((b"P", [record for record in records if isinstance(record, DNSPointer)]),
-                           (b"R", [record for record in records if not isinstance(record, DNSPointer)])):
+        for kind, some in (
+            (b"P", [record for record in records if isinstance(record, DNSPointer)]),
+            (b"R", [record for record in records if not isinstance(record, DNSPointer)]),
+        ):
             packets = wire.encode_response(some)[:PACKETS_PER_SLOT] if some else []
             for number in range(max(len(packets), self._told.get((kind, slot), 0))):
                 self._tell(kind, slot * PACKETS_PER_SLOT + number, packets[number] if number < len(packets) else b"")

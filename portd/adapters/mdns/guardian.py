@@ -32,8 +32,10 @@ def main(arguments: list[str]) -> int:
     for deadly in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(deadly, signal.SIG_IGN)  # a service manager ends the daemon and us at once: outlive it
     control = socket.socket(fileno=int(arguments[0]))
-    sockets = {int(family): socket.socket(fileno=int(number))
-               for family, number in (argument.split("=") for argument in arguments[1:])}
+    sockets = {
+        int(family): socket.socket(fileno=int(number))
+        for family, number in (argument.split("=") for argument in arguments[1:])
+    }
     rounds, targets = listen(control)
     for number, packets in enumerate(rounds):
         if number:
@@ -60,8 +62,8 @@ def listen(control: socket.socket) -> tuple[list[list[bytes]], list[tuple[int, i
             kind, number, length = HEADER.unpack_from(waiting)
             if len(waiting) < HEADER.size + length:
                 break
-            body = bytes(waiting[HEADER.size:HEADER.size + length])
-            del waiting[:HEADER.size + length]
+            body = bytes(waiting[HEADER.size : HEADER.size + length])
+            del waiting[: HEADER.size + length]
             if kind == b"D":
                 return [], []
             if kind == b"T":
@@ -89,8 +91,9 @@ def _send(opened: socket.socket, packet: bytes, family: int, link: int) -> None:
             opened.sendmsg([packet], [(socket.IPPROTO_IP, 8, info)], 0, (GROUP[family], PORT))
         else:
             info = struct.pack("=16si", bytes(16), link)
-            opened.sendmsg([packet], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)], 0,
-                           (GROUP[family], PORT, 0, link))
+            opened.sendmsg(
+                [packet], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)], 0, (GROUP[family], PORT, 0, link)
+            )
     except OSError:
         pass  # an interface that is down: nobody there to hear
 

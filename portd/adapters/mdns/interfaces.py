@@ -132,8 +132,9 @@ class InterfaceWatch:
 def _interface(index: int, name: str, found: list[IPv4Interface | IPv6Interface]) -> Interface:
     ipv6 = [address for address in found if isinstance(address, IPv6Interface)]
     wide = [address for address in ipv6 if not address.ip.is_link_local]
-    return Interface(index, name, tuple(address for address in found if isinstance(address, IPv4Interface)),
-                     tuple(wide or ipv6))
+    return Interface(
+        index, name, tuple(address for address in found if isinstance(address, IPv4Interface)), tuple(wide or ipv6)
+    )
 
 
 def _usable_links(kernel: socket.socket, wanted: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -186,7 +187,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         length, kind, _, _, _ = _HEADER.unpack_from(data, at)
         if length < _HEADER.size:
             return
-        yield kind, data[at + _HEADER.size:at + length]
+        yield kind, data[at + _HEADER.size : at + length]
         at += (length + 3) & ~3
 
 
@@ -195,5 +196,5 @@ def _attributes(body: bytes, at: int) -> Iterator[tuple[int, bytes]]:
         length, kind = _ATTRIBUTE.unpack_from(body, at)
         if length < _ATTRIBUTE.size:
             return
-        yield kind & 0x3FFF, body[at + _ATTRIBUTE.size:at + length]
+        yield kind & 0x3FFF, body[at + _ATTRIBUTE.size : at + length]
         at += (length + 3) & ~3

@@ -52,12 +52,15 @@ class Lan:
         self.close()
         self.problem = None
         try:
-            self._view = _View(Browser(responder.sockets, lambda: responder.links)) \
-                if isinstance(responder, EmbeddedResponder) else _View.beside_avahi(interfaces)
+            self._view = (
+                _View(Browser(responder.sockets, lambda: responder.links))
+                if isinstance(responder, EmbeddedResponder)
+                else _View.beside_avahi(interfaces)
+            )
         except OSError as error:
             self.problem = f"can't browse the LAN beside avahi-daemon: {error.strerror}"
             log.warning(self.problem)
-        self.nudge()
+        self.wake()
 
     def close(self) -> None:
         """Look no more; may be called twice."""
@@ -70,7 +73,7 @@ class Lan:
         if self._view is not None:
             self._view.browser.hear(arrival, message)
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Let followers look again: what is ours has changed, or who looks."""
         for follower in self._followers:
             follower.set()
@@ -107,8 +110,10 @@ class Lan:
                 view.browser.unfollow(changed.set)
 
     def _seen(self, type_: str | None) -> list[LanService]:
-        seen = {(service.type, service.name): service
-                for service in (self._view.browser.seen(type_) if self._view is not None else ())}
+        seen = {
+            (service.type, service.name): service
+            for service in (self._view.browser.seen(type_) if self._view is not None else ())
+        }
         for service in self._ours():
             base = service.type.rpartition("._sub.")[2]
             if type_ in (None, base, service.type):

@@ -1,7 +1,7 @@
 """The multicast DNS sockets: one for each address family, for all interfaces, and the pace at which they send.
 
 Which interface a packet came by, and goes out by, is told in its ancillary data (ip(7), ipv6(7): PKTINFO), so an
-interface that comes or goes opens and closes nothing, and no default route is needed. This room knows no DNS.
+interface that comes or goes opens and closes nothing, and no default route is needed. This module knows no DNS.
 """
 
 from __future__ import annotations
@@ -107,8 +107,12 @@ class Sockets:
         """Be a member of the group on exactly these interfaces, in the families that they have addresses of."""
         self._links = links
         self._own = frozenset(str(address.ip) for link in links.values() for address in link.addresses)
-        wanted = {(family, link.index) for link in links.values() for family in self._sockets
-                  if (link.ipv4 if family == socket.AF_INET else link.ipv6)}
+        wanted = {
+            (family, link.index)
+            for link in links.values()
+            for family in self._sockets
+            if (link.ipv4 if family == socket.AF_INET else link.ipv6)
+        }
         for family, index in self._members - wanted:
             with suppress(OSError):  # the interface is gone, and the membership with it
                 _membership(self._sockets[family], family, index, join=False)

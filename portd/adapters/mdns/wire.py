@@ -2,7 +2,7 @@
 
 Pinned to zeroconf 0.154.0: `DNSOutgoing.write_name`, `names` and `size` are used below its public face, and
 tests/adapters/mdns/test_mdns_wire.py fails when they change. What is taken: the compiled reader and writer, the record
-classes and the cache. What is not: its sockets, its responder, its browser. This room must not know who sends what to
+classes and the cache. What is not: its sockets, its responder, its browser. This module must not know who sends what to
 whom.
 
 Names are written flat, as zeroconf reads them: `Dr. Who._http._tcp.local.`. Which dots part labels follows from the
@@ -79,8 +79,9 @@ def with_ttl(record: DNSRecord, ttl: int) -> DNSRecord:
         case DNSPointer():
             return DNSPointer(record.name, record.type, class_, ttl, record.alias)
         case DNSService():
-            return DNSService(record.name, record.type, class_, ttl, record.priority, record.weight, record.port,
-                              record.server)
+            return DNSService(
+                record.name, record.type, class_, ttl, record.priority, record.weight, record.port, record.server
+            )
         case DNSText():
             return DNSText(record.name, record.type, class_, ttl, record.text)
         case DNSAddress():
@@ -120,7 +121,7 @@ def decode_txt(data: bytes) -> dict[str, str]:
     at = 0
     while at < len(data):
         end = at + 1 + data[at]
-        key, _, value = data[at + 1:end].decode("utf-8", "replace").partition("=")
+        key, _, value = data[at + 1 : end].decode("utf-8", "replace").partition("=")
         if key:
             pairs.setdefault(key, value)
         at = end
@@ -132,7 +133,7 @@ def encode_probe(claims: Iterable[tuple[str, Sequence[DNSRecord]]]) -> list[byte
     claims = list(claims)
     packets: list[bytes] = []
     for start in range(0, len(claims), PROBED_PER_PACKET):
-        packets += _encode_probe(claims[start:start + PROBED_PER_PACKET])
+        packets += _encode_probe(claims[start : start + PROBED_PER_PACKET])
     return packets
 
 
@@ -158,8 +159,9 @@ def encode_response(answers: Iterable[DNSRecord], additionals: Iterable[DNSRecor
     return out.packets()
 
 
-def encode_query(questions: Iterable[tuple[str, int]], known: Iterable[DNSRecord] = (), *, now_ms: float = 0.0,
-                 unicast: bool = False) -> list[bytes]:
+def encode_query(
+    questions: Iterable[tuple[str, int]], known: Iterable[DNSRecord] = (), *, now_ms: float = 0.0, unicast: bool = False
+) -> list[bytes]:
     """Encode questions with what is known already, so that nobody says it again (RFC 6762 section 7.1, 7.2)."""
     out = _Message(_QUERY)
     for name, type_ in questions:

@@ -79,7 +79,7 @@ class HostName(Claim):
 
     def __init__(self, host: str) -> None:
         label = re.sub(r"[^a-z0-9-]+", "-", host.partition(".")[0].lower()).strip("-") or "host"
-        super().__init__(f"{label[:NAME_BYTES - 10]}-portd")
+        super().__init__(f"{label[: NAME_BYTES - 10]}-portd")
 
     @property
     def full_name(self) -> str:
@@ -130,7 +130,7 @@ class Entry(Claim):
     def rename(self) -> None:
         number = _next_number(self.name, self.wish, " (")
         suffix = f" ({number})"
-        kept = self.wish.encode()[:NAME_BYTES - len(suffix)].decode(errors="ignore")
+        kept = self.wish.encode()[: NAME_BYTES - len(suffix)].decode(errors="ignore")
         self.name = kept.rstrip() + suffix
 
     def _made(self) -> tuple[str, str, Service, list[DNSRecord], list[DNSRecord]]:
@@ -141,8 +141,10 @@ class Entry(Claim):
             pointers = [wire.pointer(f"{base}.{wire.DOMAIN}", name)]
             if subtype is not None:
                 pointers.append(wire.pointer(f"{subtype}._sub.{base}.{wire.DOMAIN}", name))
-            unique = [wire.service(name, self.service.port, self._host.full_name),
-                      wire.text(name, wire.encode_txt(self.service.txt))]
+            unique = [
+                wire.service(name, self.service.port, self._host.full_name),
+                wire.text(name, wire.encode_txt(self.service.txt)),
+            ]
             made = self._records = (self.name, self._host.name, self.service, pointers, unique)
         return made
 

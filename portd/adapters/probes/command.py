@@ -88,8 +88,16 @@ class Run:
     def _start(self) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                cwd="/", env=self._environ, start_new_session=True, **self._rights)
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                cwd="/",
+                env=self._environ,
+                start_new_session=True,
+                **self._rights,
+            )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise ProbeFailed(f"{note(self._command[0])} can't be started: {describe(error)}") from error
 
@@ -129,8 +137,14 @@ class Run:
 def environment(lease: Lease) -> dict[str, str]:
     """Make a check's whole environment: of the daemon's own nothing goes in."""
     host, port = target(lease)
-    return {"PATH": PATH, "LANG": "C.UTF-8", "HOST": host, "PORT": str(port), "SERVICE": lease.service,
-            "INSTANCE": lease.instance}
+    return {
+        "PATH": PATH,
+        "LANG": "C.UTF-8",
+        "HOST": host,
+        "PORT": str(port),
+        "SERVICE": lease.service,
+        "INSTANCE": lease.instance,
+    }
 
 
 def _rights(lease: Lease) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from portd import __version__
-from portd.core.addresses import ANY, ANY_V4
+from portd.core.bindings import ANY, ANY_V4
 from portd.core.health import Result
 from portd.core.model import Lease
 
@@ -14,8 +14,9 @@ NOTE_MAX_BYTES: Final = 4096
 """A note stands in every view and event of its lease: enough for the first page of an error, not for a whole one."""
 
 _LOCAL: Final = {ANY_V4: "127.0.0.1", ANY: "::1"}
-_CONTROLS: Final = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160))
-                    if chr(code) not in "\t\n"}
+_CONTROLS: Final = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"
+}
 
 
 class Finding(NamedTuple):

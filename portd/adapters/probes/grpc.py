@@ -69,10 +69,19 @@ class HealthCall:
         self._http2 = H2Connection(_CONFIG)
         self._http2.local_settings[SettingCodes.ENABLE_PUSH] = 0
         self._http2.initiate_connection()
-        self._http2.send_headers(_STREAM, [
-            (":method", "POST"), (":scheme", "http"), (":path", PATH), (":authority", peer), ("te", "trailers"),
-            ("content-type", "application/grpc"), ("user-agent", USER_AGENT),
-            ("grpc-timeout", f"{round(check.timeout * 1000)}m")])
+        self._http2.send_headers(
+            _STREAM,
+            [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", PATH),
+                (":authority", peer),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("user-agent", USER_AGENT),
+                ("grpc-timeout", f"{round(check.timeout * 1000)}m"),
+            ],
+        )
         self._http2.send_data(_STREAM, encode_request(check.service), end_stream=True)
         self._headers: dict[str, str] = {}
         self._message = bytearray()

@@ -34,20 +34,27 @@ class HttpProbe:
     async def __aenter__(self) -> HttpProbe:
         connector = aiohttp.TCPConnector(limit=0, force_close=True, use_dns_cache=False, happy_eyeballs_delay=None)
         self._session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(), read_bufsize=BODY_MAX_BYTES,
-            headers=HEADERS, skip_auto_headers=("Content-Type",))
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(),
+            read_bufsize=BODY_MAX_BYTES,
+            headers=HEADERS,
+            skip_auto_headers=("Content-Type",),
+        )
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._session.close()
 
     async def probe(self, lease: Lease, check: HttpCheck) -> Finding:
         """Ask once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the time-out."""
         try:
-            async with self._session.request(check.method, _url(lease, check), headers=check.headers,
-                                             allow_redirects=False, ssl=self._trust(check)) as response:
+            async with self._session.request(
+                check.method, _url(lease, check), headers=check.headers, allow_redirects=False, ssl=self._trust(check)
+            ) as response:
                 return judge(check, response.status, response.reason or "", await _beginning(response.content))
         except aiohttp.ClientConnectorCertificateError as error:
             raise ProbeFailed(describe(error.certificate_error)) from error
@@ -87,8 +94,9 @@ def judge(check: HttpCheck, status: int, reason: str, body: bytes) -> Finding:
 def _url(lease: Lease, check: HttpCheck) -> URL:
     """Build the URL with the path exactly as it was given: what it means is the service's to say."""
     path, _, query = check.path.partition("?")
-    return URL.build(scheme="https" if check.tls else "http", authority=authority(lease), path=path,
-                     query_string=query, encoded=True)
+    return URL.build(
+        scheme="https" if check.tls else "http", authority=authority(lease), path=path, query_string=query, encoded=True
+    )
 
 
 async def _beginning(content: aiohttp.StreamReader) -> bytes:

@@ -4,7 +4,7 @@ A watcher of leases: a check runs while its lease is bound, asks the owner on it
 change of health by the rules of `core.health`. Three kinds differ. `listen` sends nothing: the lease's state is the
 kernel's word already, and needs no second one, so each change of it counts at once. `report` is the service's own
 word: it is taken from the grant on, and its silence counts from the first report or from the moment it is bound. A
-lease whose port a stranger holds is critical, whatever its check, and the stranger is sent nothing.
+lease whose port a foreign process holds is critical, whatever its check, and the foreign process is sent nothing.
 
 Turns come from one heap, looked at in steps of TICK_S; a turn takes one of `concurrency` slots for as long as its
 time-out at most. When all are taken it waits in line for the next one, once: a check whose next turn comes while it
@@ -40,7 +40,7 @@ from portd.core.model import (
     ReportCheck,
     TcpCheck,
 )
-from portd.seams import Clock, ReportHealth
+from portd.leasing.seams import Clock, ReportHealth
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ TICK_S: Final = 0.1
 It is the most that a check is late, and the shortest interval that is kept."""
 STOPPED_S: Final = 1.0
 """A probe over which the lease clock lost more than this says nothing: it was portd that did not run."""
-STRANGER: Final = "a stranger holds the port"
+STRANGER: Final = "a foreign process holds the port"
 
 OnResult = Callable[[str, Literal["passing", "warning", "critical", "skipped"], float], None]
 """Is told of each result, for the metrics: kind, result, seconds. `skipped` is a turn that found no slot in time."""
@@ -77,8 +77,15 @@ class _Watched:
 class Prober:
     """All health checks of this host. `run` is its task; `apply` hears of every event, in order."""
 
-    def __init__(self, clock: Clock, report: ReportHealth, *, concurrency: int = 64,
-                 allow_commands: Collection[str] = (), on_result: OnResult | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        report: ReportHealth,
+        *,
+        concurrency: int = 64,
+        allow_commands: Collection[str] = (),
+        on_result: OnResult | None = None,
+    ) -> None:
         self.concurrency = concurrency
         self.allow_commands = allow_commands
         self._clock = clock
@@ -183,7 +190,7 @@ class Prober:
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     while True:
-                        self.tend()
+                        self.run_due()
                         await self._next()
             finally:
                 self.close()
@@ -194,7 +201,7 @@ class Prober:
         for watched in list(self._watched.values()):
             self._stop(watched)
 
-    def tend(self) -> None:
+    def run_due(self) -> None:
         """Do what is due: begin turns, notice silence. May be called at any time while `run` runs."""
         now = self._clock.now().tick
         for lease_id in self._due.pop_due(now):

@@ -26,8 +26,9 @@ class Connection:
         await connection._thread
         return connection
 
-    async def run(self, work: Callable[Concatenate[sqlite3.Connection, P], Result], *args: P.args,
-                  **kwargs: P.kwargs) -> Result:
+    async def run(
+        self, work: Callable[Concatenate[sqlite3.Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
         """Run a function in the thread, after all that came before it: one hop, where aiosqlite's public methods cost
         one a statement.
 

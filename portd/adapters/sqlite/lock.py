@@ -25,8 +25,9 @@ class StateLock:
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._descriptor)
-            raise StateInUse(f"another portd (pid {holder}) uses {database}: stop it, or give this one a [store] path "
-                             "of its own") from error
+            raise StateInUse(
+                f"another portd (pid {holder}) uses {database}: stop it, or give this one a [store] path of its own"
+            ) from error
         except OSError:
             os.close(self._descriptor)
             raise

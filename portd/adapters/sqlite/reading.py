@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from portd.core.errors import StoreDamaged
 from portd.core.model import Event, Lease, Protocol, decode_lease
-from portd.seams import REVISION_GAP, Loaded
+from portd.leasing.seams import REVISION_GAP, Loaded
 
 EVENTS_LOADED: Final = 10_000
 """The newest events that a start reads: as many as followers may resume from."""
@@ -67,8 +67,9 @@ def load(database: sqlite3.Connection) -> Loaded:
     if ahead > revision:  # the newest event is never pruned
         raise StoreDamaged(f"events are missing: a lease ended at revision {ahead}, the newest event is {revision}")
     remembered.sort(key=lambda lease: lease.ended_at or 0.0)  # here, since SQLite would sort the bodies
-    return Loaded(_live(live_rows, events), remembered, events,
-                  max(started[0], revision) + REVISION_GAP if started else 0)
+    return Loaded(
+        _live(live_rows, events), remembered, events, max(started[0], revision) + REVISION_GAP if started else 0
+    )
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:
@@ -77,8 +78,9 @@ def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:
     return found[0] if found else None
 
 
-def history(database: sqlite3.Connection, port: int, protocol: Protocol | None, at: float | None,
-            limit: int) -> list[Lease]:
+def history(
+    database: sqlite3.Connection, port: int, protocol: Protocol | None, at: float | None, limit: int
+) -> list[Lease]:
     """Read who had the port, newest first; a lease of `both` protocols is found by either, and finds either."""
     where = ""
     if protocol == "both":
@@ -87,9 +89,13 @@ def history(database: sqlite3.Connection, port: int, protocol: Protocol | None, 
         where += " AND protocol IN (:protocol, 'both')"
     if at is not None:
         where += " AND created_at <= :at AND ended_at > :at"
-    found = [lease for lease in _leases(database, _HISTORY.format(where=where),
-                                        {"port": port, "protocol": protocol, "at": at, "limit": limit})
-             if protocol in (None, *lease.protocols) and (at is None or lease.created_at <= at)]
+    found = [
+        lease
+        for lease in _leases(
+            database, _HISTORY.format(where=where), {"port": port, "protocol": protocol, "at": at, "limit": limit}
+        )
+        if protocol in (None, *lease.protocols) and (at is None or lease.created_at <= at)
+    ]
     return sorted(found, key=lambda lease: (lease.created_at, lease.id), reverse=True)[:limit]
 
 
@@ -101,8 +107,10 @@ def ended(database: sqlite3.Connection, service: str | None, limit: int) -> list
 
 def last_surplus_revision(database: sqlite3.Connection, events_kept: int) -> int:
     """Return the revision up to which events are news no more. The newest one always is: it carries the revision on."""
-    row = database.execute(f"SELECT revision FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC "
-                           "LIMIT 1 OFFSET ?", (max(1, events_kept),)).fetchone()
+    row = database.execute(
+        f"SELECT revision FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT 1 OFFSET ?",
+        (max(1, events_kept),),
+    ).fetchone()
     return int((row or database.execute(f"SELECT {_PRUNED_TO}").fetchone())[0])
 
 
@@ -111,7 +119,7 @@ def surplus_events(database: sqlite3.Connection, after: int, last: int) -> list[
 
     None of them will be needed again: what a lease becomes is an event of its own.
     """
-    return [revision for revision, in database.execute(_SURPLUS, (after, last, SURPLUS_READ)).fetchall()]
+    return [revision for (revision,) in database.execute(_SURPLUS, (after, last, SURPLUS_READ)).fetchall()]
 
 
 def _live(rows: list[tuple[str, int, bytes | None]], events: list[Event]) -> list[Lease]:
@@ -127,4 +135,4 @@ def _live(rows: list[tuple[str, int, bytes | None]], events: list[Event]) -> lis
 
 
 def _leases(database: sqlite3.Connection, statement: str, values: Any = ()) -> list[Lease]:
-    return [decode_lease(body) for body, in database.execute(statement, values).fetchall()]
+    return [decode_lease(body) for (body,) in database.execute(statement, values).fetchall()]

@@ -1,7 +1,7 @@
 """The shape of the database, its numbered migrations, and the judgement whether a file may be touched at all.
 
 A file that is damaged, newer than this portd or not portd's is left exactly as it is: the judgement reads the header by
-itself and opens the file for reading alone, before anything could write to it. This room knows no lease.
+itself and opens the file for reading alone, before anything could write to it. This module knows no lease.
 """
 
 from __future__ import annotations
@@ -138,17 +138,21 @@ def judge(path: Path, newest: int = len(MIGRATIONS)) -> int | None:
     if version <= newest:
         version = _check(path, "mode=ro" if wal_bytes else "immutable=1")
     if version > newest:
-        raise StoreDamaged(f"{path} was written by a newer portd (schema {version}, this one knows {newest}): upgrade "
-                           "portd, or start with another [store] path; nothing was changed")
+        raise StoreDamaged(
+            f"{path} was written by a newer portd (schema {version}, this one knows {newest}): upgrade "
+            "portd, or start with another [store] path; nothing was changed"
+        )
     return version
 
 
 def migrate(database: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> None:
     """Bring a database to the newest schema in one transaction. Raises sqlite3.Error, with nothing changed."""
-    version, = database.execute("PRAGMA user_version").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
     steps = "".join(migrations[version:])
-    database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA application_id = {APPLICATION_ID}; "
-                           f"PRAGMA user_version = {len(migrations)}; COMMIT;")
+    database.executescript(
+        f"BEGIN IMMEDIATE; {steps} PRAGMA application_id = {APPLICATION_ID}; "
+        f"PRAGMA user_version = {len(migrations)}; COMMIT;"
+    )
 
 
 def wal_of(path: Path) -> Path:
@@ -177,9 +181,9 @@ def _check(path: Path, how: str) -> int:
     verdict = "ok"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as database:
-            version, = database.execute("PRAGMA user_version").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
             if path.stat().st_size <= CHECK_MAX_BYTES:
-                verdict, = database.execute("PRAGMA quick_check(1)").fetchone()
+                (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.Error as error:
         if error.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise _damaged(path, f"is damaged ({error})") from error
@@ -190,5 +194,7 @@ def _check(path: Path, how: str) -> int:
 
 
 def _damaged(path: Path, what: str) -> StoreDamaged:
-    return StoreDamaged(f"{path} {what}; nothing was changed. Restore a copy, or move {path.name}, {path.name}-wal and "
-                        f"{path.name}-shm aside together to start with an empty store (running services lease again)")
+    return StoreDamaged(
+        f"{path} {what}; nothing was changed. Restore a copy, or move {path.name}, {path.name}-wal and "
+        f"{path.name}-shm aside together to start with an empty store (running services lease again)"
+    )

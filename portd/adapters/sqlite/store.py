@@ -1,7 +1,7 @@
 """SqliteStore: leases and events in one SQLite file, one thread that writes and one that reads.
 
 A commit is one transaction in one hop to the writing thread, synced before it returns where durability is `full`.
-Readers see the newest commit and never wait for the writer (WAL: https://www.sqlite.org/wal.html). This room orders
+Readers see the newest commit and never wait for the writer (WAL: https://www.sqlite.org/wal.html). This module orders
 the threads' work; SQL is next door.
 """
 
@@ -26,7 +26,7 @@ from portd.adapters.sqlite.schema import prepare, wal_of
 from portd.adapters.sqlite.writing import PRUNE_STEP, Durability, Writer, connect
 from portd.core.errors import StoreDamaged, StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, Protocol
-from portd.seams import Loaded
+from portd.leasing.seams import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,16 @@ OnCommit = Callable[[float, int], None]
 class SqliteStore:
     """Implements `LeaseStore`. Made by `open`; `close` before the loop ends."""
 
-    def __init__(self, path: Path, durability: Durability, lock: StateLock, writing: Connection,
-                 reader: Connection, writer: Writer, on_commit: OnCommit) -> None:
+    def __init__(
+        self,
+        path: Path,
+        durability: Durability,
+        lock: StateLock,
+        writing: Connection,
+        reader: Connection,
+        writer: Writer,
+        on_commit: OnCommit,
+    ) -> None:
         self._path = path
         self._durability = durability
         self._lock = lock
@@ -52,8 +60,9 @@ class SqliteStore:
         self._last_commit_s = 0.0
 
     @classmethod
-    async def open(cls, path: Path, durability: Durability,
-                   on_commit: OnCommit = lambda seconds, count: None) -> SqliteStore:
+    async def open(
+        cls, path: Path, durability: Durability, on_commit: OnCommit = lambda seconds, count: None
+    ) -> SqliteStore:
         """Open or make the database.
 
         Raises StateInUse when another daemon has it, StoreDamaged when it may not be touched or the disk does not let
@@ -63,8 +72,9 @@ class SqliteStore:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = StateLock(path)
         except OSError as error:
-            raise StoreDamaged(f"{path.parent} can't be used for the store: {error.strerror}; see [store] "
-                               "path") from error
+            raise StoreDamaged(
+                f"{path.parent} can't be used for the store: {error.strerror}; see [store] path"
+            ) from error
         async with AsyncExitStack() as undo:
             undo.callback(lock.release)
             try:
@@ -91,8 +101,10 @@ class SqliteStore:
             loaded = await self._read(reading.load)
         except (StoreUnavailable, StoreDamaged) as error:
             self._writer.seal(str(error))
-            raise StoreDamaged(f"{error}; nothing was changed. Restore a copy, or move {self._path} aside together "
-                               "with its -wal and -shm") from error
+            raise StoreDamaged(
+                f"{error}; nothing was changed. Restore a copy, or move {self._path} aside together "
+                "with its -wal and -shm"
+            ) from error
         try:
             await self._writing.run(self._writer.reserve, loaded.revision)
         except StoreUnavailable as error:
@@ -112,8 +124,9 @@ class SqliteStore:
         """Read one lease, live or ended."""
         return await self._read(reading.lease, lease_id)
 
-    async def history(self, port: int, *, protocol: Protocol | None = None, at: float | None = None,
-                      limit: int = 100) -> list[Lease]:
+    async def history(
+        self, port: int, *, protocol: Protocol | None = None, at: float | None = None, limit: int = 100
+    ) -> list[Lease]:
         """Read who had the port, newest first; `at` (epoch seconds) asks for one moment."""
         return await self._read(reading.history, port, protocol, at, limit)
 
@@ -131,7 +144,7 @@ class SqliteStore:
         surplus = [0]
         while surplus := await self._read(reading.surplus_events, surplus[-1], last):
             for start in range(0, len(surplus), PRUNE_STEP):
-                total += await self._forget(self._writer.forget_events, surplus[start:start + PRUNE_STEP])
+                total += await self._forget(self._writer.forget_events, surplus[start : start + PRUNE_STEP])
         return total
 
     async def close(self) -> None:
@@ -153,9 +166,14 @@ class SqliteStore:
 
     def condition(self) -> dict[str, Any]:
         """Describe the store for the status page; `problem` is None, or what stands against writing."""
-        return {"path": str(self._path), "durability": self._durability, "size_bytes": _size(self._path),
-                "wal_bytes": _size(wal_of(self._path)), "last_commit_ms": round(self._last_commit_s * 1000, 3),
-                "problem": self._writer.problem}
+        return {
+            "path": str(self._path),
+            "durability": self._durability,
+            "size_bytes": _size(self._path),
+            "wal_bytes": _size(wal_of(self._path)),
+            "last_commit_ms": round(self._last_commit_s * 1000, 3),
+            "problem": self._writer.problem,
+        }
 
     # --- parts ---
 
@@ -169,8 +187,9 @@ class SqliteStore:
         if self._writer.wants_fold and (self._folding is None or self._folding.done()):
             self._folding = asyncio.create_task(self._writing.run(self._writer.fold))
 
-    async def _read(self, work: Callable[Concatenate[sqlite3.Connection, P], Result], *args: P.args,
-                    **kwargs: P.kwargs) -> Result:
+    async def _read(
+        self, work: Callable[Concatenate[sqlite3.Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
         if self._writer.sealed is not None:
             raise StoreLost(f"{self._path} is not trusted any more: {self._writer.sealed}; start over from the disk")
         try:

@@ -69,8 +69,9 @@ and nothing is written after it but the sync."""
 def connect(path: Path, durability: Durability) -> sqlite3.Connection:
     """Open the database for writing. `full` syncs the log at every commit, `fast` only while folding it: a power cut
     then takes the newest commits, and never more (https://www.sqlite.org/pragma.html#pragma_synchronous)."""
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None,
-                               timeout=BUSY_TIMEOUT_S)
+    database = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
+    )
     try:
         database.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
         database.execute("PRAGMA wal_autocheckpoint = 0")  # the store folds, after the answer
@@ -208,8 +209,9 @@ class Writer:
             self.seal(f"{error} ({_name(error)})")
             return StoreLost(f"{self._path}: {self.sealed}: whether the last commit reached the disk is not known")
         self._write_problem = reason
-        return StoreUnavailable(f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when "
-                                "that is mended")
+        return StoreUnavailable(
+            f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when that is mended"
+        )
 
     def _written(self) -> None:
         self._write_problem = None
@@ -236,8 +238,22 @@ def _lease_rows(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row]
         if lease.ended_at is None:
             live.append((lease.id, lease.port, revision))
         else:
-            ended.append((revision, lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol,
-                          lease.address, lease.port, lease.uid, lease.created_at, lease.ended_at, body))
+            ended.append(
+                (
+                    revision,
+                    lease.id,
+                    lease.service,
+                    lease.instance,
+                    lease.endpoint,
+                    lease.protocol,
+                    lease.address,
+                    lease.port,
+                    lease.uid,
+                    lease.created_at,
+                    lease.ended_at,
+                    body,
+                )
+            )
     return live, ended
 
 
@@ -245,7 +261,7 @@ def _for_all(database: sqlite3.Connection, statement: str, rows: Sequence[Row]) 
     start = 0
     while left := len(rows) - start:
         count = min(ROWS_MAX, 1 << left.bit_length() - 1)  # powers of two: few statements to be compiled, and kept
-        some = rows[start:start + count]
+        some = rows[start : start + count]
         database.execute(_for_rows(statement, len(some[0]), count), tuple(chain.from_iterable(some)))
         start += count
 

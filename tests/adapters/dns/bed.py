@@ -24,10 +24,21 @@ CHECK = ReportCheck()
 def lease(service: str = "orders", number: int = 1, endpoint: str = "main", **more: Any) -> Lease:
     """Return a lease; what is not told is a plain TCP service without a check on an own address."""
     instance = more.pop("instance", f"{service}-{number}")
-    fields = {"id": f"{instance}.{endpoint}", "service": service, "instance": instance, "endpoint": endpoint,
-              "protocol": "tcp", "address": f"127.77.{number // 250}.{number % 250 + 1}", "port": 20000 + number,
-              "pool": "default", "hold": "shared", "lifetime": "process", "owner": Owner(known_by="peercred"),
-              "host": "here", "created_at": 0.0}
+    fields = {
+        "id": f"{instance}.{endpoint}",
+        "service": service,
+        "instance": instance,
+        "endpoint": endpoint,
+        "protocol": "tcp",
+        "address": f"127.77.{number // 250}.{number % 250 + 1}",
+        "port": 20000 + number,
+        "pool": "default",
+        "hold": "shared",
+        "lifetime": "process",
+        "owner": Owner(known_by="peercred"),
+        "host": "here",
+        "created_at": 0.0,
+    }
     return Lease(**{**fields, **more})
 
 
@@ -79,10 +90,12 @@ class Station:
 
     def apply(self, *leases: Lease) -> None:
         """Let the server follow an event for each lease, and return when it has."""
+
         async def follow() -> None:
             for each in leases:
                 self._revision += 1
                 self.server.apply(Event(self._revision, "updated", 0.0, each))
+
         self.run(follow())
 
     def udp(self, name: str, rdtype: str, host: str | None = None, **more: Any) -> dns.message.Message:

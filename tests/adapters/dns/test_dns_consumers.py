@@ -89,8 +89,15 @@ class Backend:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
-        self.lease = lease("web", number, address="127.0.0.1", port=self._server.server_port, check=CHECK,
-                           health="passing", state="bound")
+        self.lease = lease(
+            "web",
+            number,
+            address="127.0.0.1",
+            port=self._server.server_port,
+            check=CHECK,
+            health="passing",
+            state="bound",
+        )
 
     def close(self) -> None:
         """Die; nothing happens when it has."""
@@ -118,8 +125,9 @@ def program(tmp_path, *command):
     """Run a program in a directory of its own, and end it."""
     home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT,
-                                   env={**os.environ, **home})
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **home}
+        )
     try:
         yield
     except AssertionError as error:
@@ -142,9 +150,14 @@ def in_rotation(port):
     return {call(port) for _ in range(ROUNDS)}
 
 
-@pytest.mark.parametrize("consumer", [
-    pytest.param(start, marks=pytest.mark.skipif(shutil.which(start.__name__) is None, reason="not installed"))
-    for start in (haproxy, caddy)], ids=["haproxy", "caddy"])
+@pytest.mark.parametrize(
+    "consumer",
+    [
+        pytest.param(start, marks=pytest.mark.skipif(shutil.which(start.__name__) is None, reason="not installed"))
+        for start in (haproxy, caddy)
+    ],
+    ids=["haproxy", "caddy"],
+)
 def test_who_dies_leaves_the_rotation_and_who_joins_gets_calls(tmp_path, consumer):
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))

@@ -28,12 +28,16 @@ def responder():
 
 
 QUERIES = st.builds(
-    lambda name, rdtype, edns, options: ask_for(name, rdtype, use_edns=edns or bool(options), payload=1232,
-                                                options=options).to_wire(),
-    name=st.sampled_from(["", "orders", "_orders._tcp", "_metrics._tcp.orders", "orders-1.orders", "_tcp", "nobody",
-                          "example.com."]),
-    rdtype=st.sampled_from(["A", "AAAA", "SRV", "TXT", "SOA", "NS", "ANY", "AXFR", "HTTPS"]), edns=st.booleans(),
-    options=st.lists(st.builds(dns.edns.GenericOption, st.integers(1000, 65535), st.binary(max_size=40)), max_size=3))
+    lambda name, rdtype, edns, options: ask_for(
+        name, rdtype, use_edns=edns or bool(options), payload=1232, options=options
+    ).to_wire(),
+    name=st.sampled_from(
+        ["", "orders", "_orders._tcp", "_metrics._tcp.orders", "orders-1.orders", "_tcp", "nobody", "example.com."]
+    ),
+    rdtype=st.sampled_from(["A", "AAAA", "SRV", "TXT", "SOA", "NS", "ANY", "AXFR", "HTTPS"]),
+    edns=st.booleans(),
+    options=st.lists(st.builds(dns.edns.GenericOption, st.integers(1000, 65535), st.binary(max_size=40)), max_size=3),
+)
 
 
 @st.composite
@@ -46,13 +50,13 @@ def mutated(draw):
         if accident == "set" and at < len(query):
             query[at] = draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 41, 63, 64, 192, 255])))
         elif accident == "cut":
-            del query[max(at, 12):]
+            del query[max(at, 12) :]
         elif accident == "insert":
             query[at:at] = draw(st.binary(max_size=20))
         elif accident == "repeat":
             query += query[at:]
         elif accident == "drop":
-            del query[at:at + draw(st.integers(1, 5))]
+            del query[at : at + draw(st.integers(1, 5))]
     return bytes(query)
 
 

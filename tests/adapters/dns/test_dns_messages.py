@@ -58,7 +58,7 @@ def test_the_question_comes_back_as_it_was_asked(name, rdtype):
     query = ask_for(name, rdtype).to_wire()
     answer = Asked(lease()).wire(query)
     assert answer[:2] == query[:2]
-    assert answer[12:len(query)] == query[12:]
+    assert answer[12 : len(query)] == query[12:]
 
 
 @pytest.mark.parametrize("name", ["orders", "_orders._tcp", "orders-1.orders", "_tcp", "nobody", "", "example.com."])
@@ -67,7 +67,7 @@ def test_the_case_of_a_question_makes_no_other_difference(name):
     upper = lower[:12] + lower[12:].upper()  # no length of a label is a letter: they are 63 at most
     asked = Asked(lease())
     plain, loud = asked.wire(lower), asked.wire(upper)
-    assert (loud[:12], loud[len(upper):]) == (plain[:12], plain[len(lower):])
+    assert (loud[:12], loud[len(upper) :]) == (plain[:12], plain[len(lower) :])
 
 
 @pytest.mark.parametrize("name", ["orders", "nobody", "_tcp", "example.com."])
@@ -78,11 +78,23 @@ def test_recursion_desired_is_copied_and_never_available(name, desired):
     assert not answer.flags & dns.flags.RA
 
 
-@pytest.mark.parametrize(("name", "rdtype", "rcode"), [
-    ("orders", "A", "NOERROR"), ("orders", "AAAA", "NOERROR"), ("orders", "HTTPS", "NOERROR"), ("", "A", "NOERROR"),
-    ("_tcp", "SRV", "NOERROR"), ("_tcp.orders", "SRV", "NOERROR"), ("_udp", "SRV", "NXDOMAIN"),
-    ("_metrics._tcp.orders", "SRV", "NXDOMAIN"), ("orders-2.orders", "A", "NXDOMAIN"), ("x.orders-1.orders", "A",
-    "NXDOMAIN"), ("billing", "A", "NXDOMAIN"), ("billing", "ANY", "NXDOMAIN")])
+@pytest.mark.parametrize(
+    ("name", "rdtype", "rcode"),
+    [
+        ("orders", "A", "NOERROR"),
+        ("orders", "AAAA", "NOERROR"),
+        ("orders", "HTTPS", "NOERROR"),
+        ("", "A", "NOERROR"),
+        ("_tcp", "SRV", "NOERROR"),
+        ("_tcp.orders", "SRV", "NOERROR"),
+        ("_udp", "SRV", "NXDOMAIN"),
+        ("_metrics._tcp.orders", "SRV", "NXDOMAIN"),
+        ("orders-2.orders", "A", "NXDOMAIN"),
+        ("x.orders-1.orders", "A", "NXDOMAIN"),
+        ("billing", "A", "NXDOMAIN"),
+        ("billing", "ANY", "NXDOMAIN"),
+    ],
+)
 def test_no_such_record_and_no_such_name_are_told_apart_and_both_carry_the_soa(name, rdtype, rcode):
     answer = Asked(lease(address="127.0.0.1"), ttl=3).ask(name, rdtype)
     assert dns.rcode.to_text(answer.rcode()) == rcode
@@ -128,8 +140,18 @@ def test_any_is_told_no_the_modern_way():
     assert answer.answer[0].rdtype == dns.rdatatype.HINFO
 
 
-@pytest.mark.parametrize("name", ["example.com.", ".", "internal.", "xportd.internal.", "portd.internal.example.",
-                                  r"x\005portd.internal.", r"a\007b\005portd\008internal."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "example.com.",
+        ".",
+        "internal.",
+        "xportd.internal.",
+        "portd.internal.example.",
+        r"x\005portd.internal.",
+        r"a\007b\005portd\008internal.",
+    ],
+)
 def test_other_zones_are_refused_those_that_only_look_alike_too(name):
     answer = Asked(lease()).ask(name, "A")
     assert answer.rcode() == dns.rcode.REFUSED
@@ -163,10 +185,19 @@ def test_one_question_is_asked_or_the_message_is_malformed(count):
     assert dns.message.from_wire(Asked(lease()).wire(bytes(query))).rcode() == dns.rcode.FORMERR
 
 
-@pytest.mark.parametrize("mangle", [
-    lambda query: query[:-1], lambda query: query[:-4], lambda query: query[:14], lambda query: query[:12],
-    lambda query: query + b"\0", lambda query: query[:12] + b"\xc0\x0c\0\1\0\1", lambda query: query[:12] + b"\x40" * 9,
-    lambda query: query[:12] + b"\x3f" + b"x" * 63 + (b"\x3f" + b"x" * 63) * 3 + b"\0\0\1\0\1"])
+@pytest.mark.parametrize(
+    "mangle",
+    [
+        lambda query: query[:-1],
+        lambda query: query[:-4],
+        lambda query: query[:14],
+        lambda query: query[:12],
+        lambda query: query + b"\0",
+        lambda query: query[:12] + b"\xc0\x0c\0\1\0\1",
+        lambda query: query[:12] + b"\x40" * 9,
+        lambda query: query[:12] + b"\x3f" + b"x" * 63 + (b"\x3f" + b"x" * 63) * 3 + b"\0\0\1\0\1",
+    ],
+)
 def test_a_malformed_question_is_told_so(mangle):
     answer = Asked(lease()).wire(mangle(ask_for("orders", "A").to_wire()))
     assert dns.message.from_wire(answer).rcode() == dns.rcode.FORMERR
@@ -218,8 +249,11 @@ def test_two_opts_or_a_wrong_length_are_malformed():
 
 
 @settings(max_examples=150, deadline=None)
-@given(count=st.integers(1, 60), offered=st.one_of(st.none(), st.integers(0, 20000)),
-       name=st.sampled_from(["orders", "_orders._tcp"]))
+@given(
+    count=st.integers(1, 60),
+    offered=st.one_of(st.none(), st.integers(0, 20000)),
+    name=st.sampled_from(["orders", "_orders._tcp"]),
+)
 def test_an_answer_keeps_to_the_size_and_says_when_it_was_cut(count, offered, name):
     asked = Asked(*many(count))
     edns = {} if offered is None else {"use_edns": 0, "payload": offered}
@@ -293,5 +327,11 @@ def test_outcomes_are_counted_by_type_and_code():
     asked.ask("example.com.", "TYPE999")
     asked.ask("orders", "A", use_edns=1)
     asked.wire(ask_for("orders", "A").to_wire()[:-1])
-    assert asked.counts == {("A", "NOERROR"): 1, ("AAAA", "NOERROR"): 1, ("SRV", "NXDOMAIN"): 1,
-                            ("other", "REFUSED"): 1, ("A", "BADVERS"): 1, ("other", "FORMERR"): 1}
+    assert asked.counts == {
+        ("A", "NOERROR"): 1,
+        ("AAAA", "NOERROR"): 1,
+        ("SRV", "NXDOMAIN"): 1,
+        ("other", "REFUSED"): 1,
+        ("A", "BADVERS"): 1,
+        ("other", "FORMERR"): 1,
+    }

@@ -1,4 +1,4 @@
-"""The server on real sockets: both protocols, both loops, slow, silent and rude clients; dig as a stranger's view."""
+"""The server on real sockets: both protocols, both loops, slow, silent and rude clients; dig as a foreign process's view."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def test_the_very_next_query_after_an_event_sees_it(station):
 
 def test_a_cut_answer_leads_to_tcp_and_the_whole(station):
     station.apply(*(lease(number=number) for number in range(1, 200)))
-    answer, over_tcp = dns.query.udp_with_fallback(ask_for("_orders._tcp", "SRV"), station.host, DEADLINE_S,
-                                                   station.port)
+    answer, over_tcp = dns.query.udp_with_fallback(
+        ask_for("_orders._tcp", "SRV"), station.host, DEADLINE_S, station.port
+    )
     assert over_tcp
     assert len(texts(answer)) == 199
 
@@ -75,15 +76,22 @@ def test_on_all_addresses_it_answers_from_the_one_that_was_asked(listen, asked):
             assert texts(dns.message.from_wire(client.recv(4096))) == ["10.1.2.3"]
 
 
-@pytest.mark.parametrize(("listen", "a", "aaaa"), [
-    (["127.0.0.1"], ["127.0.0.1"], ["::1"]), (["0.0.0.0"], ["127.0.0.1"], ["::1"]),
-    (["192.0.2.7"], ["192.0.2.7"], []), (["127.0.0.1", "2001:db8::7"], ["127.0.0.1"], ["2001:db8::7", "::1"])])
+@pytest.mark.parametrize(
+    ("listen", "a", "aaaa"),
+    [
+        (["127.0.0.1"], ["127.0.0.1"], ["::1"]),
+        (["0.0.0.0"], ["127.0.0.1"], ["::1"]),
+        (["192.0.2.7"], ["192.0.2.7"], []),
+        (["127.0.0.1", "2001:db8::7"], ["127.0.0.1"], ["2001:db8::7", "::1"]),
+    ],
+)
 def test_a_lease_of_all_addresses_answers_with_where_the_asker_can_reach_it(listen, a, aaaa):
     server = DnsServer([(host, 8600) for host in listen])
     server.restore([lease(number=1, address="::"), lease("v4", 2, address="0.0.0.0")])
 
     def ask(name, rdtype):
         return texts(dns.message.from_wire(server._responder.respond(ask_for(name, rdtype).to_wire(), tcp.LIMITS)))
+
     assert ask("orders", "A") == ask("v4", "A") == a
     assert ask("orders", "AAAA") == aaaa
     assert ask("v4", "AAAA") == []
@@ -122,6 +130,7 @@ def test_a_query_that_fails_is_answered_by_servfail_and_told_of_once(caplog):
     def broken(qtype, rcode):
         if qtype == "TXT":
             raise RuntimeError("made to fail")
+
     with Station(on_query=broken) as station, caplog.at_level(logging.ERROR):
         station.apply(lease(tags=("blue",)))
         for _ in range(20):
@@ -149,7 +158,7 @@ def test_a_flood_of_garbage_leaves_it_answering(station):
             garbage = bytearray(query)
             for _ in range(chance.randint(1, 8)):
                 garbage[chance.randrange(len(garbage))] = chance.randrange(256)
-            client.sendto(garbage[:chance.randint(0, len(garbage))], (station.host, station.port))
+            client.sendto(garbage[: chance.randint(0, len(garbage))], (station.host, station.port))
             client.sendto(chance.randbytes(chance.randint(0, 1400)), (station.host, station.port))
     for attempt in range(20):  # the flood may have filled the buffer that this query needs room in
         try:
@@ -208,8 +217,9 @@ def test_a_query_may_come_in_single_bytes(station):
         assert texts(read_message(client)) == ["10.1.2.3"]
 
 
-@pytest.mark.parametrize("rude", [b"\xff\xff" + b"x" * 9, b"\0\0", b"\0\x05hello", b"GET / HTTP/1.1\r\n\r\n",
-                                  b"\0\x0c\0\0\x80" + bytes(9)])
+@pytest.mark.parametrize(
+    "rude", [b"\xff\xff" + b"x" * 9, b"\0\0", b"\0\x05hello", b"GET / HTTP/1.1\r\n\r\n", b"\0\x0c\0\0\x80" + bytes(9)]
+)
 def test_who_does_not_speak_dns_is_cut_off(station, rude):
     with connect(station) as client:
         client.sendall(rude)
@@ -297,6 +307,7 @@ def test_an_idle_connection_is_closed_a_trickle_does_not_keep_it(new_loop):
         finally:
             writer.close()
             await listener.close()
+
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(run())
 
@@ -307,7 +318,7 @@ def test_it_may_be_closed_twice_and_started_again():
         await server.close()
         for _ in range(2):
             await server.start()
-            (host, port), = server.addresses
+            ((host, port),) = server.addresses
             reader, writer = await asyncio.open_connection(host, port)
             server.apply(Event(1, "granted", 0.0, lease()))
             writer.write(framed(ask_for("orders", "A")))
@@ -317,10 +328,11 @@ def test_it_may_be_closed_twice_and_started_again():
             writer.close()
             with socket.create_server((host, port)):
                 pass
+
     asyncio.run(run())
 
 
-# --- a stranger's view ---
+# --- a foreign process's view ---
 
 
 @pytest.mark.skipif(shutil.which("dig") is None, reason="dig (bind9-dnsutils) is not installed")
@@ -328,30 +340,45 @@ class TestDig:
     """dig(1) sends EDNS with a cookie and warns of whatever it does not like."""
 
     def dig(self, station, *arguments):
-        run = subprocess.run(["dig", f"@{station.host}", "-p", str(station.port), "+norecurse", *arguments], text=True,
-                             capture_output=True, timeout=30, check=True)
+        run = subprocess.run(
+            ["dig", f"@{station.host}", "-p", str(station.port), "+norecurse", *arguments],
+            text=True,
+            capture_output=True,
+            timeout=30,
+            check=True,
+        )
         assert "WARN" not in run.stdout + run.stderr
         assert ";; Got bad packet" not in run.stdout
         return run.stdout
 
     @pytest.mark.parametrize("way", ["+notcp", "+tcp", "+noedns", "+bufsize=4096"])
     def test_sees_services_ports_instances_and_texts(self, station, way):
-        station.apply(lease(address="127.77.0.9", tags=("blue",), metadata={"version": "1.4.2"}),
-                      lease(endpoint="metrics", port=9100, address="127.0.0.1"))
+        station.apply(
+            lease(address="127.77.0.9", tags=("blue",), metadata={"version": "1.4.2"}),
+            lease(endpoint="metrics", port=9100, address="127.0.0.1"),
+        )
         assert self.dig(station, way, "+short", "A", "orders.portd.internal") == "127.77.0.9\n"
-        assert self.dig(station, way, "+short", "SRV", "_orders._tcp.portd.internal") == \
-            "0 1 20001 orders-1.orders.portd.internal.\n"
-        assert self.dig(station, way, "+short", "SRV", "_metrics._tcp.orders.portd.internal") == \
-            "0 1 9100 metrics.orders-1.orders.portd.internal.\n"
-        assert self.dig(station, way, "+short", "TXT", "orders-1.orders.portd.internal") == \
-            '"tag=blue" "version=1.4.2"\n'
+        assert (
+            self.dig(station, way, "+short", "SRV", "_orders._tcp.portd.internal")
+            == "0 1 20001 orders-1.orders.portd.internal.\n"
+        )
+        assert (
+            self.dig(station, way, "+short", "SRV", "_metrics._tcp.orders.portd.internal")
+            == "0 1 9100 metrics.orders-1.orders.portd.internal.\n"
+        )
+        assert (
+            self.dig(station, way, "+short", "TXT", "orders-1.orders.portd.internal") == '"tag=blue" "version=1.4.2"\n'
+        )
         shown = self.dig(station, way, "SRV", "_orders._tcp.portd.internal")
         assert "orders-1.orders.portd.internal. 0 IN A 127.77.0.9" in " ".join(shown.split())
 
     def test_sees_codes_and_flags(self, station):
         station.apply(lease())
-        for name, status, flags in (("orders.portd.internal", "NOERROR", "qr aa"),
-                                    ("nobody.portd.internal", "NXDOMAIN", "qr aa"), ("example.com", "REFUSED", "qr")):
+        for name, status, flags in (
+            ("orders.portd.internal", "NOERROR", "qr aa"),
+            ("nobody.portd.internal", "NXDOMAIN", "qr aa"),
+            ("example.com", "REFUSED", "qr"),
+        ):
             shown = self.dig(station, name)
             assert f"status: {status}," in shown
             assert f"flags: {flags};" in shown

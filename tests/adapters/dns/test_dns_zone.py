@@ -25,8 +25,11 @@ TYPES = ("A", "AAAA", "SRV", "TXT")
 
 
 def shown(leases: list[Lease], service: str, endpoint: str) -> list[Lease]:
-    of_it = [each for each in leases if (each.service, each.endpoint) == (service, endpoint)
-             and each.state != "conflict" and not each.drain]
+    of_it = [
+        each
+        for each in leases
+        if (each.service, each.endpoint) == (service, endpoint) and each.state != "conflict" and not each.drain
+    ]
     with_check = any(each.check for each in of_it)
     return [each for each in of_it if each.health == "passing" or not with_check]
 
@@ -104,27 +107,49 @@ def check(responder: Responder, leases: list[Lease], names: list[str]) -> None:
             assert authority == ([] if expected else [dns.rdatatype.SOA]), (name, rdtype)
             if rdtype == "SRV":
                 targets = {text.split()[3].removesuffix(f".{ZONE}") for text in found}
-                added = {(rrset.name.to_text().removesuffix(f".{ZONE}"), record.to_text())
-                         for rrset in answer.additional for record in rrset}
-                assert added == {(target, address) for target in targets for rdtype in ("A", "AAAA")
-                                 for address in truth[target].get(rdtype, ())}
+                added = {
+                    (rrset.name.to_text().removesuffix(f".{ZONE}"), record.to_text())
+                    for rrset in answer.additional
+                    for record in rrset
+                }
+                assert added == {
+                    (target, address)
+                    for target in targets
+                    for rdtype in ("A", "AAAA")
+                    for address in truth[target].get(rdtype, ())
+                }
 
 
 LEASES = st.builds(
-    lease, service=st.sampled_from(["a", "bb", "ns"]), number=st.integers(1, 3),
-    endpoint=st.sampled_from(["main", "main", "metrics"]), protocol=st.sampled_from(["tcp", "udp", "both"]),
-    address=st.sampled_from(["127.0.0.1", "127.77.0.9", "0.0.0.0", "::", "::1"]), port=st.integers(1, 65535),
+    lease,
+    service=st.sampled_from(["a", "bb", "ns"]),
+    number=st.integers(1, 3),
+    endpoint=st.sampled_from(["main", "main", "metrics"]),
+    protocol=st.sampled_from(["tcp", "udp", "both"]),
+    address=st.sampled_from(["127.0.0.1", "127.77.0.9", "0.0.0.0", "::", "::1"]),
+    port=st.integers(1, 65535),
     health=st.sampled_from(["passing", "passing", "warning", "critical", "unknown"]),
-    check=st.sampled_from([None, CHECK]), drain=st.sampled_from([False, False, True]),
+    check=st.sampled_from([None, CHECK]),
+    drain=st.sampled_from([False, False, True]),
     state=st.sampled_from(["held", "bound", "bound", "conflict", "ended"]),
-    tags=st.sampled_from([(), ("blue",), ("blue", "grün")]), metadata=st.sampled_from([{}, {"version": "1.4.2"}]))
+    tags=st.sampled_from([(), ("blue",), ("blue", "grün")]),
+    metadata=st.sampled_from([{}, {"version": "1.4.2"}]),
+)
 
 
 def names_around(each: Lease) -> list[str]:
     """Return the names that an event for a lease could change, and some that never exist."""
     service, instance, endpoint = each.service, each.instance, each.endpoint
-    around = [service, f"{instance}.{service}", f"{endpoint}.{instance}.{service}", "_tcp", "_udp", "_nobody._tcp",
-              f"nobody.{service}", f"x.y.{instance}.{service}"]
+    around = [
+        service,
+        f"{instance}.{service}",
+        f"{endpoint}.{instance}.{service}",
+        "_tcp",
+        "_udp",
+        "_nobody._tcp",
+        f"nobody.{service}",
+        f"x.y.{instance}.{service}",
+    ]
     for protocol in ("_tcp", "_udp"):
         around += [f"{protocol}.{service}", f"_{service}.{protocol}", f"_{endpoint}.{protocol}.{service}"]
     return around

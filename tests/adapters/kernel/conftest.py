@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from tests.adapters.kernel.foreign import foreign
 
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.netlink import SocketDiag
-from tests.adapters.kernel.strangers import stranger
 
 DEADLINE_S = 20.0
 """How long a condition may take on a slow machine; on a quick one nobody waits for it."""
@@ -142,6 +142,6 @@ def holds(diag) -> Iterator[KernelHolds]:
 def port() -> int:
     """A port outside the kernel's own choice that nobody has on any address."""
     for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), stranger("::", port), stranger("::", port, udp=True):
+        with contextlib.suppress(OSError), foreign("::", port), foreign("::", port, udp=True):
             return port
     pytest.fail("no free port")

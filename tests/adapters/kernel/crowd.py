@@ -9,9 +9,15 @@ import os
 import socket
 import sys
 
-WAYS = (("127.0.0.1", socket.SOCK_STREAM, True), ("::", socket.SOCK_STREAM, False), ("::1", socket.SOCK_DGRAM, True),
-        ("0.0.0.0", socket.SOCK_STREAM, True), ("::", socket.SOCK_STREAM, True), ("127.0.0.1", socket.SOCK_DGRAM, True),
-        ("::ffff:127.0.0.1", socket.SOCK_STREAM, False))
+WAYS = (
+    ("127.0.0.1", socket.SOCK_STREAM, True),
+    ("::", socket.SOCK_STREAM, False),
+    ("::1", socket.SOCK_DGRAM, True),
+    ("0.0.0.0", socket.SOCK_STREAM, True),
+    ("::", socket.SOCK_STREAM, True),
+    ("127.0.0.1", socket.SOCK_DGRAM, True),
+    ("::ffff:127.0.0.1", socket.SOCK_STREAM, False),
+)
 
 
 def listen(number: int) -> socket.socket:

@@ -16,7 +16,7 @@ from tests.adapters.kernel.lives import Exits, is_zombie, turns
 # --- who is told ---
 
 
-@pytest.mark.parametrize("start", ["echo $$; exec sleep 60", "sleep 60 & echo $!"], ids=["child", "stranger"])
+@pytest.mark.parametrize("start", ["echo $$; exec sleep 60", "sleep 60 & echo $!"], ids=["child", "foreign"])
 def test_an_exit_is_told_once_and_its_pidfd_closed(run, spawn, descriptors, start):
     pid = int(spawn("sh", "-c", start).stdout.readline())
 

@@ -13,9 +13,9 @@ import sys
 
 import pytest
 from aiohttp import web
+from tests.adapters.kernel.foreign import can_bind, foreign
 
-from portd.core.addresses import overlaps
-from tests.adapters.kernel.strangers import can_bind, stranger
+from portd.core.bindings import overlaps
 
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
 
@@ -25,7 +25,7 @@ IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
 def test_over_a_shared_hold_a_server_listens_and_a_bare_bind_does_not(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     assert not can_bind("127.0.0.1", port)
-    with stranger("127.0.0.1", port, reuse=True, listen=True) as server:
+    with foreign("127.0.0.1", port, reuse=True, listen=True) as server:
         with socket.create_connection(("127.0.0.1", port)) as client:
             connection, _ = server.accept()
             connection.close()
@@ -56,7 +56,7 @@ def test_an_exclusive_hold_keeps_everybody_off(holds, port, udp, reuse):
 def test_the_door_opens_and_closes_at_once_while_an_owner_listens_too(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "exclusive") == "taken"
     holds.door("a", is_open=True)
-    owner = stranger("127.0.0.1", port, reuse=True, listen=True)
+    owner = foreign("127.0.0.1", port, reuse=True, listen=True)
     holds.door("a", is_open=False)
     with socket.create_connection(("127.0.0.1", port)):
         owner.accept()[0].close()
@@ -69,14 +69,15 @@ def test_the_door_opens_and_closes_at_once_while_an_owner_listens_too(holds, por
 
 def test_who_got_in_by_the_door_and_did_not_listen_cannot_listen_once_it_is_closed(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with stranger("127.0.0.1", port, reuse=True) as late:
+    with foreign("127.0.0.1", port, reuse=True) as late:
         holds.door("a", is_open=False)
         with pytest.raises(OSError, match="Address already in use"):
             late.listen()
 
 
-@pytest.mark.parametrize(("held", "asked"), list(itertools.product(
-    ["0.0.0.0", "127.0.0.1", "127.0.0.2", "::", "::1"], repeat=2)))
+@pytest.mark.parametrize(
+    ("held", "asked"), list(itertools.product(["0.0.0.0", "127.0.0.1", "127.0.0.2", "::", "::1"], repeat=2))
+)
 def test_a_hold_excludes_the_addresses_that_its_own_includes(holds, port, held, asked):
     """`::` is dual-stack, as servers bind it."""
     assert holds.take("a", "tcp", held, port, "exclusive") == "taken"
@@ -118,19 +119,21 @@ def test_the_kernels_own_choice_is_never_a_held_port(holds, kind, connect):
 
 def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
-    with stranger("127.0.0.1", port, reuse=True) as first, stranger("127.0.0.1", port, reuse=True) as second:
+    with foreign("127.0.0.1", port, reuse=True) as first, foreign("127.0.0.1", port, reuse=True) as second:
         first.listen()
         with pytest.raises(OSError, match="Address already in use"):
             second.listen()
-    with stranger("127.0.0.1", port, reuse=True, listen=True):
+    with foreign("127.0.0.1", port, reuse=True, listen=True):
         assert not can_bind("127.0.0.1", port, reuse=True)
 
 
 def test_of_two_udp_sockets_with_reuseaddr_the_later_one_gets_every_datagram(port):
     """Why no UDP hold is ever an open door."""
-    with stranger("127.0.0.1", port, reuse=True, udp=True) as first, \
-            stranger("127.0.0.1", port, reuse=True, udp=True) as second, \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    with (
+        foreign("127.0.0.1", port, reuse=True, udp=True) as first,
+        foreign("127.0.0.1", port, reuse=True, udp=True) as second,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
         for _ in range(5):
             sender.sendto(b"x", ("127.0.0.1", port))
         first.setblocking(False)

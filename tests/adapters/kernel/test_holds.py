@@ -11,11 +11,11 @@ import socket
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.adapters.kernel.foreign import can_bind, foreign, leave_behind
 
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.netlink import SocketDiag
-from portd.core.addresses import overlaps
-from tests.adapters.kernel.strangers import can_bind, leave_behind, stranger
+from portd.core.bindings import overlaps
 
 TEST_NET = "192.0.2.1"  # RFC 5737: nobody's address
 RESTRICTED = 88  # a port below 1024 that nothing here uses
@@ -25,10 +25,13 @@ RESTRICTED = 88  # a port below 1024 that nothing here uses
 
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::", "0.0.0.0"])
-@pytest.mark.parametrize("options", [{"listen": True}, {"listen": True, "reuse": True}, {}, {"reuse": True}],
-                         ids=["listens", "listens, reuse", "bound", "bound, reuse"])
+@pytest.mark.parametrize(
+    "options",
+    [{"listen": True}, {"listen": True, "reuse": True}, {}, {"reuse": True}],
+    ids=["listens", "listens, reuse", "bound", "bound, reuse"],
+)
 def test_a_strangers_tcp_port_is_not_taken(holds, port, descriptors, kind, address, options):
-    with stranger(address, port, **options):
+    with foreign(address, port, **options):
         before = descriptors()
         assert holds.take("a", "tcp", address, port, kind) == "busy"
         assert holds.take("a", "both", address, port, kind) == "busy"
@@ -40,7 +43,7 @@ def test_a_strangers_tcp_port_is_not_taken(holds, port, descriptors, kind, addre
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_strangers_udp_port_is_not_taken_nor_half_of_it(holds, port, descriptors, kind, reuse):
-    with stranger("127.0.0.1", port, udp=True, reuse=reuse):
+    with foreign("127.0.0.1", port, udp=True, reuse=reuse):
         before = descriptors()
         assert holds.take("a", "both", "127.0.0.1", port, kind) == "busy"
         assert (holds.count, descriptors()) == (0, before)
@@ -67,14 +70,25 @@ def test_connections_of_a_server_that_did_not_reuse_keep_its_port_until_they_end
 
 
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
-@pytest.mark.parametrize(("address", "v6only", "taken"), [
-    ("127.0.0.1", None, "busy"), ("0.0.0.0", None, "busy"), ("::", False, "busy"), ("::ffff:127.0.0.1", False, "busy"),
-    ("::", True, "taken"), ("127.0.0.2", None, "taken"), ("::1", None, "taken"),
-])
-def test_behind_old_connections_a_stranger_that_does_not_listen_yet_is_seen(holds, spawn, port, kind, address, v6only,
-                                                                           taken):
-    with leave_behind(spawn, "127.0.0.1", port, "an open connection", reuse="reuse"), \
-            stranger(address, port, reuse=True, v6only=v6only):
+@pytest.mark.parametrize(
+    ("address", "v6only", "taken"),
+    [
+        ("127.0.0.1", None, "busy"),
+        ("0.0.0.0", None, "busy"),
+        ("::", False, "busy"),
+        ("::ffff:127.0.0.1", False, "busy"),
+        ("::", True, "taken"),
+        ("127.0.0.2", None, "taken"),
+        ("::1", None, "taken"),
+    ],
+)
+def test_behind_old_connections_a_stranger_that_does_not_listen_yet_is_seen(
+    holds, spawn, port, kind, address, v6only, taken
+):
+    with (
+        leave_behind(spawn, "127.0.0.1", port, "an open connection", reuse="reuse"),
+        foreign(address, port, reuse=True, v6only=v6only),
+    ):
         assert holds.take("a", "tcp", "127.0.0.1", port, kind) == taken
         assert holds.is_free("tcp", "127.0.0.1", port) is (taken == "taken" and kind == "none")
 
@@ -88,6 +102,7 @@ def test_behind_old_connections_a_hold_is_never_taken_twice(holds, spawn, port):
 @pytest.mark.parametrize("blindness", ["sees nothing bound", "can't be read"])
 def test_a_socket_table_that_does_not_show_the_hold_itself_proves_nothing(spawn, port, descriptors, blindness):
     """As before Linux 6.8, or where a sandbox forbids netlink."""
+
     def blind(protocol, port):
         if blindness == "can't be read":
             raise PermissionError(errno.EPERM, "no netlink here")
@@ -175,9 +190,9 @@ def test_what_is_dropped_is_free_and_may_be_dropped_again(holds, port, descripto
 
 
 def test_a_hold_is_restored_once_its_owner_stops_listening(holds, port):
-    with stranger("127.0.0.1", port, reuse=True, listen=True):
+    with foreign("127.0.0.1", port, reuse=True, listen=True):
         assert not holds.restore("a", "tcp", "127.0.0.1", port, "shared")
-    with stranger("127.0.0.1", port, reuse=True):
+    with foreign("127.0.0.1", port, reuse=True):
         assert not holds.restore("a", "tcp", "127.0.0.1", port, "shared")
     assert holds.restore("a", "tcp", "127.0.0.1", port, "shared")
     assert holds.restore("a", "tcp", "127.0.0.1", port, "shared")
@@ -186,7 +201,7 @@ def test_a_hold_is_restored_once_its_owner_stops_listening(holds, port):
 
 
 def test_a_shared_hold_of_both_is_restored_though_the_owners_udp_socket_is_there(holds, port):
-    with stranger("127.0.0.1", port, udp=True):
+    with foreign("127.0.0.1", port, udp=True):
         assert holds.restore("a", "both", "127.0.0.1", port, "shared")
         assert not can_bind("127.0.0.1", port)
         assert holds.restore("b", "udp", "127.0.0.1", port, "none")
@@ -208,18 +223,26 @@ def test_sockets_that_outlived_another_daemon_are_holds_again(holds, port):
     assert holds.is_free("both", "127.0.0.1", port)
 
 
-STEPS = st.lists(st.one_of(
-    st.tuples(st.just("take"), st.sampled_from("abcd"), st.sampled_from(["tcp", "udp", "both"]),
-              st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::", TEST_NET]), st.integers(0, 1),
-              st.sampled_from(["shared", "exclusive", "none"])),
-    st.tuples(st.just("drop"), st.sampled_from("abcd")),
-), max_size=30)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("take"),
+            st.sampled_from("abcd"),
+            st.sampled_from(["tcp", "udp", "both"]),
+            st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::1", "::", TEST_NET]),
+            st.integers(0, 1),
+            st.sampled_from(["shared", "exclusive", "none"]),
+        ),
+        st.tuples(st.just("drop"), st.sampled_from("abcd")),
+    ),
+    max_size=30,
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(steps=STEPS)
 def test_no_sequence_of_takes_and_drops_holds_a_place_twice_or_loses_a_descriptor(steps):
-    low = 29_100  # two ports; a stranger on one of them would only make more takes busy
+    low = 29_100  # two ports; a foreign process on one of them would only make more takes busy
     held: dict[str, list[tuple[str, str, int]]] = {}
     with contextlib.closing(SocketDiag()) as diag, contextlib.closing(KernelHolds(diag.bound)) as holds:
         diag.listeners(1)
@@ -231,11 +254,13 @@ def test_no_sequence_of_takes_and_drops_holds_a_place_twice_or_loses_a_descripto
             elif lease not in held:
                 protocol, address, offset, kind = rest
                 places = [(part, address, low + offset) for part in ("tcp", "udp") if protocol in (part, "both")]
-                in_way = any(part == its_part and port == its_port and overlaps(address, its_address)
-                             for (part, _, port) in places
-                             for (its_part, its_address, its_port) in itertools.chain(*held.values()))
+                conflicting = any(
+                    part == its_part and port == its_port and overlaps(address, its_address)
+                    for (part, _, port) in places
+                    for (its_part, its_address, its_port) in itertools.chain(*held.values())
+                )
                 taken = holds.take(lease, protocol, address, low + offset, kind)
-                assert not (taken == "taken" and in_way)
+                assert not (taken == "taken" and conflicting)
                 kept = [place for place in places if kind == "exclusive" or (kind == "shared" and place[0] == "tcp")]
                 if taken == "taken" and kept:
                     held[lease] = kept

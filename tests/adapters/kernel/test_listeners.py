@@ -86,9 +86,9 @@ def test_a_likely_process_is_named_before_the_eldest(spawn, server):
 
 
 def test_a_child_of_a_likely_process_is_named_before_others(spawn, server):
-    stranger, _ = share(spawn, server)
+    foreign, _ = share(spawn, server)
     parent, child = share(spawn, server, HANDS_ON)
-    assert owners([inode(server)], [parent.pid], again=2)[inode(server)].pid == int(child) != stranger.pid
+    assert owners([inode(server)], [parent.pid], again=2)[inode(server)].pid == int(child) != foreign.pid
 
 
 def test_portd_itself_is_named_only_where_nobody_else_has_the_socket(spawn, server):

@@ -14,8 +14,9 @@ from portd.adapters.kernel import netlink
 from portd.adapters.kernel.netlink import SocketDiag
 
 
-def bound(address: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, listen: bool = False,
-          v6only: bool = True) -> socket.socket:
+def bound(
+    address: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, listen: bool = False, v6only: bool = True
+) -> socket.socket:
     """Bind to a port of the kernel's choice."""
     one = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
     if one.family == socket.AF_INET6:
@@ -35,14 +36,16 @@ def port(one: socket.socket) -> int:
 
 
 @pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize(("address", "v6only"), [("127.0.0.1", True), ("0.0.0.0", True), ("::1", True), ("::", True),
-                                                 ("::", False)])
+@pytest.mark.parametrize(
+    ("address", "v6only"), [("127.0.0.1", True), ("0.0.0.0", True), ("::1", True), ("::", True), ("::", False)]
+)
 def test_a_listener_is_listed_with_its_address_user_and_socket(diag, address, v6only, everything):
     with bound(address, listen=True, v6only=v6only) as server:
         number = port(server)
         found = [one for one in diag.listeners(None if everything else number) if one.inode == inode(server)]
-    assert [(one.protocol, one.address, one.port, one.uid, one.v6only) for one in found] == \
-        [("tcp", address, number, os.getuid(), v6only)]
+    assert [(one.protocol, one.address, one.port, one.uid, one.v6only) for one in found] == [
+        ("tcp", address, number, os.getuid(), v6only)
+    ]
 
 
 def test_only_the_asked_port_is_listed(diag):
@@ -65,8 +68,11 @@ def test_a_socket_that_is_bound_and_never_listens_is_no_listener_but_is_bound(di
 
 
 def test_portds_own_udp_holds_are_left_out_and_its_handed_over_listeners_are_not():
-    with bound("127.0.0.1", socket.SOCK_DGRAM) as hold, bound("127.0.0.1", listen=True) as handed, \
-            contextlib.closing(SocketDiag(lambda: {inode(hold), inode(handed)})) as diag:
+    with (
+        bound("127.0.0.1", socket.SOCK_DGRAM) as hold,
+        bound("127.0.0.1", listen=True) as handed,
+        contextlib.closing(SocketDiag(lambda: {inode(hold), inode(handed)})) as diag,
+    ):
         assert diag.listeners(port(hold)) == []
         assert [one.inode for one in diag.listeners(port(handed))] == [inode(handed)]
 
@@ -79,16 +85,20 @@ def test_an_ipv4_mapped_listener_is_listed_as_the_ipv4_address_it_stands_for(dia
 @contextlib.contextmanager
 def connection(server_address: str, client_address: str) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Connect, perhaps between sockets of two families; yields (accepted, client)."""
-    with bound(server_address, listen=True, v6only=False) as server, \
-            socket.socket(socket.AF_INET6 if ":" in client_address else socket.AF_INET) as client:
+    with (
+        bound(server_address, listen=True, v6only=False) as server,
+        socket.socket(socket.AF_INET6 if ":" in client_address else socket.AF_INET) as client,
+    ):
         client.connect((client_address, port(server)))
         accepted, _ = server.accept()
         with accepted:
             yield accepted, client
 
 
-@pytest.mark.parametrize(("server", "client"), [
-    ("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1")])
+@pytest.mark.parametrize(
+    ("server", "client"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1")],
+)
 def test_the_other_end_of_a_connection_is_found_whatever_its_family(diag, server, client):
     with connection(server, client) as (accepted, caller):
         found = diag.exact(accepted.getsockname()[:2], accepted.getpeername()[:2])

@@ -110,7 +110,14 @@ def test_a_connection_that_asyncio_or_uvloop_accepted_tells_its_caller(run, peer
 
 
 def test_a_caller_from_outside_our_pid_namespace_has_no_pid(spawn, tmp_path, as_root):
-    server = spawn("unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", f"""
+    server = spawn(
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        sys.executable,
+        "-c",
+        f"""
 import socket, sys
 sys.path.insert(0, {REPOSITORY!r})
 from portd.adapters.kernel.peers import KernelPeers
@@ -118,7 +125,8 @@ server = socket.socket(socket.AF_UNIX); server.bind({str(tmp_path / "s")!r}); se
 print(flush=True)
 connection, _ = server.accept()
 print(KernelPeers(None).of_unix(connection).pid, flush=True)
-""")
+""",
+    )
     server.stdout.readline()
     with socket.socket(socket.AF_UNIX) as caller:
         caller.connect(str(tmp_path / "s"))
@@ -128,10 +136,16 @@ print(KernelPeers(None).of_unix(connection).pid, flush=True)
 # --- over loopback TCP ---
 
 
-@pytest.mark.parametrize(("family", "address", "to"), [
-    ("AF_INET", "127.0.0.1", ""), ("AF_INET", "127.0.0.1", "127.77.1.2"), ("AF_INET6", "::1", ""),
-    ("AF_INET6", "127.0.0.1", "::ffff:127.0.0.1"),
-], ids=["IPv4", "IPv4 to another address", "IPv6", "IPv4 from an IPv6 socket, as Java's"])
+@pytest.mark.parametrize(
+    ("family", "address", "to"),
+    [
+        ("AF_INET", "127.0.0.1", ""),
+        ("AF_INET", "127.0.0.1", "127.77.1.2"),
+        ("AF_INET6", "::1", ""),
+        ("AF_INET6", "127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+    ids=["IPv4", "IPv4 to another address", "IPv6", "IPv4 from an IPv6 socket, as Java's"],
+)
 def test_a_tcp_caller_is_known_by_the_socket_at_the_other_end(run, peers, call, as_root, family, address, to):
     if to == "127.77.1.2":
         address = "0.0.0.0"
@@ -173,7 +187,9 @@ def test_a_connection_that_is_not_there_is_nobodys(peers):
 
 
 def test_of_a_family_that_inherited_the_connection_the_eldest_has_called(run, peers, call):
-    connection, child = call("AF_INET", then="""
+    connection, child = call(
+        "AF_INET",
+        then="""
 reading, writing = os.pipe()
 if os.fork() == 0:
     if os.fork() == 0:
@@ -181,7 +197,8 @@ if os.fork() == 0:
     sys.stdin.read()
     os._exit(0)
 os.read(reading, 1)
-""")
+""",
+    )
     child.stdout.readline()
     assert run(peers.with_pid(of_tcp(peers, connection))).pid == child.pid
 
@@ -197,8 +214,11 @@ def test_a_caller_whose_descriptors_are_hidden_keeps_its_uid_and_has_no_pid(run,
 
 
 def test_our_own_connection_is_found_last_but_found(run, peers):
-    with listening("127.0.0.1") as server, socket.create_connection(server.getsockname()), \
-            server.accept()[0] as connection:
+    with (
+        listening("127.0.0.1") as server,
+        socket.create_connection(server.getsockname()),
+        server.accept()[0] as connection,
+    ):
         assert run(peers.with_pid(of_tcp(peers, connection))).pid == os.getpid()
 
 

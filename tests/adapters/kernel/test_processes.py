@@ -12,7 +12,7 @@ import pytest
 from portd.adapters.kernel import procfs
 from portd.adapters.kernel.processes import AT_ONCE_S, KernelProcesses
 from portd.core.model import ProcessId
-from portd.seams import ForeignNetwork, ProcessGone
+from portd.leasing.seams import ForeignNetwork, ProcessGone
 from tests.adapters.kernel.lives import Exits, born_with, end, is_zombie, turns
 
 
@@ -87,12 +87,14 @@ def test_a_zombie_is_gone_before_its_parent_has_taken_note(run, spawn, wait_unti
 
 
 def test_a_process_whose_first_thread_has_ended_lives_on(run, spawn, wait_until):
-    child = spawn(python="""
+    child = spawn(
+        python="""
 import ctypes, threading
 threading.Thread(target=input).start()
 print(flush=True)
 ctypes.CDLL(None).pthread_exit(None)
-""")
+"""
+    )
     child.stdout.readline()
     wait_until(lambda: is_zombie(child.pid))  # so /proc says
 
@@ -109,10 +111,14 @@ ctypes.CDLL(None).pthread_exit(None)
     run(main())
 
 
-@pytest.mark.parametrize("program", [
-    "import os; input(); os.execvp('sleep', ['sleep', '61'])",
-    "import os, threading as t; input(); t.Thread(target=os.execvp, args=('sleep', ['sleep', '61'])).start()",
-], ids=["main thread", "another thread"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; input(); os.execvp('sleep', ['sleep', '61'])",
+        "import os, threading as t; input(); t.Thread(target=os.execvp, args=('sleep', ['sleep', '61'])).start()",
+    ],
+    ids=["main thread", "another thread"],
+)
 def test_exec_keeps_the_identity_and_is_described_anew(run, spawn, wait_until, program):
     child = spawn(python=program)
 

@@ -21,38 +21,47 @@ def test_a_stat_is_read_whatever_the_process_calls_itself(name):
     assert procfs.parse_stat(STAT % (name, ord("S"))) == procfs.Stat("S", 4700, 987654)
 
 
-@pytest.mark.parametrize(("text", "unit"), [
-    (b"0::/system.slice/nginx.service\n", "nginx.service"),
-    (b"0::/system.slice/system-getty.slice/getty@tty1.service\n", "getty@tty1.service"),
-    (b"0::/system.slice/web.service/worker\n", "web.service"),
-    (b"0::/user.slice/user-1000.slice/user@1000.service/app.slice/web.service\n", "web.service"),
-    (b"0::/user.slice/user-1000.slice/session-3.scope\n", "session-3.scope"),
-    (b"0::/user.slice/user-1000.slice/user@1000.service/init.scope\n", "init.scope"),
-    (b"0::/system.slice/_cgroup.service\n", "cgroup.service"),
-    (b"0::/system.slice/gone.service (deleted)\n", "gone.service"),
-    (b"0::/../../system.slice/outside.service\n", "outside.service"),
-    (b"0::/\n", None),
-    (b"0::/docker/0123456789ab\n", None),
-    (b"0::/user.slice\n", None),
-    (b"", None),
-    # v1: the controllers' trees say nothing of units, systemd's own does
-    (b"12:cpu,cpuacct:/system.slice\n3:pids:/x.service\n1:name=systemd:/system.slice/cron.service\n", "cron.service"),
-    # hybrid: both trees are there; the unified one counts, unless it is empty
-    (b"1:name=systemd:/system.slice/cron.service\n0::/system.slice/cron.service\n", "cron.service"),
-    (b"4:memory:/\n1:name=systemd:/user.slice/session-1.scope\n0::/\n", "session-1.scope"),
-    (b"0::/system.slice/a:b.service\n", "a:b.service"),
-])
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        (b"0::/system.slice/nginx.service\n", "nginx.service"),
+        (b"0::/system.slice/system-getty.slice/getty@tty1.service\n", "getty@tty1.service"),
+        (b"0::/system.slice/web.service/worker\n", "web.service"),
+        (b"0::/user.slice/user-1000.slice/user@1000.service/app.slice/web.service\n", "web.service"),
+        (b"0::/user.slice/user-1000.slice/session-3.scope\n", "session-3.scope"),
+        (b"0::/user.slice/user-1000.slice/user@1000.service/init.scope\n", "init.scope"),
+        (b"0::/system.slice/_cgroup.service\n", "cgroup.service"),
+        (b"0::/system.slice/gone.service (deleted)\n", "gone.service"),
+        (b"0::/../../system.slice/outside.service\n", "outside.service"),
+        (b"0::/\n", None),
+        (b"0::/docker/0123456789ab\n", None),
+        (b"0::/user.slice\n", None),
+        (b"", None),
+        # v1: the controllers' trees say nothing of units, systemd's own does
+        (
+            b"12:cpu,cpuacct:/system.slice\n3:pids:/x.service\n1:name=systemd:/system.slice/cron.service\n",
+            "cron.service",
+        ),
+        # hybrid: both trees are there; the unified one counts, unless it is empty
+        (b"1:name=systemd:/system.slice/cron.service\n0::/system.slice/cron.service\n", "cron.service"),
+        (b"4:memory:/\n1:name=systemd:/user.slice/session-1.scope\n0::/\n", "session-1.scope"),
+        (b"0::/system.slice/a:b.service\n", "a:b.service"),
+    ],
+)
 def test_the_unit_is_the_innermost_one_of_the_cgroup(text, unit):
     assert procfs.parse_unit(text) == unit
 
 
-@pytest.mark.parametrize(("text", "arguments"), [
-    (b"sleep\x0060\x00", ("sleep", "60")),
-    (b"sh\x00-c\x00\x00x\x00", ("sh", "-c", "", "x")),
-    (b"postgres: writer \x00\x00\x00\x00", ("postgres: writer ",)),
-    (b"caf\xe9\x00", ("caf�",)),
-    (b"", None),
-])
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (b"sleep\x0060\x00", ("sleep", "60")),
+        (b"sh\x00-c\x00\x00x\x00", ("sh", "-c", "", "x")),
+        (b"postgres: writer \x00\x00\x00\x00", ("postgres: writer ",)),
+        (b"caf\xe9\x00", ("caf�",)),
+        (b"", None),
+    ],
+)
 def test_a_command_line_is_split_where_the_process_did(text, arguments):
     assert procfs.parse_arguments(text) == arguments
 

@@ -67,15 +67,36 @@ class Leases:
         self.live: dict[str, Lease] = {}
         self.reports: list[tuple[str, str, Owner | None]] = []
 
-    def grant(self, port: int, owner: int | None, *, address: str = "127.0.0.1", protocol: str = "tcp",
-              uid: int | None = 0, **fields) -> str:
+    def grant(
+        self,
+        port: int,
+        owner: int | None,
+        *,
+        address: str = "127.0.0.1",
+        protocol: str = "tcp",
+        uid: int | None = 0,
+        **fields,
+    ) -> str:
         lease_id = f"lease-{len(self.live)}"
         process = None if owner is None else ProcessId(owner, procfs.start_ticks(owner) or 0, procfs.boot_id())
         self.live[lease_id] = Lease(
-            id=lease_id, service="web", instance=f"web-{len(self.live)}", endpoint="main", protocol=protocol,
-            address=address, port=port, pool="default", hold="shared", lifetime=fields.pop("lifetime", "process"),
-            owner=Owner(pid=owner, uid=uid, known_by="peercred"), uid=uid, host="here", created_at=0.0, process=process,
-            **fields)
+            id=lease_id,
+            service="web",
+            instance=f"web-{len(self.live)}",
+            endpoint="main",
+            protocol=protocol,
+            address=address,
+            port=port,
+            pool="default",
+            hold="shared",
+            lifetime=fields.pop("lifetime", "process"),
+            owner=Owner(pid=owner, uid=uid, known_by="peercred"),
+            uid=uid,
+            host="here",
+            created_at=0.0,
+            process=process,
+            **fields,
+        )
         return lease_id
 
     def on_port(self, port: int) -> list[Lease]:
@@ -170,18 +191,19 @@ def test_a_lease_is_bound_while_its_owner_listens_and_held_when_it_stops(serve):
 
 def test_a_stranger_is_a_conflict_with_its_name_and_the_owner_is_bound_after_it(serve, spawn):
     async def body(leases, watch, table):
-        stranger, port = serve()
+        foreign, port = serve()
         owner = spawn(python="import sys; sys.stdin.read()")
         leases.grant(port, owner.pid)
         await watch.look()
-        assert leases.told() == [("conflict", stranger.pid)]
-        stranger.kill()
-        stranger.wait()
+        assert leases.told() == [("conflict", foreign.pid)]
+        foreign.kill()
+        foreign.wait()
         await watch.look()
         assert leases.told() == [("held", None)]
         heir, _ = serve(port=port)
-        leases.live["lease-0"] = replace(leases.live["lease-0"], process=ProcessId(
-            heir.pid, procfs.start_ticks(heir.pid), procfs.boot_id()))
+        leases.live["lease-0"] = replace(
+            leases.live["lease-0"], process=ProcessId(heir.pid, procfs.start_ticks(heir.pid), procfs.boot_id())
+        )
         await watch.look()
         assert leases.told() == [("bound", heir.pid)]
 
@@ -191,8 +213,15 @@ def test_a_stranger_is_a_conflict_with_its_name_and_the_owner_is_bound_after_it(
 def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_exits(spawn):
     async def body(leases, watch, table):
         stays, leave = os.pipe()
-        launcher = spawn(SERVER, "127.0.0.1", "0", "SOCK_STREAM", python=LAUNCHER, pass_fds=[stays],
-                         env={**os.environ, "LEAVE": str(stays)})
+        launcher = spawn(
+            SERVER,
+            "127.0.0.1",
+            "0",
+            "SOCK_STREAM",
+            python=LAUNCHER,
+            pass_fds=[stays],
+            env={**os.environ, "LEAVE": str(stays)},
+        )
         leases.grant(int(launcher.stdout.readline()), launcher.pid)
         await watch.look()
         [(_, state, owner)] = leases.reports
@@ -207,15 +236,22 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
     scenario(body)
 
 
-@pytest.mark.parametrize(("listens", "kind", "leased", "protocol", "state"), [
-    ("127.0.0.1", "SOCK_STREAM", "0.0.0.0", "tcp", "bound"), ("0.0.0.0", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
-    ("::", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"), ("::1", "SOCK_STREAM", "::", "tcp", "bound"),
-    ("127.0.0.2", "SOCK_STREAM", "127.0.0.1", "tcp", "held"), ("::1", "SOCK_STREAM", "127.0.0.1", "tcp", "held"),
-    ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "udp", "bound"), ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "tcp", "held"),
-    ("127.0.0.1", "SOCK_STREAM", "127.0.0.1", "udp", "held"),
-    ("127.0.0.1", "SOCK_STREAM", "127.0.0.1", "both", "bound"),
-    ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "both", "bound"),
-])
+@pytest.mark.parametrize(
+    ("listens", "kind", "leased", "protocol", "state"),
+    [
+        ("127.0.0.1", "SOCK_STREAM", "0.0.0.0", "tcp", "bound"),
+        ("0.0.0.0", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
+        ("::", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
+        ("::1", "SOCK_STREAM", "::", "tcp", "bound"),
+        ("127.0.0.2", "SOCK_STREAM", "127.0.0.1", "tcp", "held"),
+        ("::1", "SOCK_STREAM", "127.0.0.1", "tcp", "held"),
+        ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "udp", "bound"),
+        ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "tcp", "held"),
+        ("127.0.0.1", "SOCK_STREAM", "127.0.0.1", "udp", "held"),
+        ("127.0.0.1", "SOCK_STREAM", "127.0.0.1", "both", "bound"),
+        ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "both", "bound"),
+    ],
+)
 def test_only_a_listener_in_the_leases_own_place_counts(serve, listens, kind, leased, protocol, state):
     async def body(leases, watch, table):
         server, port = serve(listens, kind=kind)
@@ -248,8 +284,9 @@ def test_where_the_process_is_hidden_its_uid_decides(serve, as_nobody, uid, stat
         leases.grant(port, server.pid, uid=uid)
         with as_nobody():
             await watch.look()
-        assert [(told, owner and (owner.pid, owner.uid)) for _, told, owner in leases.reports] == \
-            [(state, None if state == "bound" else (None, 0))]
+        assert [(told, owner and (owner.pid, owner.uid)) for _, told, owner in leases.reports] == [
+            (state, None if state == "bound" else (None, 0))
+        ]
 
     scenario(body)
 
@@ -333,11 +370,11 @@ def test_a_stranger_that_passes_its_socket_to_the_owner_ends_the_conflict(spawn,
     async def body(leases, watch, table):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs, socket.create_server(("127.0.0.1", 0)) as passed:
-            stranger = spawn(python="import sys; sys.stdin.read()", pass_fds=[passed.fileno()])
+            foreign = spawn(python="import sys; sys.stdin.read()", pass_fds=[passed.fileno()])
             owner = spawn(str(theirs.fileno()), python=RECEIVER, pass_fds=[theirs.fileno()])
             leases.grant(passed.getsockname()[1], owner.pid)
             await watch.look()
-            assert leases.told() == [("conflict", stranger.pid)]
+            assert leases.told() == [("conflict", foreign.pid)]
             socket.send_fds(ours, [b"."], [passed.fileno()])
             owner.stdout.readline()
             await look_until(watch, lambda: leases.reports)
@@ -413,7 +450,7 @@ def test_the_watch_sleeps_without_leases_and_a_nudge_wakes_it(serve, run):
                 server, port = serve()
                 leases.grant(port, server.pid)
                 for _ in range(100):  # however often it is called, it does not put the look off
-                    watch.nudge()
+                    watch.wake()
                 await reported.wait()
                 running.cancel()
             assert leases.told() == [("bound", server.pid)]
@@ -438,7 +475,7 @@ def test_a_nudge_does_not_wait_for_the_interval(serve, run):
                     await asyncio.sleep(0)
                 server, port = serve()
                 leases.grant(port, server.pid)
-                watch.nudge()
+                watch.wake()
                 await reported.wait()
                 running.cancel()
 
@@ -450,18 +487,22 @@ def holder(uid: int, unit: str | None, pid: int | None = 4711) -> Holder:
     return Holder(owner, frozenset({(4711, 1)}), 0.0, 0.0)
 
 
-@pytest.mark.parametrize(("owner_uid", "unit", "listener_uid", "listener_unit", "expected"), [
-    (1000, "web.service", 1000, "web.service", True),
-    (0, "web.service", 33, "web.service", True),  # a master that is root, workers that are not
-    (1000, "web.service", 1001, "web.service", False),  # two users' managers each have a web.service
-    (1000, "web.service", 1000, "db.service", False),
-    (1000, None, 1000, None, False),
-    (1000, "session-3.scope", 1000, "session-3.scope", False),  # whatever was started in that login
-    (1000, "user@1000.service", 1000, "user@1000.service", False),
-    (1000, "init.scope", 1000, "init.scope", False),
-])
-def test_a_service_vouches_for_its_processes_and_a_session_does_not(owner_uid, unit, listener_uid, listener_unit,
-                                                                    expected):
+@pytest.mark.parametrize(
+    ("owner_uid", "unit", "listener_uid", "listener_unit", "expected"),
+    [
+        (1000, "web.service", 1000, "web.service", True),
+        (0, "web.service", 33, "web.service", True),  # a master that is root, workers that are not
+        (1000, "web.service", 1001, "web.service", False),  # two users' managers each have a web.service
+        (1000, "web.service", 1000, "db.service", False),
+        (1000, None, 1000, None, False),
+        (1000, "session-3.scope", 1000, "session-3.scope", False),  # whatever was started in that login
+        (1000, "user@1000.service", 1000, "user@1000.service", False),
+        (1000, "init.scope", 1000, "init.scope", False),
+    ],
+)
+def test_a_service_vouches_for_its_processes_and_a_session_does_not(
+    owner_uid, unit, listener_uid, listener_unit, expected
+):
     leases = Leases()
     lease = leases.live[leases.grant(80, os.getpid(), uid=owner_uid)]
     lease = replace(lease, owner=replace(lease.owner, unit=unit))

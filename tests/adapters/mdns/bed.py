@@ -29,8 +29,9 @@ _numbers = iter(range(1, 1 << 30))
 
 def run(*command: str, check: bool = True) -> str:
     """Run a program to its end and return what it printed."""
-    return subprocess.run(command, check=check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=60).stdout
+    return subprocess.run(
+        command, check=check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+    ).stdout
 
 
 def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S, pause_s: float = 0.02) -> T:
@@ -100,8 +101,13 @@ class Host:
         self._watches: dict[str, Watch] = {}
         self.at_close: list[Callable[[], None]] = []
         run("ip", "netns", "add", self.name)
-        self.exec("sysctl", "-qw", f"net.ipv6.conf.all.disable_ipv6={int(not ipv6)}",
-                  f"net.ipv6.conf.default.disable_ipv6={int(not ipv6)}", "net.ipv6.conf.default.accept_dad=0")
+        self.exec(
+            "sysctl",
+            "-qw",
+            f"net.ipv6.conf.all.disable_ipv6={int(not ipv6)}",
+            f"net.ipv6.conf.default.disable_ipv6={int(not ipv6)}",
+            "net.ipv6.conf.default.accept_dad=0",
+        )
         lan.ip("link", "add", self.port, "type", "veth", "peer", "name", "eth0", "netns", self.name)
         lan.ip("link", "set", self.port, "master", "br0", "up")
         self.ip("link", "set", "lo", "up")
@@ -125,8 +131,13 @@ class Host:
         """Run a program in the host to its end, with the host's D-Bus; returns what it printed."""
         return run(*self._inside(command), check=check)
 
-    def start(self, *command: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL,
-              stderr: int | None = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        *command: str,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+        stderr: int | None = subprocess.DEVNULL,
+    ) -> subprocess.Popen[bytes]:
         """Start a program in the host; it ends with the LAN, if not before."""
         program = subprocess.Popen(self._inside(command), stdin=stdin, stdout=stdout, stderr=stderr)
         self._programs.append(program)
@@ -151,6 +162,7 @@ class Host:
         """Return the host's event loop: uvloop's, as in the daemon."""
         if self._loop is None:
             import uvloop
+
             self._loop = uvloop.new_event_loop()
             entered = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(self._loop, entered), daemon=True)
@@ -175,17 +187,31 @@ class Host:
         directory = Path(tempfile.mkdtemp(prefix="portd-avahi-"))
         self._temporary.append(str(directory))
         self._start_bus(directory)
-        keys = {"host-name": f"h{self.number}", "use-ipv6": "no", "allow-interfaces": "eth0", "enable-wide-area": "no",
-                "ratelimit-burst": "100000", "ratelimit-interval-usec": "1000000", "cache-entries-max": "20000"}
+        keys = {
+            "host-name": f"h{self.number}",
+            "use-ipv6": "no",
+            "allow-interfaces": "eth0",
+            "enable-wide-area": "no",
+            "ratelimit-burst": "100000",
+            "ratelimit-interval-usec": "1000000",
+            "cache-entries-max": "20000",
+        }
         keys |= {key.replace("_", "-"): value for key, value in server.items()}
         wide = keys.pop("enable-wide-area")
         (directory / "avahi.conf").write_text(
-            "[server]\n" + "".join(f"{key}={value}\n" for key, value in keys.items())
-            + f"[wide-area]\nenable-wide-area={wide}\n[publish]\npublish-hinfo=no\npublish-workstation=no\n[rlimits]\n")
+            "[server]\n"
+            + "".join(f"{key}={value}\n" for key, value in keys.items())
+            + f"[wide-area]\nenable-wide-area={wide}\n[publish]\npublish-hinfo=no\npublish-workstation=no\n[rlimits]\n"
+        )
         self.avahi = self.start(
-            "unshare", "-m", "sh", "-c",
-            "mkdir -p /run/avahi-daemon; mount -t tmpfs none /run/avahi-daemon; exec avahi-daemon -f \"$0\" "
-            "--no-drop-root --no-chroot --no-rlimits", str(directory / "avahi.conf"))
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            'mkdir -p /run/avahi-daemon; mount -t tmpfs none /run/avahi-daemon; exec avahi-daemon -f "$0" '
+            "--no-drop-root --no-chroot --no-rlimits",
+            str(directory / "avahi.conf"),
+        )
         wait_for(lambda: "(2)" in f"({self._avahi_state()})", f"avahi-daemon of {self.name} runs")
 
     def _start_bus(self, directory: Path) -> None:
@@ -197,7 +223,8 @@ class Host:
             "<allow send_type='method_call'/><allow send_type='signal'/><allow send_requested_reply='true' "
             "send_type='method_return'/><allow send_requested_reply='true' send_type='error'/>"
             "<allow receive_type='method_call'/><allow receive_type='method_return'/><allow receive_type='error'/>"
-            "<allow receive_type='signal'/></policy></busconfig>")
+            "<allow receive_type='signal'/></policy></busconfig>"
+        )
         self.start("dbus-daemon", f"--config-file={directory}/bus.conf", "--nofork", "--nopidfile")
         wait_for((directory / "bus").exists, "the private bus listens")
         self._bus = f"unix:path={directory}/bus"
@@ -208,8 +235,15 @@ class Host:
         return self._bus
 
     def _avahi_state(self) -> str:
-        answer = self.exec("dbus-send", "--system", "--print-reply=literal", "--dest=org.freedesktop.Avahi", "/",
-                           "org.freedesktop.Avahi.Server.GetState", check=False)
+        answer = self.exec(
+            "dbus-send",
+            "--system",
+            "--print-reply=literal",
+            "--dest=org.freedesktop.Avahi",
+            "/",
+            "org.freedesktop.Avahi.Server.GetState",
+            check=False,
+        )
         return answer.split()[-1] if "int32" in answer else answer.strip()
 
     def publish_by_avahi(self, name: str, type_: str, port: int, *txt: str) -> None:
@@ -291,10 +325,10 @@ def _unescape(name: str) -> str:
     out, at = bytearray(), 0
     raw = name.encode()
     while at < len(raw):
-        if raw[at:at + 1] == b"\\" and raw[at + 1:at + 4].isdigit():
-            out.append(int(raw[at + 1:at + 4]))
+        if raw[at : at + 1] == b"\\" and raw[at + 1 : at + 4].isdigit():
+            out.append(int(raw[at + 1 : at + 4]))
             at += 4
-        elif raw[at:at + 1] == b"\\":
+        elif raw[at : at + 1] == b"\\":
             out.append(raw[at + 1])
             at += 2
         else:

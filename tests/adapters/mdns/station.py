@@ -20,13 +20,35 @@ from portd.core.announcing import LanService
 from portd.core.model import Announcement, Event, EventType, Lease, Owner
 from tests.adapters.mdns.bed import Host, wait_for
 
-LEASE = Lease(id="", service="orders", instance="", endpoint="main", protocol="tcp", address="0.0.0.0", port=0,
-              pool="default", hold="shared", state="bound", health="passing", lifetime="process",
-              owner=Owner(known_by="peercred"), host="here", created_at=0.0)
+LEASE = Lease(
+    id="",
+    service="orders",
+    instance="",
+    endpoint="main",
+    protocol="tcp",
+    address="0.0.0.0",
+    port=0,
+    pool="default",
+    hold="shared",
+    state="bound",
+    health="passing",
+    lifetime="process",
+    owner=Owner(known_by="peercred"),
+    host="here",
+    created_at=0.0,
+)
 
 
-def lease(lease_id: str, name: str | None = None, type_: str = "_http._tcp", port: int = 20000, *,
-          published_as: str | None = None, txt: dict[str, str] | None = None, **fields: Any) -> Lease:
+def lease(
+    lease_id: str,
+    name: str | None = None,
+    type_: str = "_http._tcp",
+    port: int = 20000,
+    *,
+    published_as: str | None = None,
+    txt: dict[str, str] | None = None,
+    **fields: Any,
+) -> Lease:
     """Make a lease that belongs on the LAN."""
     announce = Announcement(type=type_, name=name or lease_id, txt=txt or {}, published_as=published_as)
     return replace(LEASE, id=lease_id, instance=lease_id, port=port, announce=announce, **fields)
@@ -61,8 +83,9 @@ class Station:
         self.reports.append((lease_id, published_as, problem))
         held = self.leases[lease_id]
         assert held.announce is not None
-        self.leases[lease_id] = replace(held, announce=replace(held.announce, published_as=published_as,
-                                                               problem=problem))
+        self.leases[lease_id] = replace(
+            held, announce=replace(held.announce, published_as=published_as, problem=problem)
+        )
         self._happen("announced", self.leases[lease_id])
 
     def _happen(self, type_: EventType, changed: Lease) -> None:
@@ -90,8 +113,9 @@ class Station:
 
     def wait_published(self, *lease_ids: str, deadline_s: float = 20.0) -> None:
         """Wait until these leases are published."""
-        wait_for(lambda: all(self.published(lease_id) for lease_id in lease_ids), f"{lease_ids} are published",
-                 deadline_s)
+        wait_for(
+            lambda: all(self.published(lease_id) for lease_id in lease_ids), f"{lease_ids} are published", deadline_s
+        )
 
     def condition(self) -> dict[str, Any]:
         return self.host.call(_answer(self.announcer.condition))

@@ -23,8 +23,10 @@ def test_a_peer_sees_names_with_dots_blanks_and_umlauts_type_and_subtype_and_res
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = Station(here, "box").start()
-    station.put(lease("a", "Dr. Who's Café №1", txt={"service": "orders", "path": "/"}, port=20001),
-                lease("b", "Laser", "_printer._sub._http._tcp", port=20002))
+    station.put(
+        lease("a", "Dr. Who's Café №1", txt={"service": "orders", "path": "/"}, port=20001),
+        lease("b", "Laser", "_printer._sub._http._tcp", port=20002),
+    )
     station.wait_published("a", "b")
     seen = wait_for(lambda: len(found := peer.browsed(WEB)) == 2 and found, "both are seen under the base type")
     assert seen["Dr. Who's Café №1"][:3] == ("box-portd.local", here.address, "20001")
@@ -178,14 +180,18 @@ def test_a_resolver_that_knows_no_multicast_gets_one_packet_however_many_service
     names = [f"s{number}" for number in range(300)]
     station.put(*(lease(name) for name in names))
     station.wait_published(*names)
-    (cut,), (whole,) = ask_directly(peer, (here.address, legacy_query("_http._tcp.local.", wire.PTR)),
-                                    (here.address, legacy_query("s7._http._tcp.local.", wire.SRV)))
+    (cut,), (whole,) = ask_directly(
+        peer,
+        (here.address, legacy_query("_http._tcp.local.", wire.PTR)),
+        (here.address, legacy_query("s7._http._tcp.local.", wire.SRV)),
+    )
     assert len(cut) <= 1460
     assert cut[2] & 0x02, "it says that it was cut"
     message = wire.decode(whole, 1.0)
     assert message is not None
     assert [(record.server, record.port) for record in message.answers() if isinstance(record, wire.DNSService)] == [
-        ("box-portd.local.", 20000)]
+        ("box-portd.local.", 20000)
+    ]
 
 
 def test_what_is_known_is_not_said_again(lan: Lan) -> None:
@@ -198,9 +204,13 @@ def test_what_is_known_is_not_said_again(lan: Lan) -> None:
     ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
 
     def said() -> set[str]:
-        return {record.alias for _, _, message in ear.heard if message.is_response()
-                for record in message.answers()[:message.num_answers] if isinstance(record, wire.DNSPointer)
-                and record.name == "_http._tcp.local."}
+        return {
+            record.alias
+            for _, _, message in ear.heard
+            if message.is_response()
+            for record in message.answers()[: message.num_answers]
+            if isinstance(record, wire.DNSPointer) and record.name == "_http._tcp.local."
+        }
 
     wait_for(said, "there is an answer")
     ear.forget()
@@ -219,8 +229,10 @@ def test_the_host_has_no_other_address_and_says_so(lan: Lan) -> None:
     station.wait_published("a")
     ear = Ear(peer)
     ear.ask(("box-portd.local.", wire.AAAA))
-    wait_for(lambda: any(record.type == 47 and record.name == "box-portd.local." for record in ear.responses()),
-             "NSEC denies the AAAA")
+    wait_for(
+        lambda: any(record.type == 47 and record.name == "box-portd.local." for record in ear.responses()),
+        "NSEC denies the AAAA",
+    )
 
 
 def test_an_announcement_that_is_written_anew_keeps_the_name_that_it_had_won(lan: Lan) -> None:

@@ -32,8 +32,11 @@ def test_where_avahi_runs_it_publishes_for_us_and_keeps_its_port_for_itself(lan:
     assert set(peer.browsed("_printer._sub._http._tcp")) == {"Dr. Who's Café №1"}
     assert station.lan(WEB)["Dr. Who's Café №1"].ours
     sockets = here.exec("ss", "-Hulnp", "sport = :5353")
-    assert [line for line in sockets.splitlines() if "avahi-daemon" not in line and "224.0.0.251:5353" not in line
-            and "[ff02::fb]:5353" not in line] == [], "nothing that is sent to this host is taken from Avahi"
+    assert [
+        line
+        for line in sockets.splitlines()
+        if "avahi-daemon" not in line and "224.0.0.251:5353" not in line and "[ff02::fb]:5353" not in line
+    ] == [], "nothing that is sent to this host is taken from Avahi"
 
 
 def test_changes_and_withdrawals_go_through_avahi(lan: Lan) -> None:
@@ -67,7 +70,8 @@ def test_a_name_that_is_taken_is_changed_and_told_through_avahi_too(lan: Lan) ->
 
 
 def test_when_avahi_goes_we_publish_ourselves_and_when_it_comes_back_it_does(
-        lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    lan: Lan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(announcer, "GRACE_S", 0.5)
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
@@ -113,8 +117,7 @@ def test_a_port_that_allows_no_other_stack_is_a_problem_and_nothing_else(lan: La
     embedded = Station(here, responder="embedded").start()
     embedded.put(lease("a", "Orders"))
     assert "Address already in use" in embedded.condition()["problem"]
-    announce = wait_for(lambda: (found := embedded.leases["a"].announce) and found.problem and found,
-                        "its lease tells")
+    announce = wait_for(lambda: (found := embedded.leases["a"].announce) and found.problem and found, "its lease tells")
     assert announce.published_as is None
     auto = Station(here, bus_address=here.bus).start()
     auto.put(lease("b", "Billing"))

@@ -25,8 +25,12 @@ WEB = "_http._tcp"
 
 def queries(ear: Ear) -> list[str]:
     """The names that were asked for, probes aside."""
-    return [question.name for _, _, message in ear.heard if message.is_query() and not message.is_probe()
-            for question in message.questions]
+    return [
+        question.name
+        for _, _, message in ear.heard
+        if message.is_query() and not message.is_probe()
+        for question in message.questions
+    ]
 
 
 def test_all_types_and_instances_are_listed_resolved_ours_and_others(lan: Lan) -> None:
@@ -40,12 +44,26 @@ def test_all_types_and_instances_are_listed_resolved_ours_and_others(lan: Lan) -
     station.put(lease("m", "Mine", port=20002))
     station.wait_published("m")
     assert station.lan() == {
-        "Avahi's Printer": LanService(type="_ipp._tcp", name="Avahi's Printer", host="h3.local",
-                                      addresses=(avahi.address,), port=631, txt={"rp": "queue", "note": "a.b"}),
-        "Dr. Who's Café №1": LanService(type=WEB, name="Dr. Who's Café №1", host="other-portd.local",
-                                        addresses=(other.address,), port=20001, txt={"service": "orders"}),
-        "Mine": LanService(type=WEB, name="Mine", host="box-portd.local", addresses=(here.address,), port=20002,
-                           ours=True)}
+        "Avahi's Printer": LanService(
+            type="_ipp._tcp",
+            name="Avahi's Printer",
+            host="h3.local",
+            addresses=(avahi.address,),
+            port=631,
+            txt={"rp": "queue", "note": "a.b"},
+        ),
+        "Dr. Who's Café №1": LanService(
+            type=WEB,
+            name="Dr. Who's Café №1",
+            host="other-portd.local",
+            addresses=(other.address,),
+            port=20001,
+            txt={"service": "orders"},
+        ),
+        "Mine": LanService(
+            type=WEB, name="Mine", host="box-portd.local", addresses=(here.address,), port=20002, ours=True
+        ),
+    }
     assert set(station.lan(WEB)) == {"Dr. Who's Café №1", "Mine"}
     assert station.lan("_nothing._tcp") == {}
 
@@ -96,9 +114,19 @@ def test_a_follower_sees_what_comes_changes_goes_and_falls_silent(lan: Lan) -> N
 
     ear = Ear(other)  # somebody who announces once, for two seconds, and is never heard again
     name = "Silent._http._tcp.local."
-    ear.send(wire.encode_response([wire.with_ttl(record, 2) for record in (
-        wire.pointer("_http._tcp.local.", name), wire.service(name, 1, "silent.local."), wire.text(name, b"\0"),
-        wire.address("silent.local.", bytes([10, 9, 0, 99])))]))
+    ear.send(
+        wire.encode_response(
+            [
+                wire.with_ttl(record, 2)
+                for record in (
+                    wire.pointer("_http._tcp.local.", name),
+                    wire.service(name, 1, "silent.local."),
+                    wire.text(name, b"\0"),
+                    wire.address("silent.local.", bytes([10, 9, 0, 99])),
+                )
+            ]
+        )
+    )
     wait_for(lambda: (seen[-1].change, seen[-1].service.name) == ("added", "Silent"), "it came")
     wait_for(lambda: (seen[-1].change, seen[-1].service.name) == ("removed", "Silent"), "it fell silent")
     following.cancel()
@@ -137,10 +165,16 @@ def test_packets_that_are_broken_on_purpose_break_nothing(lan: Lan) -> None:
     station.lan(WEB)
     ear = Ear(other)
     chance = random.Random(6762)
-    sane = [*wire.encode_probe([("Mine._http._tcp.local.", [wire.text("Mine._http._tcp.local.", b"\0")])]),
-            *wire.encode_response([wire.pointer("_http._tcp.local.", "Other._http._tcp.local."),
-                                   wire.service("Other._http._tcp.local.", 1, "other.local.")]),
-            *wire.encode_query([("_http._tcp.local.", wire.PTR), ("Mine._http._tcp.local.", wire.ANY)])]
+    sane = [
+        *wire.encode_probe([("Mine._http._tcp.local.", [wire.text("Mine._http._tcp.local.", b"\0")])]),
+        *wire.encode_response(
+            [
+                wire.pointer("_http._tcp.local.", "Other._http._tcp.local."),
+                wire.service("Other._http._tcp.local.", 1, "other.local."),
+            ]
+        ),
+        *wire.encode_query([("_http._tcp.local.", wire.PTR), ("Mine._http._tcp.local.", wire.ANY)]),
+    ]
     broken = [chance.randbytes(chance.randrange(64)) for _ in range(100)]
     for packet in sane:
         for _ in range(300):
@@ -153,8 +187,13 @@ def test_packets_that_are_broken_on_purpose_break_nothing(lan: Lan) -> None:
     for name in (bytes([63]) + label, long + long, long + long + long, b"\0"):
         target = name + b"\x05_http\x04_tcp\x05local\0"
         head = bytes.fromhex("000084000000000100000000")
-        broken.append(head + b"\x05_http\x04_tcp\x05local\0" + bytes.fromhex("000c000100001194")
-                      + len(target).to_bytes(2, "big") + target)
+        broken.append(
+            head
+            + b"\x05_http\x04_tcp\x05local\0"
+            + bytes.fromhex("000c000100001194")
+            + len(target).to_bytes(2, "big")
+            + target
+        )
     ear.send(broken)
     others = Station(other).start()
     others.put(lease("o", "There"))
@@ -177,8 +216,12 @@ def bonjour(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with npm's bonjour-service in it."""
     directory = tmp_path_factory.mktemp("bonjour")
     (directory / "peer.js").write_text(BONJOUR)
-    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(directory),
-                    "bonjour-service@1"], check=True, timeout=60, cwd=directory)
+    subprocess.run(
+        ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(directory), "bonjour-service@1"],
+        check=True,
+        timeout=60,
+        cwd=directory,
+    )
     return directory
 
 
@@ -204,6 +247,10 @@ def test_nodes_bonjour_service_and_portd_see_each_other(lan: Lan, bonjour: Path)
     wait_for(read, "Node sees ours")
     found = seen["Café Orders"]  # it cuts names at their first dot, so there is none in this one
     assert (found["host"], found["port"], found["txt"], found["addresses"]) == (
-        "box-portd.local", 20001, {"service": "orders"}, [here.address])
+        "box-portd.local",
+        20001,
+        {"service": "orders"},
+        [here.address],
+    )
     theirs = wait_for(lambda: station.lan(WEB).get("From Node"), "portd sees it")
     assert (theirs.port, theirs.txt, theirs.ours) == (3000, {"a": "b"}, False)

@@ -27,26 +27,38 @@ class Daemon:
         self._config = directory / "portd.toml"
         self._config.write_text(
             f'[listen]\nsocket = "{self._socket}"\nhandoff = "{directory}/handoff.sock"\nhttp = ""\n'
-            f'[store]\npath = "{directory}/portd.db"\n[dns]\nlisten = ""\n[mdns]\nresponder = "embedded"\n')
+            f'[store]\npath = "{directory}/portd.db"\n[dns]\nlisten = ""\n[mdns]\nresponder = "embedded"\n'
+        )
         self.start()
 
     def start(self) -> None:
         path = f"PYTHONPATH={ROOT}:{ROOT / 'clients/python'}"
-        self.process = self.host.start("env", path, sys.executable, "-m", "portd", "serve", "--config",
-                                       str(self._config))
+        self.process = self.host.start(
+            "env", path, sys.executable, "-m", "portd", "serve", "--config", str(self._config)
+        )
         wait_for(lambda: self.ask("healthz").get("status") == "ok", "the daemon serves")
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         sent = ["-H", "content-type: application/json", "-d", json.dumps(body)] if body is not None else []
-        answer = self.host.exec("curl", "-s", "--unix-socket", str(self._socket), *sent, f"http://portd/{path}",
-                                check=False)
+        answer = self.host.exec(
+            "curl", "-s", "--unix-socket", str(self._socket), *sent, f"http://portd/{path}", check=False
+        )
         return json.loads(answer) if answer else {}
 
     def serve(self, port: int, name: str) -> subprocess.Popen[bytes]:
         """Start a service, and lease its port for it, announced."""
         service = self.host.start(sys.executable, "-m", "http.server", str(port))
-        lease = self.ask("v1/leases", {"service": "web", "address": "0.0.0.0", "port": port, "pid": service.pid,
-                                       "announce": {"name": name}, "check": {"kind": "http", "interval": 1}})
+        lease = self.ask(
+            "v1/leases",
+            {
+                "service": "web",
+                "address": "0.0.0.0",
+                "port": port,
+                "pid": service.pid,
+                "announce": {"name": name},
+                "check": {"kind": "http", "interval": 1},
+            },
+        )
         assert lease["port"] == port, lease
         return service
 
@@ -58,8 +70,10 @@ def test_what_is_killed_is_gone_from_the_lan_and_what_returns_is_back(lan: Lan, 
     mortal = daemon.serve(20100, "Mortal")
     daemon.serve(20101, "Dr. Web")
     wait_for(lambda: peer.seen(WEB) == {"Mortal", "Dr. Web"}, "both are seen")
-    assert {(service["name"], service["port"], service["ours"]) for service in
-            daemon.ask("v1/lan?type=_http._tcp")["services"]} == {("Mortal", 20100, True), ("Dr. Web", 20101, True)}
+    assert {
+        (service["name"], service["port"], service["ours"])
+        for service in daemon.ask("v1/lan?type=_http._tcp")["services"]
+    } == {("Mortal", 20100, True), ("Dr. Web", 20101, True)}
     mortal.kill()
     wait_for(lambda: peer.seen(WEB) == {"Dr. Web"}, "the killed service is gone")
     (lease,) = daemon.ask("v1/leases")["leases"]

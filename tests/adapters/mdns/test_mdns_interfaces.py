@@ -55,7 +55,8 @@ def test_an_address_that_changes_is_announced_and_the_old_one_is_answered_no_mor
     ear.ask(("box-portd.local.", wire.A))
     wait_for(lambda: any(isinstance(record, wire.DNSAddress) for record in ear.responses()), "there is an answer")
     assert {record.address for record in ear.responses() if isinstance(record, wire.DNSAddress)} == {
-        bytes([10, 9, 0, 77])}
+        bytes([10, 9, 0, 77])
+    }
 
 
 def test_a_host_on_two_lans_tells_each_its_own_address_alone(lan: Lan) -> None:
@@ -72,9 +73,14 @@ def test_a_host_on_two_lans_tells_each_its_own_address_alone(lan: Lan) -> None:
 
         def told(ear: Ear) -> tuple[set[bytes], set[str]]:
             records = ear.responses()
-            return ({record.address for record in records if isinstance(record, wire.DNSAddress)},
-                    {record.alias.partition(".")[0] for record in records if isinstance(record, wire.DNSPointer)
-                     and record.name == "_http._tcp.local."})
+            return (
+                {record.address for record in records if isinstance(record, wire.DNSAddress)},
+                {
+                    record.alias.partition(".")[0]
+                    for record in records
+                    if isinstance(record, wire.DNSPointer) and record.name == "_http._tcp.local."
+                },
+            )
 
         wait_for(lambda: all(told(ear)[1] for ear in ears), "both LANs hear it")
         assert told(ears[0]) == ({bytes([10, 9, 0, 1])}, {"Everywhere"})
@@ -90,7 +96,9 @@ def test_an_address_that_no_interface_has_is_a_problem_of_its_lease_alone(lan: L
     announce = station.leases["a"].announce
     assert announce is not None
     assert (announce.published_as, announce.problem) == (
-        None, "no network interface that is up has the address 10.99.0.1")
+        None,
+        "no network interface that is up has the address 10.99.0.1",
+    )
     here.ip("address", "add", "10.99.0.1/24", "dev", "eth0")
     station.wait_published("a")
     assert station.leases["a"].announce.problem is None  # type: ignore[union-attr]
@@ -103,6 +111,11 @@ def test_ipv6_is_announced_over_ipv6_too(lan: Lan) -> None:
     station = Station(here, "box").start()
     station.put(lease("a", "Six", address="::"))
     station.wait_published("a")
-    wait_for(lambda: {arrival.family.name for _, arrival, message in ear.heard if message.is_response()} ==
-             {"AF_INET", "AF_INET6"}, "it is told in both families")
+    wait_for(
+        lambda: (
+            {arrival.family.name for _, arrival, message in ear.heard if message.is_response()}
+            == {"AF_INET", "AF_INET6"}
+        ),
+        "it is told in both families",
+    )
     wait_for(lambda: any(record.type == wire.AAAA for record in ear.responses()), "with the IPv6 address")

@@ -42,8 +42,11 @@ def test_a_name_that_was_won_before_a_restart_goes_on_from_there() -> None:
     assert claim.name == "Orders (3)"
 
 
-@given(st.text(min_size=1, max_size=63).filter(lambda text: 0 < len(text.encode(errors="replace")) <= NAME_BYTES
-                                               and text.isprintable()))
+@given(
+    st.text(min_size=1, max_size=63).filter(
+        lambda text: 0 < len(text.encode(errors="replace")) <= NAME_BYTES and text.isprintable()
+    )
+)
 def test_every_renamed_name_is_new_and_fits_a_label(wish: str) -> None:
     claim = entry(wish)
     seen = {claim.name}
@@ -54,9 +57,16 @@ def test_every_renamed_name_is_new_and_fits_a_label(wish: str) -> None:
         seen.add(claim.name)
 
 
-@pytest.mark.parametrize(("host", "name"), [
-    ("box", "box-portd.local."), ("Box.example.org", "box-portd.local."), ("my_host", "my-host-portd.local."),
-    ("", "host-portd.local."), ("x" * 70, "x" * 53 + "-portd.local.")])
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("box", "box-portd.local."),
+        ("Box.example.org", "box-portd.local."),
+        ("my_host", "my-host-portd.local."),
+        ("", "host-portd.local."),
+        ("x" * 70, "x" * 53 + "-portd.local."),
+    ],
+)
 def test_the_host_name_is_portds_own_and_a_dns_label(host: str, name: str) -> None:
     assert HostName(host).full_name == name
 
@@ -82,8 +92,11 @@ def test_two_hosts_that_want_one_name_at_one_moment_agree_on_one_owner_twenty_ti
 
     for name in names:
         assert sorted(str(station.published(name)) for station in stations) == [name, f"{name} (2)"]
-    queries = [(host.address, legacy_query(f"{name}._http._tcp.local.", wire.SRV))
-               for name in (*names, *(f"{name} (2)" for name in names)) for host in hosts]
+    queries = [
+        (host.address, legacy_query(f"{name}._http._tcp.local.", wire.SRV))
+        for name in (*names, *(f"{name} (2)" for name in names))
+        for host in hosts
+    ]
     answers = ask_directly(observer, *queries)  # asked again later, each host by itself
     for first, second in zip(answers[::2], answers[1::2], strict=True):
         assert [len(first), len(second)] in ([0, 1], [1, 0]), "one host answers to a name, the other does not"
@@ -100,7 +113,9 @@ def test_a_name_that_avahi_has_is_not_taken_and_the_lease_says_which_one_is(lan:
     announce = station.leases["a"].announce
     assert announce is not None
     assert (announce.published_as, announce.problem) == (
-        "Orders (2)", "'Orders' is taken on the LAN: published as 'Orders (2)'")
+        "Orders (2)",
+        "'Orders' is taken on the LAN: published as 'Orders (2)'",
+    )
     wait_for(lambda: peer.seen(WEB) == {"Orders", "Orders (2)"}, "both are seen")
     assert peer.browsed(WEB)["Orders"][0] == "h2.local"
     station.close(takeover=True)
@@ -132,8 +147,9 @@ def test_when_a_cut_lan_is_joined_again_one_of_two_owners_takes_another_name(lan
 
     def settled() -> bool:
         ear.ask(("_http._tcp.local.", wire.PTR))
-        return all(sorted(str(station.published(name)) for station in stations) == [name, f"{name} (2)"]
-                   for name in names)
+        return all(
+            sorted(str(station.published(name)) for station in stations) == [name, f"{name} (2)"] for name in names
+        )
 
     wait_for(settled, "each name has one owner, and the other one has the next", pause_s=0.5)
 

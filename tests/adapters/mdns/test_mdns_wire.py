@@ -39,8 +39,13 @@ def test_the_parts_used_from_inside_are_as_they_were() -> None:
     assert (out.names, out.size, out.data) == ({}, 12, [])
     assert list(inspect.signature(wire.DNSOutgoing.write_name).parameters) == ["self", "name"]
     assert list(inspect.signature(wire.DNSCache._async_set_created_ttl).parameters) == ["self", "record", "now", "ttl"]
-    for method in ("async_add_records", "async_expire", "async_all_by_details", "get",
-                   "async_mark_unique_records_older_than_1s_to_expire"):
+    for method in (
+        "async_add_records",
+        "async_expire",
+        "async_all_by_details",
+        "get",
+        "async_mark_unique_records_older_than_1s_to_expire",
+    ):
         assert callable(getattr(wire.DNSCache, method))
 
 
@@ -68,15 +73,27 @@ def test_every_instance_name_survives_the_wire(text: str) -> None:
 
 
 def test_only_records_of_our_own_carry_cache_flush() -> None:
-    packet = wire.encode_response([wire.pointer("_http._tcp.local.", DOTTED), wire.service(DOTTED, 80, "h.local."),
-                                   wire.text(DOTTED, b"\0"), wire.address("h.local.", b"\1\2\3\4")])[0]
+    packet = wire.encode_response(
+        [
+            wire.pointer("_http._tcp.local.", DOTTED),
+            wire.service(DOTTED, 80, "h.local."),
+            wire.text(DOTTED, b"\0"),
+            wire.address("h.local.", b"\1\2\3\4"),
+        ]
+    )[0]
     assert [(rrset.rdtype, bool(rrset.rdclass & 0x8000)) for rrset in read(packet).answer] == [
-        (dns.rdatatype.PTR, False), (dns.rdatatype.SRV, True), (dns.rdatatype.TXT, True), (dns.rdatatype.A, True)]
+        (dns.rdatatype.PTR, False),
+        (dns.rdatatype.SRV, True),
+        (dns.rdatatype.TXT, True),
+        (dns.rdatatype.A, True),
+    ]
 
 
 def test_a_probe_asks_any_for_many_names_and_proposes_their_records() -> None:
-    claims = [(f"S{number}._http._tcp.local.", [wire.service(f"S{number}._http._tcp.local.", 80, "h.local.")])
-              for number in range(30)]
+    claims = [
+        (f"S{number}._http._tcp.local.", [wire.service(f"S{number}._http._tcp.local.", 80, "h.local.")])
+        for number in range(30)
+    ]
     packets = wire.encode_probe(claims)
     assert [len(read(packet).question) for packet in packets] == [12, 12, 6]
     first = read(packets[0])
@@ -94,8 +111,13 @@ def test_a_probe_with_long_txts_keeps_each_question_with_its_proposal() -> None:
 
 
 def test_a_goodbye_is_the_record_with_no_time_left() -> None:
-    for record in (wire.pointer("_http._tcp.local.", DOTTED), wire.service(DOTTED, 80, "h.local."),
-                   wire.text(DOTTED, b"\0"), wire.address("h.local.", bytes(4)), wire.denial("h.local.", [1])):
+    for record in (
+        wire.pointer("_http._tcp.local.", DOTTED),
+        wire.service(DOTTED, 80, "h.local."),
+        wire.text(DOTTED, b"\0"),
+        wire.address("h.local.", bytes(4)),
+        wire.denial("h.local.", [1]),
+    ):
         gone = wire.with_ttl(record, 0)
         assert gone.ttl == 0
         assert gone == record

@@ -52,10 +52,21 @@ class Bed:
     def lease(self, check: Check | None, port: int, **fields: Any) -> Lease:
         """Make a bound lease of a new id."""
         number = next(self._numbers)
-        default = {"id": f"lease-{number}", "service": "orders", "instance": f"orders-{number}", "endpoint": "main",
-                   "protocol": "tcp", "address": "127.0.0.1", "pool": "default", "hold": "shared", "state": "bound",
-                   "lifetime": "process", "owner": Owner(pid=1, uid=65534, known_by="peercred"), "host": "here",
-                   "created_at": 0.0}
+        default = {
+            "id": f"lease-{number}",
+            "service": "orders",
+            "instance": f"orders-{number}",
+            "endpoint": "main",
+            "protocol": "tcp",
+            "address": "127.0.0.1",
+            "pool": "default",
+            "hold": "shared",
+            "state": "bound",
+            "lifetime": "process",
+            "owner": Owner(pid=1, uid=65534, known_by="peercred"),
+            "host": "here",
+            "created_at": 0.0,
+        }
         described: dict[str, Any] = {**default, **fields}
         return Lease(check=check, port=port, **{"uid": described["owner"].uid, **described})
 
@@ -93,7 +104,7 @@ class Bed:
     async def turn(self, seconds: float = 10.0) -> None:
         """Let an interval pass, and wait for its results."""
         self.clock.advance(seconds)
-        self.prober.tend()
+        self.prober.run_due()
         await self.idle()
 
     async def idle(self) -> None:
@@ -119,8 +130,9 @@ async def opened_bed(**settings: Any) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
-async def opened_service(handler: Handler, *, host: str = "127.0.0.1", ssl: Any = None,
-                         limit: int = 2**16) -> AsyncIterator[int]:
+async def opened_service(
+    handler: Handler, *, host: str = "127.0.0.1", ssl: Any = None, limit: int = 2**16
+) -> AsyncIterator[int]:
     """Serve raw connections; each is closed at the end, whatever its handler does."""
     writers: list[asyncio.StreamWriter] = []
     handlers: set[asyncio.Task[Any]] = set()
@@ -150,12 +162,14 @@ async def opened_service(handler: Handler, *, host: str = "127.0.0.1", ssl: Any 
 
 def answering(data: bytes, *, seen: list[bytes] | None = None) -> Handler:
     """Make a handler that answers each request with the same bytes, and keeps the connection until the peer goes."""
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
             if seen is not None:
                 seen.append(head)
             writer.write(data)
             await writer.drain()
+
     return handle
 
 

@@ -38,27 +38,32 @@ async def gone(pid: int) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(("script", "result", "note"), [
-    ("echo fine", "passing", "fine"),
-    ("exit 0", "passing", ""),
-    ("echo careful >&2; exit 1", "warning", "careful"),
-    ("echo broken; exit 2", "critical", "exit status 2: broken"),
-    ("exit 77", "critical", "exit status 77"),
-    ("kill -TERM $$", "critical", "killed by signal 15 (Terminated)"),
-    ("kill -35 $$", "critical", "killed by signal 35 (Real-time signal 1)"),
-    ("read line && echo got $line", "warning", ""),  # stdin is empty
-    ("printf '\\033[31mred\\0'", "passing", "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"),
-])
+@pytest.mark.parametrize(
+    ("script", "result", "note"),
+    [
+        ("echo fine", "passing", "fine"),
+        ("exit 0", "passing", ""),
+        ("echo careful >&2; exit 1", "warning", "careful"),
+        ("echo broken; exit 2", "critical", "exit status 2: broken"),
+        ("exit 77", "critical", "exit status 77"),
+        ("kill -TERM $$", "critical", "killed by signal 15 (Terminated)"),
+        ("kill -35 $$", "critical", "killed by signal 35 (Real-time signal 1)"),
+        ("read line && echo got $line", "warning", ""),  # stdin is empty
+        ("printf '\\033[31mred\\0'", "passing", "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"),
+    ],
+)
 def test_the_exit_status_decides(run: Any, bed: Any, script: str, result: str, note: str) -> None:
     async def scenario() -> None:
         async with bed(allow_commands=[SHELL]) as prober:
             assert await prober.result(sh(script), 4711, owner=MINE) == (result, note)
+
     run(scenario())
 
 
 @pytest.mark.parametrize("command", ["/bin/true", "sh", "/bin/../bin/sh", "/bin/sh "])
-def test_a_program_that_is_not_allowed_to_the_letter_is_not_run(run: Any, bed: Any, command: str,
-                                                                tmp_path: Path) -> None:
+def test_a_program_that_is_not_allowed_to_the_letter_is_not_run(
+    run: Any, bed: Any, command: str, tmp_path: Path
+) -> None:
     trace = tmp_path / "trace"
 
     async def scenario() -> None:
@@ -67,6 +72,7 @@ def test_a_program_that_is_not_allowed_to_the_letter_is_not_run(run: Any, bed: A
             result, note = await prober.result(check, 4711, owner=MINE)
             assert result == "critical"
             assert "not among allow_commands" in note
+
     run(scenario())
     assert not trace.exists()
 
@@ -76,6 +82,7 @@ def test_arguments_are_no_script(run: Any, bed: Any) -> None:
         async with bed(allow_commands=["/bin/echo"]) as prober:
             check = CommandCheck(command=("/bin/echo", "$(id)", ";", "id", "`id`"))
             assert await prober.result(check, 4711, owner=MINE) == ("passing", "$(id) ; id `id`")
+
     run(scenario())
 
 
@@ -85,20 +92,30 @@ def test_a_program_that_is_not_there_is_critical(run: Any, bed: Any) -> None:
             result, note = await prober.result(CommandCheck(command=("/nonexistent",)), 4711, owner=MINE)
             assert result == "critical"
             assert note == "/nonexistent can't be started: No such file or directory"
+
     run(scenario())
 
 
-def test_the_environment_is_the_service_s_and_nothing_of_the_daemon_s(run: Any, bed: Any,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_the_service_s_and_nothing_of_the_daemon_s(
+    run: Any, bed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PORTD_TOKEN", "secret")
 
     async def scenario() -> None:
         async with bed(allow_commands=["/usr/bin/env"]) as prober:
             check = CommandCheck(command=("/usr/bin/env",))
-            _, note = await prober.result(check, 4711, owner=MINE, address="0.0.0.0", service="orders",
-                                          instance="orders-7")
-            assert set(note.splitlines()) == {"PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "HOST=127.0.0.1",
-                                              "PORT=4711", "SERVICE=orders", "INSTANCE=orders-7"}
+            _, note = await prober.result(
+                check, 4711, owner=MINE, address="0.0.0.0", service="orders", instance="orders-7"
+            )
+            assert set(note.splitlines()) == {
+                "PATH=/usr/local/bin:/usr/bin:/bin",
+                "LANG=C.UTF-8",
+                "HOST=127.0.0.1",
+                "PORT=4711",
+                "SERVICE=orders",
+                "INSTANCE=orders-7",
+            }
+
     run(scenario())
 
 
@@ -107,12 +124,14 @@ def test_no_descriptor_of_the_daemon_s_is_passed_on(run: Any, bed: Any) -> None:
         async with bed(allow_commands=[SHELL]) as prober:
             _, note = await prober.result(sh("ls /proc/self/fd"), 4711, owner=MINE)
             assert note.split() == ["0", "1", "2", "3"]  # 3 is the directory itself
+
     run(scenario())
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can become somebody else")
-@pytest.mark.parametrize(("uid", "said"), [(65534, "65534 65534 65534"), (4_242_424, "4242424 65534 65534"),
-                                           (0, "0 0")])
+@pytest.mark.parametrize(
+    ("uid", "said"), [(65534, "65534 65534 65534"), (4_242_424, "4242424 65534 65534"), (0, "0 0")]
+)
 def test_root_runs_a_command_as_the_lease_s_owner(run: Any, bed: Any, uid: int, said: str) -> None:
     async def scenario() -> None:
         async with bed(allow_commands=[SHELL]) as prober:
@@ -120,6 +139,7 @@ def test_root_runs_a_command_as_the_lease_s_owner(run: Any, bed: Any, uid: int, 
             result, note = await prober.result(sh("echo $(id -u) $(id -g) $(id -G)"), 4711, owner=owner)
             assert result == "passing"
             assert note.startswith(said)
+
     run(scenario())
 
 
@@ -130,6 +150,7 @@ def test_root_runs_no_command_for_an_owner_whom_nobody_knows(run: Any, bed: Any)
             result, note = await prober.result(sh("id"), 4711, owner=Owner(known_by="token"))
             assert result == "critical"
             assert "nobody knows which user" in note
+
     run(scenario())
 
 
@@ -139,6 +160,7 @@ def test_output_is_cut_at_4_kb(run: Any, bed: Any) -> None:
             check = CommandCheck(command=(sys.executable, "-c", "print('ü' * 100_000)"), timeout=30)
             result, note = await prober.result(check, 4711, owner=MINE)
             assert (result, note) == ("passing", "ü" * 2048)
+
     run(scenario())
 
 
@@ -147,6 +169,7 @@ def test_output_without_end_is_cut_off_long_before_the_time_out(run: Any, bed: A
         async with bed(allow_commands=["/usr/bin/yes"]) as prober:
             check = CommandCheck(command=("/usr/bin/yes",), timeout=3600)
             assert await prober.result(check, 4711, owner=MINE) == ("critical", "the program's output does not end")
+
     run(scenario())
 
 
@@ -160,6 +183,7 @@ def test_a_time_out_kills_the_program_and_its_children(run: Any, bed: Any, tmp_p
             assert await prober.result(check, 4711, owner=MINE) == ("critical", "no answer within 0.5 s")
             for pid in pids.read_text().split():
                 await gone(int(pid))
+
     run(scenario())
 
 
@@ -171,6 +195,7 @@ def test_a_program_s_end_is_the_end_of_what_it_left_behind(run: Any, bed: Any, t
             result, _ = await prober.result(sh(f"sleep 1000 & echo $! > {pids}"), 4711, owner=MINE)
             assert result == "passing"
             await gone(int(pids.read_text()))
+
     run(scenario())
 
 
@@ -182,6 +207,7 @@ def test_a_stopped_daemon_leaves_no_program_behind(run: Any, bed: Any, tmp_path:
         async with bed(allow_commands=[SHELL]) as prober:
             prober.bind(sh(f"echo $$ > {fifo}; sleep 1000", timeout=3600), 4711, owner=MINE)
             return int(await asyncio.to_thread(fifo.read_text))
+
     pid = run(scenario())
     assert not is_running(pid)
 
@@ -194,6 +220,7 @@ def test_programs_are_reaped_and_their_descriptors_closed(run: Any, bed: Any) ->
             for script in ("exit 0", "exit 3", "sleep 1000 & exit 0", "sleep 1000"):
                 await prober.result(sh(script, timeout=0.3), 4711, owner=MINE)
             assert len(os.listdir("/proc/self/fd")) == before
+
     run(scenario())
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

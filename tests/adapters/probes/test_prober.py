@@ -58,8 +58,10 @@ def mood(answer: Any) -> Mood:
 
 # --- what is told ---
 
-def test_only_changes_of_health_are_told_and_the_first_result_at_once(run: Any, bed: Any, service: Any,
-                                                                      mood: Mood) -> None:
+
+def test_only_changes_of_health_are_told_and_the_first_result_at_once(
+    run: Any, bed: Any, service: Any, mood: Mood
+) -> None:
     async def scenario() -> None:
         async with service(mood) as port, bed() as prober:
             prober.bind(HttpCheck(rise=2, fall=3), port)
@@ -78,6 +80,7 @@ def test_only_changes_of_health_are_told_and_the_first_result_at_once(run: Any, 
                 await prober.turn()
             assert prober.health == ["passing", "critical", "passing"]
             assert prober.results.count(("http", "critical")) == 6
+
     run(scenario())
 
 
@@ -93,6 +96,7 @@ def test_failures_while_a_service_starts_are_not_told(run: Any, bed: Any, servic
             assert prober.told == []
             await prober.turn()
             assert prober.health == ["critical"]
+
     run(scenario())
 
 
@@ -100,18 +104,24 @@ def test_restored_health_stays_until_rise_or_fall(run: Any, bed: Any, service: A
     async def scenario() -> None:
         mood.status = "500 Oops"
         async with service(mood) as port, bed() as prober:
-            prober.prober.restore([prober.lease(HttpCheck(fall=2), port, health="passing"),
-                                   prober.lease(HttpCheck(fall=2), port, health="critical"),
-                                   prober.lease(HttpCheck(fall=2), port, state="held"),
-                                   prober.lease(None, port)])
+            prober.prober.restore(
+                [
+                    prober.lease(HttpCheck(fall=2), port, health="passing"),
+                    prober.lease(HttpCheck(fall=2), port, health="critical"),
+                    prober.lease(HttpCheck(fall=2), port, state="held"),
+                    prober.lease(None, port),
+                ]
+            )
             await prober.turn()
             assert prober.told == []
             await prober.turn()
             assert prober.told == [("lease-1", "critical", "500 Oops")]
+
     run(scenario())
 
 
 # --- when checks run ---
+
 
 @pytest.mark.parametrize("check", [HttpCheck(), TcpCheck(), GrpcCheck(), CommandCheck(command=("/bin/true",))])
 def test_nothing_is_checked_before_it_is_bound(run: Any, bed: Any, check: Check) -> None:
@@ -121,14 +131,16 @@ def test_nothing_is_checked_before_it_is_bound(run: Any, bed: Any, check: Check)
                 prober.tell("granted", prober.lease(check, 9, state=state))
             prober.tell("bound", prober.lease(None, 9))
             assert prober.prober.check_count == 0
+
     run(scenario())
 
 
-@pytest.mark.parametrize(("event", "state"), [("unbound", "held"), ("ended", "ended"), ("conflict", "conflict"),
-                                              ("declined", "held")])
-def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(run: Any, bed: Any, service: Any,
-                                                                            mood: Mood, event: EventType,
-                                                                            state: State) -> None:
+@pytest.mark.parametrize(
+    ("event", "state"), [("unbound", "held"), ("ended", "ended"), ("conflict", "conflict"), ("declined", "held")]
+)
+def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(
+    run: Any, bed: Any, service: Any, mood: Mood, event: EventType, state: State
+) -> None:
     async def scenario() -> None:
         mood.status = ""  # accepts, and never answers
         async with service(mood) as port, bed() as prober:
@@ -137,29 +149,32 @@ def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(run:
             prober.tell(event, lease, state=state)
             await prober.until_so(lambda: not mood.open)
             prober.clock.advance(100)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.prober.check_count == 0
             assert mood.visits == 1
             assert prober.results == []
+
     run(scenario())
 
 
-def test_a_stranger_s_port_is_critical_at_once_and_checked_again_when_bound_again(run: Any, bed: Any, service: Any,
-                                                                                  mood: Mood) -> None:
+def test_a_stranger_s_port_is_critical_at_once_and_checked_again_when_bound_again(
+    run: Any, bed: Any, service: Any, mood: Mood
+) -> None:
     async def scenario() -> None:
         async with service(mood) as port, bed() as prober:
             lease = prober.bind(HttpCheck(rise=5), port)
             await prober.until(lambda: prober.health == ["passing"])
-            lease = prober.tell("conflict", lease, state="conflict", stranger=Owner(uid=1, known_by="socket"))
+            lease = prober.tell("conflict", lease, state="conflict", foreign=Owner(uid=1, known_by="socket"))
             assert prober.told[1:] == [("lease-1", "critical", STRANGER)]
             lease = prober.tell("health", lease, health="critical", health_note=STRANGER)
             lease = prober.tell("updated", lease, tags=("a",))
             prober.clock.advance(100)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert mood.visits == 1
             assert len(prober.told) == 2
             prober.tell("bound", lease, state="bound")
             await prober.until(lambda: prober.health == ["passing", "critical", "passing"])
+
     run(scenario())
 
 
@@ -167,9 +182,11 @@ def test_a_check_that_is_given_while_a_stranger_holds_the_port_is_critical(run: 
     async def scenario() -> None:
         async with bed() as prober:
             prober.tell("updated", prober.lease(TcpCheck(), 9, state="conflict"))
-            prober.prober.restore([prober.lease(TcpCheck(), 9, state="conflict"),
-                                   prober.lease(None, 9, state="conflict")])
+            prober.prober.restore(
+                [prober.lease(TcpCheck(), 9, state="conflict"), prober.lease(None, 9, state="conflict")]
+            )
             assert prober.told == [("lease-1", "critical", STRANGER), ("lease-2", "critical", STRANGER)]
+
     run(scenario())
 
 
@@ -185,6 +202,7 @@ def test_a_replaced_check_starts_anew_and_a_removed_one_ends(run: Any, bed: Any,
             prober.tell("updated", lease, check=None, health="unknown")
             assert prober.prober.check_count == 0
             assert mood.visits == 2
+
     run(scenario())
 
 
@@ -199,10 +217,12 @@ def test_turns_are_spread_over_the_interval(run: Any, bed: Any, service: Any, mo
                 counts.append(len(prober.results) - before)
             assert sum(counts) == 40
             assert max(counts) <= 10
+
     run(scenario())
 
 
 # --- slots ---
+
 
 def test_a_hanging_service_delays_nobody(run: Any, bed: Any, service: Any, answer: Any) -> None:
     hanging, lively = Mood(answer), Mood(answer)
@@ -218,11 +238,12 @@ def test_a_hanging_service_delays_nobody(run: Any, bed: Any, service: Any, answe
             for turn in range(2, 5):
                 await prober.until_so(lambda: prober.prober.running_count == 1)
                 prober.clock.advance(10)
-                prober.prober.tend()
+                prober.prober.run_due()
                 await prober.until(lambda turn=turn: prober.results.count(("http", "passing")) == 50 * turn)
             assert stuck.id not in {lease_id for lease_id, _, _ in prober.told}
             assert hanging.open == 1
             assert prober.results.count(("http", "skipped")) == 3  # its own turns, not those of others
+
     run(scenario())
 
 
@@ -240,12 +261,13 @@ def test_a_check_without_a_slot_waits_in_line_once_and_is_next(run: Any, bed: An
             prober.tell("ended", gone, state="ended")
             for _ in range(3):
                 prober.clock.advance(10)
-                prober.prober.tend()
+                prober.prober.run_due()
             assert prober.results.count(("http", "skipped")) == 3 * 3
             assert lively.visits == 0
             prober.tell("ended", stuck[0], state="ended")
             await prober.until(lambda: prober.health == ["passing"])
             assert lively.visits == 1
+
     run(scenario())
 
 
@@ -257,10 +279,12 @@ def test_a_hundred_services_time_out_side_by_side(run: Any, bed: Any, service: A
                 prober.bind(HttpCheck(timeout=0.5), port)
             await prober.until_so(lambda: mood.open == 100)
             await prober.until(lambda: prober.health == ["critical"] * 100)
+
     run(scenario())
 
 
 # --- listen ---
+
 
 def test_the_kernel_s_word_counts_at_once_and_no_traffic_is_made(run: Any, bed: Any, closed_port: int) -> None:
     async def scenario() -> None:
@@ -273,10 +297,12 @@ def test_the_kernel_s_word_counts_at_once_and_no_traffic_is_made(run: Any, bed: 
             assert prober.health == ["passing", "critical", "passing", "critical"]
             prober.prober.restore([prober.lease(ListenCheck(), closed_port, health="passing")])
             assert len(prober.told) == 4
+
     run(scenario())
 
 
 # --- report ---
+
 
 def test_a_report_counts_by_rise_and_fall(run: Any, bed: Any) -> None:
     async def scenario() -> None:
@@ -284,8 +310,13 @@ def test_a_report_counts_by_rise_and_fall(run: Any, bed: Any) -> None:
             lease = prober.bind(ReportCheck(rise=2, fall=2, ttl=5), 9)
             for status in ("passing", "critical", "critical", "warning", "passing", "passing"):
                 prober.prober.reported(lease.id, status, f"I am {status}")
-            assert prober.told == [(lease.id, "passing", "I am passing"), (lease.id, "critical", "I am critical"),
-                                   (lease.id, "warning", "I am passing"), (lease.id, "passing", "I am passing")]
+            assert prober.told == [
+                (lease.id, "passing", "I am passing"),
+                (lease.id, "critical", "I am critical"),
+                (lease.id, "warning", "I am passing"),
+                (lease.id, "passing", "I am passing"),
+            ]
+
     run(scenario())
 
 
@@ -294,14 +325,15 @@ def test_a_report_is_taken_before_the_service_listens(run: Any, bed: Any) -> Non
         async with bed() as prober:
             lease = prober.tell("granted", prober.lease(ReportCheck(ttl=5), 9, state="held"))
             prober.clock.advance(100)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.told == []  # nothing is due before it is bound
             prober.prober.reported(lease.id, "passing", "early")
             assert prober.told == [(lease.id, "passing", "early")]
             prober.tell("bound", lease, state="bound", health="passing")
             prober.clock.advance(5)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.told[1:] == [(lease.id, "critical", "no report for 5 s")]
+
     run(scenario())
 
 
@@ -311,18 +343,19 @@ def test_silence_is_critical_exactly_when_the_ttl_has_passed(run: Any, bed: Any)
             lease = prober.bind(ReportCheck(ttl=5, rise=1, fall=9), 9)
             for _ in range(4):
                 prober.clock.advance(4.75)
-                prober.prober.tend()
+                prober.prober.run_due()
                 prober.prober.reported(lease.id, "passing", "")
             prober.clock.advance(4.75)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.health == ["passing"]
             prober.clock.advance(0.25)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.health == ["passing", "critical"]
             prober.clock.advance(100)
-            prober.prober.tend()
+            prober.prober.run_due()
             prober.prober.reported(lease.id, "passing", "back")
             assert prober.health == ["passing", "critical", "passing"]
+
     run(scenario())
 
 
@@ -331,8 +364,9 @@ def test_a_stopped_daemon_is_not_taken_for_silence(run: Any, bed: Any) -> None:
         async with bed() as prober:
             prober.bind(ReportCheck(ttl=5), 9)
             prober.clock.lose(100)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.told == []
+
     run(scenario())
 
 
@@ -342,14 +376,15 @@ def test_silence_waits_for_the_start_period_and_for_a_restored_daemon(run: Any, 
             prober.bind(ReportCheck(ttl=5, start_period=20), 9)
             prober.prober.restore([prober.lease(ReportCheck(ttl=15), 9, health="passing")])
             prober.clock.advance(14.5)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert prober.told == []
             prober.clock.advance(0.5)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert [lease_id for lease_id, _, _ in prober.told] == ["lease-2"]
             prober.clock.advance(5)
-            prober.prober.tend()
+            prober.prober.run_due()
             assert [lease_id for lease_id, _, _ in prober.told] == ["lease-2", "lease-1"]
+
     run(scenario())
 
 
@@ -359,6 +394,7 @@ def test_silence_is_noticed_without_anybody_asking(run: Any, bed: Any) -> None:
             lease = prober.bind(ReportCheck(ttl=0.2), 9)
             prober.clock.advance(0.25)
             await prober.until(lambda: prober.told == [(lease.id, "critical", "no report for 0.2 s")])
+
     run(scenario())
 
 
@@ -371,10 +407,12 @@ def test_a_report_where_none_is_expected_is_nothing(run: Any, bed: Any) -> None:
             for lease_id in (conflicting.id, ended.id, prober.bind(ListenCheck(), 9).id, "nobody"):
                 prober.prober.reported(lease_id, "warning", "")
             assert prober.health == ["critical", "passing"]
+
     run(scenario())
 
 
 # --- the daemon ---
+
 
 def test_a_probe_over_which_the_daemon_was_stopped_says_nothing(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
@@ -385,6 +423,7 @@ def test_a_probe_over_which_the_daemon_was_stopped_says_nothing(run: Any, bed: A
             await prober.until_so(lambda: not mood.open)
             await prober.until_so(lambda: not prober.prober.running_count)
             assert prober.told == []
+
     run(scenario())
 
 
@@ -400,14 +439,27 @@ def test_nothing_is_told_after_close_and_nothing_is_left_open(run: Any, bed: Any
                 prober.prober.close()
             assert prober.told == []
             await prober.until_so(lambda: len(os.listdir("/proc/self/fd")) == during)
+
     run(scenario())
 
 
 CHECKS: list[Check | None] = [
-    None, HttpCheck(), HttpCheck(path="/other"), TcpCheck(), GrpcCheck(), ListenCheck(), ReportCheck(),
-    CommandCheck(command=("/bin/true",))]
-one_event = st.tuples(st.sampled_from(get_args(EventType)), st.sampled_from(get_args(State)),
-                      st.sampled_from(CHECKS), st.sampled_from([9, 10]), st.sampled_from(["a", "b"]))
+    None,
+    HttpCheck(),
+    HttpCheck(path="/other"),
+    TcpCheck(),
+    GrpcCheck(),
+    ListenCheck(),
+    ReportCheck(),
+    CommandCheck(command=("/bin/true",)),
+]
+one_event = st.tuples(
+    st.sampled_from(get_args(EventType)),
+    st.sampled_from(get_args(State)),
+    st.sampled_from(CHECKS),
+    st.sampled_from([9, 10]),
+    st.sampled_from(["a", "b"]),
+)
 
 
 @given(st.lists(one_event, max_size=30))
@@ -417,12 +469,30 @@ def test_no_order_of_events_breaks_the_prober(events: list[tuple[EventType, Stat
     numbers = itertools.count()
     now: dict[str, Lease] = {}
     for kind, state, check, port, lease_id in events:
-        lease = Lease(id=lease_id, service="s", instance="s-1", endpoint="main", protocol="tcp", address="127.0.0.1",
-                      port=port, pool="default", hold="shared", state=state, check=check, lifetime="process",
-                      owner=Owner(known_by="peercred"), host="h", created_at=0.0)
+        lease = Lease(
+            id=lease_id,
+            service="s",
+            instance="s-1",
+            endpoint="main",
+            protocol="tcp",
+            address="127.0.0.1",
+            port=port,
+            pool="default",
+            hold="shared",
+            state=state,
+            check=check,
+            lifetime="process",
+            owner=Owner(known_by="peercred"),
+            host="h",
+            created_at=0.0,
+        )
         now[lease_id] = lease = replace(lease, revision=next(numbers))
         prober.apply(Event(lease.revision, kind, 0.0, lease))
         prober.reported(lease_id, "passing", "")
-    expected = [lease for lease in now.values() if lease.check is not None and (
-        lease.state == "bound" or (lease.state == "held" and isinstance(lease.check, ReportCheck)))]
+    expected = [
+        lease
+        for lease in now.values()
+        if lease.check is not None
+        and (lease.state == "bound" or (lease.state == "held" and isinstance(lease.check, ReportCheck)))
+    ]
     assert prober.check_count == len(expected)

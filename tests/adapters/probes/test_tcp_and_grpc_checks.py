@@ -25,6 +25,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 # --- tcp ---
 
+
 def test_a_listener_passes_and_is_sent_nothing(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
@@ -35,6 +36,7 @@ def test_a_listener_passes_and_is_sent_nothing(run: Any, bed: Any) -> None:
             connection, _ = await loop.sock_accept(listener)
             with connection:
                 assert await loop.sock_recv(connection, 100) == b""
+
     run(scenario())
 
 
@@ -42,6 +44,7 @@ def test_a_port_that_nobody_listens_on_is_critical(run: Any, bed: Any, closed_po
     async def scenario() -> None:
         async with bed() as prober:
             assert await prober.result(TcpCheck(), closed_port) == ("critical", "connection refused")
+
     run(scenario())
 
 
@@ -54,6 +57,7 @@ def test_a_listener_whose_backlog_is_full_runs_into_the_time_out(run: Any, bed: 
             async with bed() as prober:
                 told = await prober.result(TcpCheck(timeout=0.2), listener.getsockname()[1])
                 assert told == ("critical", "no answer within 0.2 s")
+
     run(scenario())
 
 
@@ -61,10 +65,12 @@ def test_a_tcp_check_of_a_udp_lease_is_critical_and_nothing_worse(run: Any, bed:
     async def scenario() -> None:
         async with bed() as prober:
             assert (await prober.result(TcpCheck(), closed_port, protocol="udp"))[0] == "critical"
+
     run(scenario())
 
 
 # --- grpc ---
+
 
 @contextmanager
 def grpc_server(*, with_health: bool = True) -> Iterator[tuple[int, health.HealthServicer]]:
@@ -81,18 +87,22 @@ def grpc_server(*, with_health: bool = True) -> Iterator[tuple[int, health.Healt
         server.stop(None).wait()
 
 
-@pytest.mark.parametrize(("status", "service", "result", "note"), [
-    (STATUS.SERVING, "", "passing", "SERVING"),
-    (STATUS.SERVING, "orders.v1.Orders", "passing", "SERVING"),
-    (STATUS.SERVING, "x" * 256, "passing", "SERVING"),
-    (STATUS.NOT_SERVING, "", "critical", "NOT_SERVING"),
-    (STATUS.UNKNOWN, "", "critical", "UNKNOWN"),
-    (STATUS.SERVICE_UNKNOWN, "", "critical", "SERVICE_UNKNOWN"),
-])
+@pytest.mark.parametrize(
+    ("status", "service", "result", "note"),
+    [
+        (STATUS.SERVING, "", "passing", "SERVING"),
+        (STATUS.SERVING, "orders.v1.Orders", "passing", "SERVING"),
+        (STATUS.SERVING, "x" * 256, "passing", "SERVING"),
+        (STATUS.NOT_SERVING, "", "critical", "NOT_SERVING"),
+        (STATUS.UNKNOWN, "", "critical", "UNKNOWN"),
+        (STATUS.SERVICE_UNKNOWN, "", "critical", "SERVICE_UNKNOWN"),
+    ],
+)
 def test_the_serving_status_decides(run: Any, bed: Any, status: int, service: str, result: str, note: str) -> None:
     async def scenario(port: int) -> None:
         async with bed() as prober:
             assert await prober.result(GrpcCheck(service=service), port) == (result, note)
+
     with grpc_server() as (port, servicer):
         servicer.set(service, status)
         run(scenario(port))
@@ -104,6 +114,7 @@ def test_a_service_that_the_server_does_not_know_is_critical(run: Any, bed: Any)
             result, note = await prober.result(GrpcCheck(service="nobody"), port)
             assert result == "critical"
             assert note.startswith("grpc-status 5")  # NOT_FOUND
+
     with grpc_server() as (port, _):
         run(scenario(port))
 
@@ -114,17 +125,24 @@ def test_a_server_without_the_health_service_is_critical(run: Any, bed: Any) -> 
             result, note = await prober.result(GrpcCheck(), port)
             assert result == "critical"
             assert note.startswith("grpc-status 12")  # UNIMPLEMENTED
+
     with grpc_server(with_health=False) as (port, _):
         run(scenario(port))
 
 
-@pytest.mark.parametrize(("data", "note"), [
-    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no HTTP/2 answer"),
-    (b"", "closed without an answer"),
-    (b"\0\0\0\x04\0\0\0\0\0" * 20_000, "too large"),  # settings without end
-    (b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0" + bytes(7) + b"\x0b", "HTTP/2 error 11"),  # GOAWAY
-    (b"\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\x05\0\0\0\x01\x88", "no gRPC answer: HTTP status 200"),  # a plain web server's
-])
+@pytest.mark.parametrize(
+    ("data", "note"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no HTTP/2 answer"),
+        (b"", "closed without an answer"),
+        (b"\0\0\0\x04\0\0\0\0\0" * 20_000, "too large"),  # settings without end
+        (b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0" + bytes(7) + b"\x0b", "HTTP/2 error 11"),  # GOAWAY
+        (
+            b"\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\x05\0\0\0\x01\x88",
+            "no gRPC answer: HTTP status 200",
+        ),  # a plain web server's
+    ],
+)
 def test_what_is_no_proper_grpc_answer_is_critical(run: Any, bed: Any, service: Any, data: bytes, note: str) -> None:
     async def blurt(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(len(PREFACE))
@@ -136,6 +154,7 @@ def test_what_is_no_proper_grpc_answer_is_critical(run: Any, bed: Any, service: 
             result, said = await prober.result(GrpcCheck(timeout=5), port)
             assert result == "critical"
             assert note in said
+
     run(scenario())
 
 
@@ -147,6 +166,7 @@ def test_a_grpc_server_that_never_answers_runs_into_the_time_out(run: Any, bed: 
     async def scenario() -> None:
         async with service(listen) as port, bed() as prober:
             assert await prober.result(GrpcCheck(timeout=0.2), port) == ("critical", "no answer within 0.2 s")
+
     run(scenario())
 
 

@@ -36,18 +36,26 @@ class Disk:
         source = Path(__file__).with_name("disk.c")
         subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", self._library, source, "-ldl", "-pthread"], check=True)
 
-    def start(self, script: str, *arguments: str, directory: Path, journal: Path | None = None,
-              faults: Path | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, script: str, *arguments: str, directory: Path, journal: Path | None = None, faults: Path | None = None
+    ) -> subprocess.Popen[str]:
         """Start one of the scripts beside this file with `directory` on the disk."""
-        environment = os.environ | {"LD_PRELOAD": str(self._library), "DISK_DIR": str(directory),
-                                    "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "LD_PRELOAD": str(self._library),
+            "DISK_DIR": str(directory),
+            "PYTHONPATH": str(ROOT),
+        }
         if journal is not None:
             environment["DISK_JOURNAL"] = str(journal)
         if faults is not None:
             faults.write_bytes(bytes(8))
             environment["DISK_FAULTS"] = str(faults)
-        return subprocess.Popen([sys.executable, str(Path(__file__).with_name(script)), *arguments], text=True,
-                                stdout=subprocess.PIPE, env=environment)
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+            text=True,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
 
 
 def read_journal(journal: Path) -> Iterator[Entry]:
@@ -60,7 +68,7 @@ def read_journal(journal: Path) -> Iterator[Entry]:
         end = at + name_size + (size if kind == ord("W") else 0)
         if end > len(data):
             return
-        yield Entry(chr(kind), data[at:at + name_size].decode(), offset, data[at + name_size:end])
+        yield Entry(chr(kind), data[at : at + name_size].decode(), offset, data[at + name_size : end])
         at = end
 
 
@@ -68,8 +76,11 @@ class Platters:
     """What the disk holds, and what only the cache has, file by file."""
 
     def __init__(self, directory: Path) -> None:
-        self._synced = {path.name: bytearray(path.read_bytes()) for path in directory.iterdir() if path.is_file()
-                        and not path.name.endswith("-shm")}
+        self._synced = {
+            path.name: bytearray(path.read_bytes())
+            for path in directory.iterdir()
+            if path.is_file() and not path.name.endswith("-shm")
+        }
         self._cached: dict[str, list[Entry]] = {}
 
     def ask(self, entry: Entry) -> None:
@@ -106,7 +117,7 @@ def _sectors(entry: Entry) -> Iterator[Entry]:
 
 def _apply(content: bytearray, entry: Entry) -> None:
     if entry.kind == "T":
-        del content[entry.offset:]
+        del content[entry.offset :]
         return
     content.extend(bytes(max(0, entry.offset - len(content))))
-    content[entry.offset:entry.offset + len(entry.data)] = entry.data
+    content[entry.offset : entry.offset + len(entry.data)] = entry.data

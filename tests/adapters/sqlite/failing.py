@@ -68,8 +68,13 @@ async def sync_failed(path: Path, faults: Faults) -> None:
         await store.commit(granted([2]))
     faults.set()  # the disk works again, but what it has can't be trusted before it is read anew
     before = path.read_bytes(), wal_of(path).read_bytes()
-    for refused in (store.commit(granted([3])), store.lease("lease-000001"), store.load(), store.history(20001),
-                    store.prune(2e9, 0)):
+    for refused in (
+        store.commit(granted([3])),
+        store.lease("lease-000001"),
+        store.load(),
+        store.history(20001),
+        store.prune(2e9, 0),
+    ):
         with pytest.raises(StoreLost):
             await refused
     assert "SQLITE_IOERR" in store.condition()["problem"]

@@ -59,9 +59,25 @@ def make_schema_1(path: Path, events: Iterable[Event], *, pruned_to: int = 0, st
             lease = event.lease
             # Every field was written then, those with their defaults too.
             body = msgspec.msgpack.encode(msgspec.structs.asdict(lease))
-            database.execute(UPSERT_1, (
-                lease.id, lease.service, lease.instance, lease.endpoint, lease.protocol, lease.address, lease.port,
-                lease.state, lease.owner.uid, lease.created_at, lease.ended_at, lease.revision, body))
-            database.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                             (event.revision, event.at, event.type, lease.id, body))
+            database.execute(
+                UPSERT_1,
+                (
+                    lease.id,
+                    lease.service,
+                    lease.instance,
+                    lease.endpoint,
+                    lease.protocol,
+                    lease.address,
+                    lease.port,
+                    lease.state,
+                    lease.owner.uid,
+                    lease.created_at,
+                    lease.ended_at,
+                    lease.revision,
+                    body,
+                ),
+            )
+            database.execute(
+                "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (event.revision, event.at, event.type, lease.id, body)
+            )
         database.execute("DELETE FROM events WHERE revision <= ?", (pruned_to,))

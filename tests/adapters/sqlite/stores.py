@@ -11,8 +11,9 @@ from portd.adapters.sqlite.writing import Durability
 
 
 @asynccontextmanager
-async def opened(path: Path, durability: Durability = "full",
-                 on_commit: OnCommit = lambda seconds, count: None) -> AsyncIterator[SqliteStore]:
+async def opened(
+    path: Path, durability: Durability = "full", on_commit: OnCommit = lambda seconds, count: None
+) -> AsyncIterator[SqliteStore]:
     """Open the store, and close it."""
     store = await SqliteStore.open(path, durability, on_commit)
     try:

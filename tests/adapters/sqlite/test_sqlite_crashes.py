@@ -36,7 +36,7 @@ def newest_revision(path: Path) -> int:
         live = dict(database.execute("SELECT id, revision FROM live"))
         ended = dict(database.execute("SELECT id, revision FROM ended"))
         bodies = database.execute("SELECT body FROM events ORDER BY revision").fetchall()
-    last = {lease.id: lease for lease in (decode_lease(body) for body, in bodies)}
+    last = {lease.id: lease for lease in (decode_lease(body) for (body,) in bodies)}
     assert live == {lease.id: lease.revision for lease in last.values() if lease.state != "ended"}
     assert ended == {lease.id: lease.revision for lease in last.values() if lease.state == "ended"}
     return newest or 0
@@ -54,8 +54,14 @@ def test_nothing_acknowledged_is_missing_after_kill_9(tmp_path, durability):
     path, told = tmp_path / "portd.db", tmp_path / "told"
     for _ in range(KILLS):
         told.unlink(missing_ok=True)
-        command = [sys.executable, str(Path(__file__).with_name("committing.py")), str(path), durability, str(told),
-                   "1000000"]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("committing.py")),
+            str(path),
+            durability,
+            str(told),
+            "1000000",
+        ]
         with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as child:
             wait_for(told, chance.randint(1, 100), child)
             child.kill()
@@ -88,8 +94,9 @@ def lost_by_power_cuts(disk, tmp_path, durability, kept):
     path = directory / "portd.db"
     asyncio.run(make_store(path))
     platters = Platters(directory)
-    child = disk.start("committing.py", str(path), durability, str(directory / "told"), "400", directory=directory,
-                       journal=journal)
+    child = disk.start(
+        "committing.py", str(path), durability, str(directory / "told"), "400", directory=directory, journal=journal
+    )
     assert child.communicate()[0] == ""
     assert child.returncode == 0
     entries = list(read_journal(journal))

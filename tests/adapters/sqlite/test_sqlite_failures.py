@@ -21,8 +21,9 @@ def on_failing_disk(disk, tmp_path, scenario):
     directory = tmp_path / "state"
     directory.mkdir()
     faults = tmp_path / "faults"
-    child = disk.start("failing.py", scenario, str(directory / "portd.db"), str(faults), directory=directory,
-                       faults=faults)
+    child = disk.start(
+        "failing.py", scenario, str(directory / "portd.db"), str(faults), directory=directory, faults=faults
+    )
     with child:
         try:
             assert child.communicate(timeout=30)[0] == ""
@@ -199,8 +200,9 @@ def test_the_log_stays_small_however_long_the_load_lasts(tmp_path):
         async with opened(tmp_path / "portd.db") as store:
             largest = 0
             for batch in range(300):
-                await asyncio.gather(store.commit(granted(range(batch * 10 + 1, batch * 10 + 11))),
-                                     store.history(20001), store.ended())
+                await asyncio.gather(
+                    store.commit(granted(range(batch * 10 + 1, batch * 10 + 11))), store.history(20001), store.ended()
+                )
                 largest = max(largest, store.condition()["wal_bytes"])
             assert largest < writing.CAP_FRAMES * FRAME_BYTES
             assert (tmp_path / "portd.db").stat().st_size > 2 * largest

@@ -12,7 +12,7 @@ import pytest
 
 from portd.adapters.sqlite import schema
 from portd.core.errors import StoreDamaged
-from portd.seams import REVISION_GAP
+from portd.leasing.seams import REVISION_GAP
 from tests.adapters.sqlite.disk import Platters, read_journal
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 from tests.adapters.sqlite.schema1 import make_schema_1
@@ -63,9 +63,13 @@ def test_a_store_of_schema_1_goes_on(tmp_path):
     async def run():
         async with opened(path) as store:
             first = (await store.load()).revision + 1
-            await store.commit([an_event(first, ended(a_lease(11), 1_700_002_000.0), "ended"),
-                                an_event(first + 1, a_lease(12, drain=True), "draining"),
-                                an_event(first + 2, a_lease(41))])
+            await store.commit(
+                [
+                    an_event(first, ended(a_lease(11), 1_700_002_000.0), "ended"),
+                    an_event(first + 1, a_lease(12, drain=True), "draining"),
+                    an_event(first + 2, a_lease(41)),
+                ]
+            )
         async with opened(path) as store:
             assert await store.prune(1_700_001_500.0, events_kept=1) > 0
             loaded = await store.load()

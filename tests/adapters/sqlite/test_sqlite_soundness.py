@@ -91,7 +91,7 @@ def test_pages_of_noise_are_damage(path, seed):
     chance = random.Random(seed)
     content = bytearray(path.read_bytes())
     page = chance.randrange(1, len(content) // 4096)
-    content[page * 4096:page * 4096 + 4096] = chance.randbytes(4096)
+    content[page * 4096 : page * 4096 + 4096] = chance.randbytes(4096)
     path.write_bytes(content)
     assert "damaged" in refusal(path)
 
@@ -99,9 +99,9 @@ def test_pages_of_noise_are_damage(path, seed):
 def test_damage_is_found_behind_a_log_that_a_crash_left(path):
     after = crashed(path)
     content, log = bytearray(after.read_bytes()), schema.wal_of(after).read_bytes()
-    logged = {int.from_bytes(log[at:at + 4], "big") for at in range(32, len(log), 24 + 4096)}
+    logged = {int.from_bytes(log[at : at + 4], "big") for at in range(32, len(log), 24 + 4096)}
     page = next(number for number in range(2, len(content) // 4096) if number not in logged)  # the log would mend it
-    content[(page - 1) * 4096:page * 4096] = random.Random(1).randbytes(4096)
+    content[(page - 1) * 4096 : page * 4096] = random.Random(1).randbytes(4096)
     after.write_bytes(content)
     assert "damaged" in refusal(after)
 

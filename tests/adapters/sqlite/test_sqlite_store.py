@@ -116,7 +116,7 @@ def test_commits_get_in_between_the_steps_of_pruning(tmp_path):
 
 def revisions_kept(path):
     with closing(sqlite3.connect(path)) as database:
-        return {revision for revision, in database.execute("SELECT revision FROM events")}
+        return {revision for (revision,) in database.execute("SELECT revision FROM events")}
 
 
 def test_the_event_that_a_live_lease_is_known_by_is_kept_until_the_lease_changes_or_ends(tmp_path):
@@ -128,9 +128,13 @@ def test_the_event_that_a_live_lease_is_known_by_is_kept_until_the_lease_changes
             assert await store.prune(0.0, 1) == 0
             assert revisions_kept(path) == set(range(1, 201))
             assert [event.revision for event in (await store.load()).events] == [200]
-            await store.commit([*(an_event(200 + n, ended(a_lease(n), 1e9), "ended") for n in range(1, 81)),
-                                *(an_event(200 + n, a_lease(n, drain=True), "draining") for n in range(81, 121)),
-                                *granted([321])])
+            await store.commit(
+                [
+                    *(an_event(200 + n, ended(a_lease(n), 1e9), "ended") for n in range(1, 81)),
+                    *(an_event(200 + n, a_lease(n, drain=True), "draining") for n in range(81, 121)),
+                    *granted([321]),
+                ]
+            )
             before = await store.load()
             assert await store.prune(0.0, 1) == 200
             assert revisions_kept(path) == {*range(121, 201), *range(281, 322)}

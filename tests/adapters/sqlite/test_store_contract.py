@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from portd.adapters.sqlite.store import SqliteStore
-from portd.seams import REVISION_GAP, LeaseStore
+from portd.leasing.seams import REVISION_GAP, LeaseStore
 from portd.testing.memory_store import MemoryStore
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 
@@ -60,8 +60,11 @@ async def test_a_lease_comes_back_as_it_was_secrets_too(store):
 
 @on_every_store
 async def test_of_several_changes_in_one_commit_the_last_is_the_lease_and_all_are_events(store):
-    events = [an_event(1, a_lease(1)), an_event(2, a_lease(1, port=20009), "declined"),
-              an_event(3, a_lease(1, port=20009, state="bound"), "bound")]
+    events = [
+        an_event(1, a_lease(1)),
+        an_event(2, a_lease(1, port=20009), "declined"),
+        an_event(3, a_lease(1, port=20009, state="bound"), "bound"),
+    ]
     await store.commit(events)
     loaded = await store.load()
     assert loaded.live == [events[-1].lease]
@@ -101,36 +104,49 @@ async def test_the_newest_end_of_every_name_and_of_every_port_is_remembered_and_
         lease = a_lease(number, instance=instance, port=port)
         return an_event(number, ended(lease, 1_700_000_000.0 + number), "ended")
 
-    await store.commit([
-        end(1, "orders-1", 20001),   # forgotten: its name and its port have newer ends
-        end(2, "orders-1", 20002),   # the newest of its port
-        end(3, "orders-2", 20001),   # the newest of its name and its port
-        end(4, "orders-1", 20004),   # the newest of its name and its port
-        an_event(5, a_lease(5, instance="orders-1", port=20004))])  # live: no matter here
+    await store.commit(
+        [
+            end(1, "orders-1", 20001),  # forgotten: its name and its port have newer ends
+            end(2, "orders-1", 20002),  # the newest of its port
+            end(3, "orders-2", 20001),  # the newest of its name and its port
+            end(4, "orders-1", 20004),  # the newest of its name and its port
+            an_event(5, a_lease(5, instance="orders-1", port=20004)),
+        ]
+    )  # live: no matter here
     assert [lease.id for lease in (await store.load()).remembered] == ["lease-000002", "lease-000003", "lease-000004"]
 
 
 @on_every_store
 async def test_endpoints_of_one_instance_are_remembered_each(store):
-    await store.commit([
-        an_event(n, ended(a_lease(n, instance="orders-1", endpoint=endpoint, port=20001), 1_700_000_000.0 + n), "ended")
-        for n, endpoint in enumerate(["main", "metrics"], 1)])
+    await store.commit(
+        [
+            an_event(
+                n, ended(a_lease(n, instance="orders-1", endpoint=endpoint, port=20001), 1_700_000_000.0 + n), "ended"
+            )
+            for n, endpoint in enumerate(["main", "metrics"], 1)
+        ]
+    )
     assert [lease.endpoint for lease in (await store.load()).remembered] == ["main", "metrics"]
 
 
 @on_every_store
 async def test_history_tells_who_had_a_port_newest_first_live_and_ended(store):
-    await store.commit([
-        an_event(1, ended(a_lease(1, port=80), 1_700_000_050.0), "ended"), an_event(2, a_lease(60, port=80)),
-        an_event(3, a_lease(3, port=81))])
+    await store.commit(
+        [
+            an_event(1, ended(a_lease(1, port=80), 1_700_000_050.0), "ended"),
+            an_event(2, a_lease(60, port=80)),
+            an_event(3, a_lease(3, port=81)),
+        ]
+    )
     assert [lease.id for lease in await store.history(80)] == ["lease-000060", "lease-000001"]
     assert [lease.id for lease in await store.history(80, limit=1)] == ["lease-000060"]
 
 
 @on_every_store
 async def test_history_of_one_moment_counts_from_the_grant_until_just_before_the_end(store):
-    await store.commit([an_event(1, ended(a_lease(10, port=80), 1_700_000_050.0), "ended"),
-                        an_event(2, a_lease(50, port=80))])
+    await store.commit(
+        [an_event(1, ended(a_lease(10, port=80), 1_700_000_050.0), "ended"), an_event(2, a_lease(50, port=80))]
+    )
 
     async def at(second):
         return [lease.id for lease in await store.history(80, at=1_700_000_000.0 + second)]
@@ -144,8 +160,9 @@ async def test_history_of_one_moment_counts_from_the_grant_until_just_before_the
 
 @on_every_store
 async def test_a_lease_of_both_protocols_is_in_the_history_of_either(store):
-    await store.commit([an_event(n, a_lease(n, port=53, protocol=protocol))
-                        for n, protocol in enumerate(["tcp", "udp", "both"], 1)])
+    await store.commit(
+        [an_event(n, a_lease(n, port=53, protocol=protocol)) for n, protocol in enumerate(["tcp", "udp", "both"], 1)]
+    )
 
     async def of(protocol):
         return [lease.protocol for lease in await store.history(53, protocol=protocol)]
@@ -157,9 +174,13 @@ async def test_a_lease_of_both_protocols_is_in_the_history_of_either(store):
 
 @on_every_store
 async def test_ended_leases_are_listed_newest_end_first_and_by_service(store):
-    await store.commit([
-        an_event(n, ended(a_lease(n, service=service), 1_700_000_100.0 - n), "ended")
-        for n, service in enumerate(["orders", "billing", "orders"], 1)] + [an_event(4, a_lease(4))])
+    await store.commit(
+        [
+            an_event(n, ended(a_lease(n, service=service), 1_700_000_100.0 - n), "ended")
+            for n, service in enumerate(["orders", "billing", "orders"], 1)
+        ]
+        + [an_event(4, a_lease(4))]
+    )
     assert [lease.id for lease in await store.ended()] == ["lease-000001", "lease-000002", "lease-000003"]
     assert [lease.id for lease in await store.ended("orders")] == ["lease-000001", "lease-000003"]
     assert [lease.id for lease in await store.ended("orders", limit=1)] == ["lease-000001"]

@@ -22,7 +22,7 @@ from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavail
 from portd.core.model import EndedBecause, Event, Lease
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change, advance, is_legal
-from portd.seams import REVISION_GAP, ApplyEvent, Clock, LeaseStore
+from portd.leasing.seams import REVISION_GAP, ApplyEvent, Clock, LeaseStore
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Journal:
         self._observed.append(change)
         self._apply_observations()
 
-    def doubt(self, problem: str) -> None:
+    def mark_unwritable(self, problem: str) -> None:
         """Take the store for one that takes no writes, for this reason, until a write shows otherwise."""
         self.problem = problem
         self._wake.set()
@@ -202,8 +202,9 @@ class Journal:
             self._give_up(sequenced, error)
         except BaseException as error:
             lost = error if isinstance(error, StoreLost) else StoreLost(f"the journal failed: {error!r}")
-            self._give_up(sequenced, StoreUnavailable("the store failed; portd is starting over from the disk"),
-                          undo=False)
+            self._give_up(
+                sequenced, StoreUnavailable("the store failed; portd is starting over from the disk"), undo=False
+            )
             raise lost from error
         else:
             if self.problem is not None:
@@ -292,8 +293,9 @@ class Journal:
                 if event.type == "granted":
                     self._observed.append(end(event.lease.id, "revoked", event.at))
 
-    def _give_up(self, sequenced: Iterable[tuple[Entry, list[Event]]], error: StoreUnavailable, *,
-                 undo: bool = True) -> None:
+    def _give_up(
+        self, sequenced: Iterable[tuple[Entry, list[Event]]], error: StoreUnavailable, *, undo: bool = True
+    ) -> None:
         if self.problem is None:
             logger.error("the store does not take writes: %s", error.detail)
         self.problem = error.detail

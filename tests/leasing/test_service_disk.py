@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-import portd.clocks
-import portd.journal
-from portd.core.allocator import Place
+import portd.leasing.journal
+import portd.leasing.timers
+from portd.core.bindings import Binding
 from portd.core.errors import (
     Busy,
     PortTaken,
@@ -69,10 +69,12 @@ async def test_a_lost_commit_stops_the_journal_and_nothing_of_it_is_answered(wor
 async def test_too_many_waiting_requests_are_told_to_come_back(world):
     world.processes.start(41)
     world.store.gate.clear()
-    world.ports.extend(range(30000, 30000 + portd.journal.PENDING_MAX))
+    world.ports.extend(range(30000, 30000 + portd.leasing.journal.PENDING_MAX))
     await world.restart()
-    tasks = [asyncio.create_task(world.grant(41, service="orders", port=40000 + n))
-             for n in range(portd.journal.PENDING_MAX + portd.journal.BATCH_MAX + 2)]
+    tasks = [
+        asyncio.create_task(world.grant(41, service="orders", port=40000 + n))
+        for n in range(portd.leasing.journal.PENDING_MAX + portd.leasing.journal.BATCH_MAX + 2)
+    ]
     await asyncio.sleep(0)
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     assert all(isinstance(task.exception(), Busy) for task in done)
@@ -113,14 +115,14 @@ async def test_everything_is_as_it_was_after_a_restart(world):
 @in_world()
 async def test_a_hold_that_a_stranger_stood_against_at_the_start_is_taken_when_it_has_gone(world):
     lease = await world.grant(service="orders", ttl=600.0)
-    place = Place("tcp", LOOPBACK, lease.port)
+    place = Binding("tcp", LOOPBACK, lease.port)
     await world.kill()
-    world.strangers.add(place)
+    world.foreign.add(place)
     await world.start()
     assert world.holds.held == {}
     assert world.service.without_hold_count == 1
-    world.strangers.discard(place)
-    world.pass_time(portd.clocks.HOLD_AGAIN_S)
+    world.foreign.discard(place)
+    world.pass_time(portd.leasing.timers.HOLD_AGAIN_S)
     assert world.holds.held[lease.id][0] == place
     assert world.service.without_hold_count == 0
 
@@ -179,5 +181,7 @@ async def test_a_disk_that_hangs_is_answered_and_what_it_wrote_late_is_taken_bac
     world.store.gate.set()
     await world.settle()
     assert [(event.type, event.lease.ended_because) for event in world.events] == [
-        ("granted", None), ("ended", "revoked")]
+        ("granted", None),
+        ("ended", "revoked"),
+    ]
     assert world.holds.held == {}

@@ -13,8 +13,8 @@ from portd.core.allocator import Allocator
 from portd.core.expiry import Deadlines
 from portd.core.model import Lease, Now
 from portd.core.table import LeaseTable
-from portd.journal import Journal, end
-from portd.seams import Clock, Holds
+from portd.leasing.journal import Journal, end
+from portd.leasing.seams import Clock, Holds
 
 HOLD_AGAIN_S: Final = 5.0
 """Seconds between two tries to hold a port that somebody had bound, and not listened on, when portd started."""
@@ -79,7 +79,7 @@ class LeaseClocks:
         self._without_hold.discard(lease_id)
         self.arm()
 
-    def tend(self) -> None:
+    def run_due(self) -> None:
         """Do what is due; may be called at any time."""
         self.close()  # else a timer that has fired a hair too early (uvloop rounds to milliseconds) counts as set
         now = self._clock.now()
@@ -108,7 +108,7 @@ class LeaseClocks:
             return  # a timer that is set fires early enough, and arms itself anew
         self.close()
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, first - self._clock.now().tick), self.tend)
+        self._timer = loop.call_later(max(0.0, first - self._clock.now().tick), self.run_due)
         self._fires_at = first
 
     def close(self) -> None:

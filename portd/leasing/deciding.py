@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from portd.core import announcing
-from portd.core.allocator import Allocator, Ask, Place
+from portd.core.allocator import Allocator, Ask
+from portd.core.bindings import Binding
 from portd.core.errors import (
     FILE_LIMIT,
     Busy,
@@ -45,10 +46,10 @@ from portd.core.model import (
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
 from portd.core.table import LeaseTable
-from portd.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
+from portd.leasing.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
 
 TRIES_MAX: Final = 512
-"""Candidates that one grant tries: each costs a bind (10 µs), so a pool full of strangers blocks the loop for 5 ms at
+"""Candidates that one grant tries: each costs a bind (10 µs), so a pool full of foreign processes blocks the loop for 5 ms at
 the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
 DEFAULT_ADDRESS: Final = "127.0.0.1"
 DEFAULT_PROTOCOL: Final = "tcp"
@@ -216,11 +217,11 @@ class Granter:
         self._allocator.give_back(lease)
 
     def move(self, lease: Lease, now: Now, *, privileged: bool) -> Lease:
-        """Decide another port for a live lease whose port a stranger has; the old one goes on probation.
+        """Decide another port for a live lease whose port a foreign process has; the old one goes on probation.
 
         The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none.
         """
-        self._allocator.decline(Place(lease.protocol, lease.address, lease.port), now.tick)
+        self._allocator.decline(Binding(lease.protocol, lease.address, lease.port), now.tick)
         self._holds.drop(lease.id)
         ask = Ask(lease.name, lease.protocol, lease.address, None, lease.pool, exact=False)
         try:
@@ -328,10 +329,10 @@ class Granter:
             return self._allocator.own_address(request.service, instance), True
         return _normal_address(request.address), False
 
-    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Place:
+    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Binding:
         tries = 0
 
-        def works(place: Place) -> bool:
+        def works(place: Binding) -> bool:
             nonlocal tries
             if place.port < PRIVILEGED_BELOW and not privileged:
                 if ask.exact:
@@ -341,11 +342,11 @@ class Granter:
                         pointer="/port",
                     )
                 return False
-            if self._table.in_way(place) is not None:
+            if self._table.conflicting(place) is not None:
                 return False
             tries += 1
             if tries > TRIES_MAX:
-                raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by strangers; try again")
+                raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by foreign processes; try again")
             taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold)
             if taken == "taken":
                 return True
@@ -363,7 +364,7 @@ class Granter:
 
         return self._allocator.pick(ask, works)
 
-    def _mine(self, place: Place) -> bool:
+    def _mine(self, place: Binding) -> bool:
         return bool(self._table.on_port(place.port))
 
 

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from portd.core.addresses import overlaps
+from portd.core.bindings import overlaps
 
 ADDRESSES = ["0.0.0.0", "::", "127.0.0.1", "127.0.0.2", "::1"]
 

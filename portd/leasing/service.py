@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from portd.clocks import LeaseClocks
 from portd.core import announcing
 from portd.core.allocator import Allocator
 from portd.core.errors import (
@@ -33,9 +32,10 @@ from portd.core.rights import Caller, check_change
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change
 from portd.core.views import LeaseView, view_lease
-from portd.grants import Grant, Granter
-from portd.journal import Entry, Journal, end
-from portd.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
+from portd.leasing.deciding import Grant, Granter
+from portd.leasing.journal import Entry, Journal, end
+from portd.leasing.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
+from portd.leasing.timers import LeaseClocks
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class LeaseService:
             raise Busy(f"lease {lease.id} is being moved from port {lease.port} already")
         moved = self.granter.move(lease, self.clock.now(), privileged=caller.admin or lease.own_address)
         self._moving[lease.id] = lease
-        change = Change(lease.id, "declined", {"port": moved.port, "health": "unknown", "stranger": None})
+        change = Change(lease.id, "declined", {"port": moved.port, "health": "unknown", "foreign": None})
         return await self._commit(change, undo=lambda: self._undo_move(lease, moved))
 
     async def drain(self, lease_id: str, caller: Caller, drain: bool) -> Lease:
@@ -314,14 +314,14 @@ class LeaseService:
         if lease is None or lease.state == state:
             return
         if state == "conflict":
-            self.journal.observe(Change(lease_id, "conflict", {"stranger": listener}))
+            self.journal.observe(Change(lease_id, "conflict", {"foreign": listener}))
         elif state == "bound":
             owner = lease.owner
             if listener is not None and listener.pid == owner.pid:  # it may have become another program by exec
                 owner = replace(listener, known_by=owner.known_by)
-            self.journal.observe(Change(lease_id, "bound", {"stranger": None, "owner": owner}))
+            self.journal.observe(Change(lease_id, "bound", {"foreign": None, "owner": owner}))
         else:
-            fields: dict[str, Any] = {"stranger": None}
+            fields: dict[str, Any] = {"foreign": None}
             if lease.check is not None and not isinstance(lease.check, ReportCheck):
                 fields["health"] = "unknown"
             self.journal.observe(Change(lease_id, "unbound", fields))
@@ -376,9 +376,9 @@ class LeaseService:
             token=UNSET if token is None else token,
         )
 
-    def tend(self) -> None:
+    def run_due(self) -> None:
         """Do what is due: end leases whose time has run out, look at quarantined ports. May be called at any time."""
-        self._clocks.tend()
+        self._clocks.run_due()
 
     # --- start and stop ---
 

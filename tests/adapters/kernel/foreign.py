@@ -6,8 +6,9 @@ import errno
 import socket
 
 
-def stranger(address: str, port: int, *, reuse: bool = False, listen: bool = False, udp: bool = False,
-             v6only: bool | None = None) -> socket.socket:
+def foreign(
+    address: str, port: int, *, reuse: bool = False, listen: bool = False, udp: bool = False, v6only: bool | None = None
+) -> socket.socket:
     """Bind as another program would."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     one = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
@@ -25,9 +26,9 @@ def stranger(address: str, port: int, *, reuse: bool = False, listen: bool = Fal
 
 
 def can_bind(address: str, port: int, **options) -> bool:
-    """Tell whether a stranger gets the port; EADDRINUSE is the only refusal."""
+    """Tell whether a foreign process gets the port; EADDRINUSE is the only refusal."""
     try:
-        stranger(address, port, **options).close()
+        foreign(address, port, **options).close()
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise

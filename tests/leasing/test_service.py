@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from portd.core.allocator import Place, StaticPort
+from portd.core.allocator import StaticPort
+from portd.core.bindings import Binding
 from portd.core.errors import (
     AnnounceUnreachable,
     InvalidRequest,
@@ -39,7 +40,7 @@ async def test_a_lease_belongs_to_its_caller_and_ends_with_it(world):
 async def test_the_same_owner_that_asks_again_gets_the_lease_it_has_and_no_token(world):
     world.processes.start(41)
     request = LeaseRequest(service="orders", instance="orders-1")
-    first, second = (await asyncio.gather(*(world.ask([request], pid=41) for _ in range(2))))
+    first, second = await asyncio.gather(*(world.ask([request], pid=41) for _ in range(2)))
     assert first.leases[0].id == second.leases[0].id
     assert first.is_new
     assert not second.is_new
@@ -66,8 +67,15 @@ async def test_an_instance_is_one_users_with_all_its_endpoints(world):
         await world.grant(42, uid=2000, service="orders", instance="orders-1", endpoint="metrics", address="own")
     assert refused.value.pointer == "/instance"
     for pid, admin in ((43, False), (42, True)):
-        endpoint = await world.grant(pid, uid=2000 if admin else 1000, admin=admin, service="orders",
-                                     instance="orders-1", endpoint=f"of-{pid}", address="own")
+        endpoint = await world.grant(
+            pid,
+            uid=2000 if admin else 1000,
+            admin=admin,
+            service="orders",
+            instance="orders-1",
+            endpoint=f"of-{pid}",
+            address="own",
+        )
         assert endpoint.address == lease.address
     for each in list(world.service.table):
         await world.service.release(each.id, world.caller(41, admin=True))
@@ -86,13 +94,16 @@ async def test_without_an_instance_each_grant_takes_the_lowest_free_number(world
 @in_world()
 async def test_an_array_is_granted_whole_or_not_at_all(world):
     world.processes.start(41)
-    wishes = [LeaseRequest(service="orders"), LeaseRequest(service="orders", endpoint="metrics"),
-              LeaseRequest(service="billing")]
+    wishes = [
+        LeaseRequest(service="orders"),
+        LeaseRequest(service="orders", endpoint="metrics"),
+        LeaseRequest(service="billing"),
+    ]
     leases = (await world.ask(wishes, pid=41)).leases
     assert [lease.instance for lease in leases] == ["orders-1", "orders-1", "billing-1"]
     assert len({lease.port for lease in leases}) == 3
     before = (dict(world.holds.held), len(world.table), world.allocator.count("default"))
-    world.strangers.add(Place("tcp", LOOPBACK, 9000))
+    world.foreign.add(Binding("tcp", LOOPBACK, 9000))
     with pytest.raises(PortTaken) as refused:
         await world.ask([LeaseRequest(service="a"), LeaseRequest(service="b", port=9000, exact=True)], pid=41)
     assert refused.value.pointer == "/1/port"
@@ -102,7 +113,7 @@ async def test_an_array_is_granted_whole_or_not_at_all(world):
 @in_world()
 async def test_a_port_that_a_stranger_has_is_never_granted_and_goes_on_probation(world):
     world.processes.start(41)
-    world.strangers.add(Place("tcp", "0.0.0.0", 20000))
+    world.foreign.add(Binding("tcp", "0.0.0.0", 20000))
     assert (await world.grant(41, service="orders")).port == 20001
     assert world.allocator.count("default").declined == 1
 
@@ -131,8 +142,13 @@ async def test_a_static_port_is_its_services_for_good(world):
     assert (await world.grant(42, service="orders")).port == 8080
 
 
-@in_world(statics=[StaticPort("names", 5353, "udp", LOOPBACK), StaticPort("web", 8080, "tcp", LOOPBACK),
-                   StaticPort("any", 8081, "both", LOOPBACK)])
+@in_world(
+    statics=[
+        StaticPort("names", 5353, "udp", LOOPBACK),
+        StaticPort("web", 8080, "tcp", LOOPBACK),
+        StaticPort("any", 8081, "both", LOOPBACK),
+    ]
+)
 async def test_a_static_port_has_its_own_protocol_unless_another_is_asked_for(world):
     world.processes.start(41)
 
@@ -179,13 +195,13 @@ async def test_endpoints_of_an_instance_share_its_own_address(world):
 async def test_a_declined_lease_moves_to_another_port_under_the_same_id(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
-    world.strangers.add(Place("tcp", LOOPBACK, lease.port))
+    world.foreign.add(Binding("tcp", LOOPBACK, lease.port))
     moved = await world.service.decline(lease.id, world.caller(41))
     assert (moved.id, moved.port) == (lease.id, 20001)
     assert world.holds.held[lease.id][0].port == 20001
     assert world.allocator.count("default") == (10, 1, 0, 1, 8)
     world.processes.end(41)
-    world.strangers.clear()
+    world.foreign.clear()
     assert world.allocator.count("default").used == 0
 
 
@@ -211,14 +227,14 @@ async def test_an_exact_lease_is_not_declinable(world):
 async def test_states_and_health_are_events_and_a_conflict_names_the_stranger(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders", check=HttpCheck())
-    stranger = world.processes.find(41, "socket").owner
+    foreign = world.processes.find(41, "socket").owner
     world.service.observe_state(lease.id, "bound", None)
     world.service.observe_health(lease.id, "passing", "200")
     world.service.observe_health(lease.id, "passing", "200")
-    world.service.observe_state(lease.id, "conflict", stranger)
+    world.service.observe_state(lease.id, "conflict", foreign)
     world.service.observe_state(lease.id, "held", None)
     assert [event.type for event in world.events] == ["granted", "bound", "health", "conflict", "unbound"]
-    assert world.events[3].lease.stranger == stranger
+    assert world.events[3].lease.foreign == foreign
     assert world.events[4].lease.health == "unknown"
 
 
@@ -250,12 +266,16 @@ async def test_patching_replaces_what_is_given_and_nothing_else(world):
 
 @in_world()
 async def test_checks_that_can_not_work_are_refused_at_the_grant(world):
-    for fields, pointer in (({"check": HttpCheck(), "protocol": "udp"}, "/check/kind"),
-                            ({"check": CommandCheck(command=("/bin/sh",))}, "/check/command/0"),
-                            ({"hold": "shared", "protocol": "udp"}, "/hold"),
-                            ({"pool": "nope"}, "/pool"), ({"exact": True}, "/exact"),
-                            ({"address": "example"}, "/address"), ({"address": "224.0.0.1"}, "/address"),
-                            ({"ttl": 86_401.0}, "/ttl")):
+    for fields, pointer in (
+        ({"check": HttpCheck(), "protocol": "udp"}, "/check/kind"),
+        ({"check": CommandCheck(command=("/bin/sh",))}, "/check/command/0"),
+        ({"hold": "shared", "protocol": "udp"}, "/hold"),
+        ({"pool": "nope"}, "/pool"),
+        ({"exact": True}, "/exact"),
+        ({"address": "example"}, "/address"),
+        ({"address": "224.0.0.1"}, "/address"),
+        ({"ttl": 86_401.0}, "/ttl"),
+    ):
         with pytest.raises(InvalidRequest) as refused:
             await world.grant(**{"service": "orders", "ttl": 30.0, **fields})
         assert refused.value.pointer == pointer

@@ -1,7 +1,7 @@
 """The recent past, for those who follow: the newest events, and who waits for the next one.
 
 Bounded on both sides: events beyond the kept ones are gone (a follower lists again), and a waiter is woken by a change
-of the service that it waits for, by nothing else. This room must not know how events travel to followers.
+of the service that it waits for, by nothing else. This module must not know how events travel to followers.
 """
 
 from __future__ import annotations
@@ -74,10 +74,15 @@ class Feed:
         or a wiped store): list again, then follow from the revision of that answer.
         """
         if revision < self._gone or revision > self.revision:
-            raise RevisionGone(f"events after revision {revision} are not kept (kept: after {self._gone}, up to "
-                               f"{self.revision}); list again, then follow from the X-Portd-Revision of that answer")
-        return (event for event in tuple(self._events)
-                if event.revision > revision and service in (None, event.lease.service))
+            raise RevisionGone(
+                f"events after revision {revision} are not kept (kept: after {self._gone}, up to "
+                f"{self.revision}); list again, then follow from the X-Portd-Revision of that answer"
+            )
+        return (
+            event
+            for event in tuple(self._events)
+            if event.revision > revision and service in (None, event.lease.service)
+        )
 
     def follow(self, follower: Follower, key: object, service: str | None = None) -> None:
         """Call `follower` with every event of a service (None: of all) until `unfollow`.

@@ -17,7 +17,7 @@ from portd.core.errors import (
 )
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
-from portd.grants import hash_token
+from portd.leasing.deciding import hash_token
 from portd.testing.world import in_world
 
 
@@ -58,7 +58,8 @@ async def test_a_lease_that_has_ended_is_listed_as_such_before_the_disk_has_it_a
     world.processes.end(41)
     assert [each.id for each in world.service.journal.unwritten_ends()] == [lease.id]
     assert [(each.id, each.ended_because) for each in await world.service.ended("orders")] == [
-        (lease.id, "owner_exited")]
+        (lease.id, "owner_exited")
+    ]
     assert await world.service.ended("billing") == []
     await world.service.journal.drain(5.0)
     assert world.service.journal.unwritten_ends() == []
@@ -169,7 +170,7 @@ async def test_renewing_commits_nothing_and_a_new_period_is_durable(world):
 async def test_time_that_the_daemon_lost_is_given_back(world):
     lease = await world.grant(service="orders", ttl=30.0)
     world.clock.lose(3600.0)
-    world.service.tend()
+    world.service.run_due()
     assert world.table.get(lease.id) is not None
     view = world.service.view(lease, cmdline=True)
     assert (view.expires_at - view.created_at).total_seconds() == pytest.approx(3630.0)

@@ -1,6 +1,6 @@
 """The sockets that portd listens on: those that the service manager has passed, and those that it opens itself.
 
-This room must not know what is spoken on them.
+This module must not know what is spoken on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from portd.config import Paths, Settings, http_addresses
 from portd.core.errors import StateInUse
 
 
-def open_doors(settings: Settings, paths: Paths, passed: Sequence[socket.socket]) -> list[socket.socket]:
+def open_listeners(settings: Settings, paths: Paths, passed: Sequence[socket.socket]) -> list[socket.socket]:
     """Open every socket of the configuration that has not been passed; all of them or none.
 
     Raises StateInUse when one can't be had; it says which.
@@ -24,13 +24,18 @@ def open_doors(settings: Settings, paths: Paths, passed: Sequence[socket.socket]
     listen = settings.listen
     with ExitStack() as undo:
         opened = []
-        for kind, place, usual in ((socket.SOCK_STREAM, listen.socket, paths.socket),
-                                   (socket.SOCK_SEQPACKET, listen.handoff, paths.handoff)):
+        for kind, place, usual in (
+            (socket.SOCK_STREAM, listen.socket, paths.socket),
+            (socket.SOCK_SEQPACKET, listen.handoff, paths.handoff),
+        ):
             path = place if place is not None else usual
             if path and (socket.AF_UNIX, kind) not in has:
                 opened.append(undo.enter_context(open_unix(path, kind, paths.socket_mode)))
-        opened += [undo.enter_context(open_tcp(*address)) for address in http_addresses(settings, paths)
-                   if address not in addresses]
+        opened += [
+            undo.enter_context(open_tcp(*address))
+            for address in http_addresses(settings, paths)
+            if address not in addresses
+        ]
         undo.pop_all()
     return opened
 
@@ -43,7 +48,7 @@ def is_off(settings: Settings, listener: socket.socket) -> bool:
     return (listen.handoff if listener.type == socket.SOCK_SEQPACKET else listen.socket) == ""
 
 
-def place_of(listener: socket.socket, scheme: str = "http") -> str:
+def describe_listener(listener: socket.socket, scheme: str = "http") -> str:
     """Say where a socket listens, as people write it."""
     if listener.family == socket.AF_UNIX:
         return str(listener.getsockname())

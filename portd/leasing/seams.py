@@ -1,6 +1,6 @@
 """The Protocols through which the service touches the world.
 
-Each seam has one implementation for the real world in `adapters/` and one that tests drive in `testing/`. This room
+Each seam has one implementation for the real world in `adapters/` and one that tests drive in `testing/`. This module
 must not know either. What can fail says how: a seam never raises anything that is not named here.
 """
 
@@ -116,8 +116,9 @@ class LeaseStore(Protocol):
     async def lease(self, lease_id: str) -> Lease | None:
         """Read one lease, live or ended, or None when it is not remembered."""
 
-    async def history(self, port: int, *, protocol: LeaseProtocol | None = None, at: float | None = None,
-                      limit: int = 100) -> list[Lease]:
+    async def history(
+        self, port: int, *, protocol: LeaseProtocol | None = None, at: float | None = None, limit: int = 100
+    ) -> list[Lease]:
         """Read who had the port, newest first; `at` (epoch seconds) asks for one moment."""
 
     async def ended(self, service: str | None = None, limit: int = 1000) -> list[Lease]:
@@ -179,7 +180,7 @@ ReportHealth = Callable[[str, Literal["passing", "warning", "critical"], str], N
 """How probes tell what they found: lease id, result, and a note of at most 4 KB."""
 
 ReportState = Callable[[str, Literal["held", "bound", "conflict"], Owner | None], None]
-"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the stranger
+"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the foreign process
 in a conflict, or None)."""
 
 Sleep = Callable[[float], Awaitable[None]]
