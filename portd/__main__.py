@@ -53,7 +53,7 @@ def _run(words: list[str]) -> int:
     if values["help"]:
         print(help_text(command))
         return DONE
-    from portd_client.errors import PortdError
+    from portd._client.errors import PortdError
 
     try:
         status = command.run(values)
@@ -65,8 +65,8 @@ def _run(words: list[str]) -> int:
 
 def _refused(error: Exception, *, as_json: bool) -> int:
     """Tell an error on stderr, in one line or as a problem document."""
-    from portd_client import documents
-    from portd_client.errors import DaemonUnavailable, InvalidUrl, Problem, ProtocolError
+    from portd._client import documents
+    from portd._client.errors import DaemonUnavailable, InvalidUrl, Problem, ProtocolError
 
     if isinstance(error, Problem):
         status = USAGE if error.code == "invalid_request" else NO

@@ -86,8 +86,11 @@ def allowed(module):
             "portd.daemon",
             "portd.config",
             "portd.core",
+            "portd._client",
         }, "the command line speaks to the daemon as every client does"
-    if module in ("portd.config", "portd.logs"):
+    if module == "portd.config":
+        return {"portd.core", "portd._client.endpoints"}, "the daemon serves where its clients look"
+    if module == "portd.logs":
         return {"portd.core"}, "settings are data"
     if module == "portd.listeners":
         return {"portd.core", "portd.config"}, "listeners are sockets, whatever is spoken on them"
@@ -113,6 +116,12 @@ def test_the_core_is_pure(path, module):
     found = {name.partition(".")[0] for name in imports(path)} & IMPURE
     assert not found, f"{module} imports {found}: the core takes time and chance as arguments, and does no I/O"
     assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(("path", "module"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_portd_uses_its_private_copy_of_the_client(path, module):
+    foreign = {name for name in imports(path) if name.partition(".")[0] == "portd_client"}
+    assert not foreign, f"{module} imports {foreign}: it belongs to another distribution; import portd._client"
 
 
 def test_only_the_daemon_knows_everybody():

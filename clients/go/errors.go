@@ -21,10 +21,10 @@ var (
 	ErrNotOwner = errors.New("portd: the lease is somebody else's")
 	// ErrPoolExhausted says that the pool has no free port.
 	ErrPoolExhausted = errors.New("portd: the pool has no free port")
-	// ErrTryAgain says that the daemon can't now: nothing has changed, and the same call may succeed later.
-	ErrTryAgain = errors.New("portd: not now")
-	// ErrNobodyThere says that no instance of the service works now.
-	ErrNobodyThere = errors.New("portd: no instance works now")
+	// ErrRetryable says that the daemon can't now: nothing has changed, and the same call may succeed later.
+	ErrRetryable = errors.New("portd: not now")
+	// ErrNoInstances says that no instance of the service works now.
+	ErrNoInstances = errors.New("portd: no instance works now")
 	// ErrDaemonUnavailable says that no daemon answers.
 	ErrDaemonUnavailable = errors.New("portd: no daemon answers")
 	// ErrProtocol says that what answered does not speak the protocol: cut off in the middle, or something else.
@@ -35,7 +35,7 @@ var (
 
 var sentinels = map[string]error{
 	"port_taken": ErrPortTaken, "port_reserved": ErrPortTaken, "not_found": ErrLeaseLost, "lease_ended": ErrLeaseLost,
-	"not_owner": ErrNotOwner, "pool_exhausted": ErrPoolExhausted, "busy": ErrTryAgain, "store_unavailable": ErrTryAgain,
+	"not_owner": ErrNotOwner, "pool_exhausted": ErrPoolExhausted, "busy": ErrRetryable, "store_unavailable": ErrRetryable,
 }
 
 // A Problem is the daemon's refusal (RFC 9457).
@@ -125,5 +125,5 @@ func cause(err error) error {
 
 // isAway tells whether the daemon can't answer now, so that it is worth waiting for.
 func isAway(err error) bool {
-	return errors.Is(err, ErrDaemonUnavailable) || errors.Is(err, ErrProtocol) || errors.Is(err, ErrTryAgain)
+	return errors.Is(err, ErrDaemonUnavailable) || errors.Is(err, ErrProtocol) || errors.Is(err, ErrRetryable)
 }

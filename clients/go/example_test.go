@@ -34,7 +34,7 @@ func ExampleListen() {
 
 func ExampleResolve() {
 	_, err := portd.Resolve(context.Background(), "billing", portd.Tags("eu"))
-	if errors.Is(err, portd.ErrNobodyThere) {
+	if errors.Is(err, portd.ErrNoInstances) {
 		fmt.Println("nobody bills now")
 	}
 	// Output: nobody bills now

@@ -58,7 +58,7 @@ type answer struct {
 	at        time.Time
 }
 
-// Resolve returns one working instance, by chance; ErrNobodyThere where there is none.
+// Resolve returns one working instance, by chance; ErrNoInstances where there is none.
 func Resolve(ctx context.Context, service string, options ...LookupOption) (Instance, error) {
 	c, err := ofEnvironment()
 	if err != nil {
@@ -96,7 +96,7 @@ func (c *Client) Resolve(ctx context.Context, service string, options ...LookupO
 		return Instance{}, err
 	}
 	if len(found) == 0 {
-		return Instance{}, fmt.Errorf("%w: of %s", ErrNobodyThere, service)
+		return Instance{}, fmt.Errorf("%w: of %s", ErrNoInstances, service)
 	}
 	return found[int(chance()*float64(len(found)))], nil
 }

@@ -25,7 +25,7 @@ func TestResolveChoosesAmongThoseThatFit(t *testing.T) {
 	if len(seen) != 2 {
 		t.Errorf("of two it chose among %v", seen)
 	}
-	if _, err := Resolve(bounded(t), "chosen", Endpoint("metrics")); !errors.Is(err, ErrNobodyThere) {
+	if _, err := Resolve(bounded(t), "chosen", Endpoint("metrics")); !errors.Is(err, ErrNoInstances) {
 		t.Errorf("of an endpoint that nobody has: %v", err)
 	}
 }

@@ -191,7 +191,7 @@ export class Instance {
   readonly document: LeaseDocument;
 }
 
-/** Return one working instance, by chance; rejects with NobodyThere when there is none. */
+/** Return one working instance, by chance; rejects with NoInstances when there is none. */
 export function resolve(service: string, options?: LookUp): Promise<Instance>;
 
 /** Return all working instances, perhaps none. */
@@ -281,7 +281,7 @@ export class NoAnswerInTime extends DaemonUnavailable {}
 /** What answered does not speak the protocol: cut off in the middle, or something else listens there. */
 export class ProtocolError extends PortdError {}
 /** No instance of the service works now. */
-export class NobodyThere extends PortdError {}
+export class NoInstances extends PortdError {}
 /** The port's hold is exclusive, and Node can't receive sockets from the daemon: use `portd run --socket`. */
 export class HandoffNeeded extends PortdError {}
 /** The daemon's refusal (RFC 9457). */
@@ -301,4 +301,4 @@ export class NotOwner extends Problem {}
 /** The pool has no free port. */
 export class PoolExhausted extends Problem {}
 /** Too much at once, or the store takes no writes: nothing has changed, and the same call may succeed later. */
-export class TryAgain extends Problem {}
+export class Retryable extends Problem {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from portd._client import calls
+from portd._client.client import Client
 from portd.cli import printing
 from portd.cli.options import JSON, Command
-from portd_client import calls
-from portd_client.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-from portd_client.errors import PortdError
+from portd._client.errors import PortdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

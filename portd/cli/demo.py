@@ -17,11 +17,11 @@ import time
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection
 
+from portd._client import calls
+from portd._client.client import Client
+from portd._client.errors import PortdError
 from portd.cli import printing
 from portd.cli.options import Command
-from portd_client import calls
-from portd_client.client import Client
-from portd_client.errors import PortdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

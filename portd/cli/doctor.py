@@ -10,14 +10,14 @@ import glob
 import os
 from pathlib import Path
 
+from portd._client import calls
+from portd._client.client import Client
+from portd._client.endpoints import SYSTEM_SOCKET
+from portd._client.errors import DaemonUnavailable, PortdError
 from portd.cli import printing
 from portd.cli.options import JSON, Command, Option
 from portd.config import Paths, Settings, load, pool_ports, system_paths, user_paths
 from portd.core.errors import ConfigError
-from portd_client import calls
-from portd_client.client import Client
-from portd_client.endpoints import SYSTEM_SOCKET
-from portd_client.errors import DaemonUnavailable, PortdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

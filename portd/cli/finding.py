@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from portd._client import calls
+from portd._client.client import Client
 from portd.cli import printing
 from portd.cli.listing import nothing
 from portd.cli.options import JSON, Command, Option
-from portd_client import calls
-from portd_client.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def resolve(values: dict[str, Any]) -> int:
     if values["json"]:
         printing.json({**found, "instances": instances})
     else:
-        from portd_client.finding import reachable_host
+        from portd._client.lookup import reachable_host
 
         for lease in instances:
             print(printing.host_port(reachable_host(lease["address"]), lease["port"]))

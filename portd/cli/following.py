@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 
+from portd._client import calls, documents
+from portd._client.client import Client
+from portd._client.errors import DaemonUnavailable, Problem, ProtocolError
 from portd.cli import printing
 from portd.cli.options import JSON, Command, Option, number
-from portd_client import calls, documents
-from portd_client.client import Client
-from portd_client.errors import DaemonUnavailable, Problem, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

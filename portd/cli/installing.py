@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from portd._client.errors import PortdError
 from portd.cli.options import Command, Option
-from portd_client.errors import PortdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+from portd._client import calls
+from portd._client.client import Client
 from portd.cli import wishing
 from portd.cli.options import JSON, Command, Option, duration
-from portd_client import calls
-from portd_client.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

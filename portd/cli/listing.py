@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from portd._client import calls
+from portd._client.client import Client
 from portd.cli import printing
 from portd.cli.options import JSON, Command, Option
-from portd_client import calls
-from portd_client.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from portd_client.types import LeaseDocument
+    from portd._client.types import LeaseDocument
 
 EXPLAINED = {
     "bound": "leased, and its owner listens",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+from portd._client import calls
+from portd._client.client import Client
 from portd.cli import wishing
 from portd.cli.options import Command, Option, UsageError, port
-from portd_client import calls
-from portd_client.client import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _check_placeholders(command: Sequence[str], names: Sequence[str]) -> None:
 
 def _pass_sockets(client: Client, leases: Sequence[Any], environ: dict[str, str]) -> None:
     """Have the sockets handed over, listening, and lay them from descriptor 3 on (sd_listen_fds(3))."""
-    from portd_client.handoff import receive
+    from portd._client.handoff import receive
 
     sockets: list[int] = []
     names: list[str] = []

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from portd._client.errors import DaemonUnavailable
 from portd.cli import doctor
 from portd.config import Dns, Mdns, Settings, Static, system_paths
-from portd_client.errors import DaemonUnavailable
 
 POOL = range(20000, 30000)
 LINUX_RANGE = "32768\t60999\n"

@@ -41,9 +41,9 @@ export class ProtocolError extends PortdError {
 }
 
 /** No instance of the service works now. */
-export class NobodyThere extends PortdError {
+export class NoInstances extends PortdError {
   constructor(service) {
-    super(`no instance of ${service} works now`, "nobody_there");
+    super(`no instance of ${service} works now`, "no_instances");
   }
 }
 
@@ -81,11 +81,11 @@ export class NotOwner extends Problem {}
 export class PoolExhausted extends Problem {}
 
 /** Too much at once, or the store takes no writes: nothing has changed, and the same call may succeed later. */
-export class TryAgain extends Problem {}
+export class Retryable extends Problem {}
 
 const CLASSES = new Map(Object.entries({
   port_taken: PortTaken, port_reserved: PortTaken, not_found: LeaseLost, lease_ended: LeaseLost, not_owner: NotOwner,
-  pool_exhausted: PoolExhausted, busy: TryAgain, store_unavailable: TryAgain,
+  pool_exhausted: PoolExhausted, busy: Retryable, store_unavailable: Retryable,
 }));
 
 /** Make the error that belongs to a problem document; a code that is not known here makes a plain Problem. */
@@ -96,5 +96,5 @@ export function problem(document, status) {
 
 /** Tell whether an error passes by itself: the daemon is away, restarts, or has too much to do. */
 export function isPassing(error) {
-  return error instanceof DaemonUnavailable || error instanceof ProtocolError || error instanceof TryAgain;
+  return error instanceof DaemonUnavailable || error instanceof ProtocolError || error instanceof Retryable;
 }

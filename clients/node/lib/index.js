@@ -9,8 +9,8 @@
 
 export { Client } from "./client.js";
 export {
-  DaemonUnavailable, HandoffNeeded, InvalidUrl, LeaseLost, NoAnswerInTime, NobodyThere, NotOwner, PoolExhausted,
-  PortdError, PortTaken, Problem, ProtocolError, TryAgain,
+  DaemonUnavailable, HandoffNeeded, InvalidUrl, LeaseLost, NoAnswerInTime, NoInstances, NotOwner, PoolExhausted,
+  PortdError, PortTaken, Problem, ProtocolError, Retryable,
 } from "./errors.js";
-export { Instance, resolve, resolveAll, watch } from "./finding.js";
+export { Instance, resolve, resolveAll, watch } from "./lookup.js";
 export { Lease, lease, listen } from "./lease.js";

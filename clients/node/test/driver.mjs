@@ -36,7 +36,7 @@ function failure(error) {
   const { message, code, status, pointer, tried } = error;
   if (error instanceof portd.LeaseLost) return { kind: "lease_lost", message, code, status, pointer };
   if (error instanceof portd.Problem) return { kind: "problem", message, code, status, pointer };
-  if (error instanceof portd.NobodyThere) return { kind: "nobody_there", message };
+  if (error instanceof portd.NoInstances) return { kind: "no_instances", message };
   if (error instanceof portd.ProtocolError) return { kind: "daemon_unavailable", message, tried: [] };
   if (error instanceof portd.DaemonUnavailable) {
     const kind = error instanceof portd.NoAnswerInTime ? "timeout" : "daemon_unavailable";

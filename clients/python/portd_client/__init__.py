@@ -14,31 +14,31 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from portd_client.aio import AsyncClient as AsyncClient
-    from portd_client.client import Client as Client
-    from portd_client.errors import DaemonUnavailable as DaemonUnavailable
-    from portd_client.errors import InvalidUrl as InvalidUrl
-    from portd_client.errors import LeaseLost as LeaseLost
-    from portd_client.errors import NoAnswerInTime as NoAnswerInTime
-    from portd_client.errors import NotOwner as NotOwner
-    from portd_client.errors import PoolExhausted as PoolExhausted
-    from portd_client.errors import PortdError as PortdError
-    from portd_client.errors import PortTaken as PortTaken
-    from portd_client.errors import Problem as Problem
-    from portd_client.errors import ProtocolError as ProtocolError
-    from portd_client.errors import TryAgain as TryAgain
-    from portd_client.finding import Instance as Instance
-    from portd_client.finding import NobodyThere as NobodyThere
-    from portd_client.finding import resolve as resolve
-    from portd_client.finding import resolve_all as resolve_all
-    from portd_client.finding import watch as watch
-    from portd_client.leasing import Lease as Lease
-    from portd_client.leasing import lease as lease
-    from portd_client.leasing import listen as listen
+    from .aio import AsyncClient as AsyncClient
+    from .client import Client as Client
+    from .errors import DaemonUnavailable as DaemonUnavailable
+    from .errors import InvalidUrl as InvalidUrl
+    from .errors import LeaseLost as LeaseLost
+    from .errors import NoAnswerInTime as NoAnswerInTime
+    from .errors import NotOwner as NotOwner
+    from .errors import PoolExhausted as PoolExhausted
+    from .errors import PortdError as PortdError
+    from .errors import PortTaken as PortTaken
+    from .errors import Problem as Problem
+    from .errors import ProtocolError as ProtocolError
+    from .errors import Retryable as Retryable
+    from .leasing import Lease as Lease
+    from .leasing import lease as lease
+    from .leasing import listen as listen
+    from .lookup import Instance as Instance
+    from .lookup import NoInstances as NoInstances
+    from .lookup import resolve as resolve
+    from .lookup import resolve_all as resolve_all
+    from .lookup import watch as watch
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "aio": ("AsyncClient",),
     "client": ("Client",),
     "errors": (
@@ -52,21 +52,21 @@ _ROOMS = {
         "PortdError",
         "Problem",
         "ProtocolError",
-        "TryAgain",
+        "Retryable",
     ),
-    "finding": ("Instance", "NobodyThere", "resolve", "resolve_all", "watch"),
+    "lookup": ("Instance", "NoInstances", "resolve", "resolve_all", "watch"),
     "leasing": ("Lease", "lease", "listen"),
 }
-__all__ = sorted(name for names in _ROOMS.values() for name in names)
+__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> object:
     """Import a name when it is first used."""
-    for room, names in _ROOMS.items():
+    for module, names in _MODULES.items():
         if name in names:
             from importlib import import_module
 
-            found: object = getattr(import_module(f"portd_client.{room}"), name)
+            found: object = getattr(import_module(f"{__name__}.{module}"), name)
             globals()[name] = found
             return found
-    raise AttributeError(f"module 'portd_client' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,15 +18,15 @@ from contextlib import aclosing, suppress
 from random import random
 from typing import Any, Literal, Unpack
 
-from portd_client import calls, endpoints, leasing, steps
-from portd_client.client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
-from portd_client.endpoints import Endpoint
-from portd_client.errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, TryAgain
-from portd_client.finding import Instance, Memory, follow_up, lookup, pick, shown
-from portd_client.holding import Held
-from portd_client.listening import acquired, ephemeral, is_taken, passed, ready
-from portd_client.protocol import EventReader, Request, ResponseReader, ServerEvent, result
-from portd_client.types import Instances, LeaseDocument, LeaseOptions, LeaseWish, Scope, Status
+from . import calls, endpoints, leasing, steps
+from .client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
+from .endpoints import Endpoint
+from .errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, Retryable
+from .listening import acquired, ephemeral, is_taken, passed, ready
+from .lookup import Instance, Memory, filters, follow_up, pick, shown
+from .protocol import EventReader, Request, ResponseReader, ServerEvent, result
+from .state import LeaseState
+from .types import Instances, LeaseDocument, LeaseOptions, LeaseRequest, Scope, Status
 
 logger = logging.getLogger("portd_client")
 
@@ -51,11 +51,11 @@ class AsyncClient:
         """Return that place as PORTD_URL writes it."""
         return self.endpoint.url
 
-    async def grant(self, wish: LeaseWish) -> LeaseDocument:
+    async def grant(self, wish: LeaseRequest) -> LeaseDocument:
         """Lease one port. The answer carries the lease's `token`, this once."""
         return await self.call(calls.grant(wish))  # type: ignore[no-any-return]
 
-    async def grant_all(self, wishes: Sequence[LeaseWish]) -> list[LeaseDocument]:
+    async def grant_all(self, wishes: Sequence[LeaseRequest]) -> list[LeaseDocument]:
         """Lease several ports, all or none."""
         return await self.call(calls.grant(wishes))  # type: ignore[no-any-return]
 
@@ -113,7 +113,7 @@ class AsyncClient:
     async def resolve(
         self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None
     ) -> Instance:
-        """Return one working instance, by chance; raises NobodyThere when there is none; see `finding.resolve`."""
+        """Return one working instance, by chance; raises NoInstances when there is none; see `lookup.resolve`."""
         return pick(service, await self.resolve_all(service, endpoint=endpoint, tags=tags, scope=scope))
 
     async def resolve_all(
@@ -122,22 +122,22 @@ class AsyncClient:
         """Return all working instances, perhaps none."""
         question = (service, endpoint, scope, *tags)
         try:
-            return self._memory.keep(question, await self.service(service, **lookup(endpoint, tags, scope)))
-        except (DaemonUnavailable, ProtocolError, TryAgain) as error:
+            return self._memory.keep(question, await self.service(service, **filters(endpoint, tags, scope)))
+        except (DaemonUnavailable, ProtocolError, Retryable) as error:
             return self._memory.recall(question, error)
 
     async def watch(
         self, service: str, *, endpoint: str = "main", tags: Sequence[str] = (), scope: Scope | None = None
     ) -> AsyncIterator[list[Instance]]:
-        """Yield the working instances now and whenever they change, without end; see `finding.watch`."""
-        filters = lookup(endpoint, tags, scope)
-        found = await self.service(service, **filters)
+        """Yield the working instances now and whenever they change, without end; see `lookup.watch`."""
+        query = filters(endpoint, tags, scope)
+        found = await self.service(service, **query)
         yield [Instance(document) for document in found["instances"]]
         wait = follow_up(found, scope)
         while True:
             try:
-                newer = await self.service(service, **filters, **wait)
-            except (DaemonUnavailable, ProtocolError, TryAgain):
+                newer = await self.service(service, **query, **wait)
+            except (DaemonUnavailable, ProtocolError, Retryable):
                 await asyncio.sleep(steps.RETRY_S)
                 wait = {}
                 continue
@@ -216,13 +216,13 @@ def lease(
     return AsyncLease(client or AsyncClient(), steps.wish(service, options), fallback, on_change, drain_s)
 
 
-class AsyncLease(Held):
+class AsyncLease(LeaseState):
     """A lease of this process, from entering to leaving; one task keeps it meanwhile."""
 
     def __init__(
         self,
         client: AsyncClient,
-        wish: LeaseWish,
+        wish: LeaseRequest,
         fallback: str | None,
         on_change: Callable[[AsyncLease], object] | None,
         drain_s: float,
@@ -325,7 +325,7 @@ class AsyncLease(Held):
                 found = await drive(
                     self.client, steps.keep(self.document, self.token, self.wish, may_move=self._on_change is not None)
                 )
-            except (DaemonUnavailable, ProtocolError, TryAgain):
+            except (DaemonUnavailable, ProtocolError, Retryable):
                 pause_s = min(steps.RETRY_S, pause_s)
                 continue
             except PortdError as error:

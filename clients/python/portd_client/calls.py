@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from portd_client.protocol import Request, query, quote
+from .protocol import Request, query, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from portd_client.types import LeaseWish
+    from .types import LeaseRequest
 
 
-def grant(wish: LeaseWish | Sequence[LeaseWish]) -> Request:
+def grant(wish: LeaseRequest | Sequence[LeaseRequest]) -> Request:
     """Ask for one lease, or for several, all or none."""
     return Request("POST", "/v1/leases", wish if isinstance(wish, dict) else list(wish))
 

@@ -9,18 +9,18 @@ import _socket
 import os
 from time import monotonic
 
-from portd_client import calls, endpoints
-from portd_client.errors import DaemonUnavailable, NoAnswerInTime, ProtocolError
-from portd_client.protocol import EventReader, Request, ResponseReader, result
+from . import calls, endpoints
+from .errors import DaemonUnavailable, NoAnswerInTime, ProtocolError
+from .protocol import EventReader, Request, ResponseReader, result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
-    from portd_client.endpoints import Endpoint
-    from portd_client.protocol import ServerEvent
-    from portd_client.types import Instances, LeaseDocument, LeaseWish
+    from .endpoints import Endpoint
+    from .protocol import ServerEvent
+    from .types import Instances, LeaseDocument, LeaseRequest
 
 TIMEOUT_S = 10.0
 """Seconds that a call may take: twice what the daemon itself gives its disk."""
@@ -54,11 +54,11 @@ class Client:
 
     # --- the calls of the API ---
 
-    def grant(self, wish: LeaseWish) -> LeaseDocument:
+    def grant(self, wish: LeaseRequest) -> LeaseDocument:
         """Lease one port. The answer carries the lease's `token`, this once."""
         return self.call(calls.grant(wish))  # type: ignore[no-any-return]
 
-    def grant_all(self, wishes: Sequence[LeaseWish]) -> list[LeaseDocument]:
+    def grant_all(self, wishes: Sequence[LeaseRequest]) -> list[LeaseDocument]:
         """Lease several ports, all or none."""
         return self.call(calls.grant(wishes))  # type: ignore[no-any-return]
 

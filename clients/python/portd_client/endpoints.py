@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from portd_client.errors import InvalidUrl
+from .errors import InvalidUrl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

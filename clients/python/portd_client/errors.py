@@ -66,7 +66,7 @@ class PoolExhausted(Problem):
     """The pool has no free port."""
 
 
-class TryAgain(Problem):
+class Retryable(Problem):
     """Too much at once, or the store takes no writes: nothing has changed, and the same call may succeed later."""
 
 
@@ -77,8 +77,8 @@ _CLASSES: dict[str, type[Problem]] = {
     "lease_ended": LeaseLost,
     "not_owner": NotOwner,
     "pool_exhausted": PoolExhausted,
-    "busy": TryAgain,
-    "store_unavailable": TryAgain,
+    "busy": Retryable,
+    "store_unavailable": Retryable,
 }
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import _socket
 from array import array
 
-from portd_client import documents
-from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, problem
+from . import documents
+from .errors import DaemonUnavailable, PortdError, ProtocolError, problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from portd_client.endpoints import Endpoint
-    from portd_client.types import LeaseDocument
+    from .endpoints import Endpoint
+    from .types import LeaseDocument
 
 MESSAGE_MAX_BYTES = 256 * 1024
 """The longest answer: a lease with all the metadata that it may have. A longer one would be cut, and is refused."""

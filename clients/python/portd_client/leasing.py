@@ -11,18 +11,18 @@ from __future__ import annotations
 import os
 from time import monotonic, sleep
 
-from portd_client import calls, steps
-from portd_client.client import Client
-from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, TryAgain
-from portd_client.holding import Held
+from . import calls, steps
+from .client import Client
+from .errors import DaemonUnavailable, PortdError, ProtocolError, Retryable
+from .state import LeaseState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Literal, Unpack
 
-    from portd_client.listening import LeasedSocket
-    from portd_client.types import LeaseOptions, LeaseWish, Status
+    from .listening import LeasedSocket
+    from .types import LeaseOptions, LeaseRequest, Status
 
     OnChange = Callable[["Lease"], object]
 
@@ -103,11 +103,11 @@ def drive(client: Client, sequence: steps.Steps) -> Any:
         return stop.value
 
 
-class Lease(Held):
+class Lease(LeaseState):
     """A lease of this process. Made by `lease`; `release`, or leaving the `with` block, gives it back."""
 
     def __init__(
-        self, client: Client, wish: LeaseWish, on_change: OnChange | None = None, drain_s: float = 0.0
+        self, client: Client, wish: LeaseRequest, on_change: OnChange | None = None, drain_s: float = 0.0
     ) -> None:
         super().__init__(wish, drain_s)
         self.client = client
@@ -135,7 +135,7 @@ class Lease(Held):
 
     def sockets(self, backlog: int = 128) -> list[LeasedSocket]:
         """Return the lease's sockets, TCP before UDP."""
-        from portd_client.listening import open_sockets
+        from .listening import open_sockets
 
         reserved, self._reserved = self._reserved, None
         return open_sockets(self, backlog, reserved)
@@ -210,7 +210,7 @@ class Lease(Held):
 
     def fall_back(self, error: DaemonUnavailable) -> None:
         """Take a port of the kernel's choice instead of a lease."""
-        from portd_client.listening import ephemeral
+        from .listening import ephemeral
 
         _log("portd: %s; taking a port of the kernel's choice for %s", error, self.service)
         self._reserved = ephemeral(self, error)
@@ -223,7 +223,7 @@ class Lease(Held):
             try:
                 self._keep_once()
                 pause_s = steps.pause_s(self.document, random())
-            except (DaemonUnavailable, ProtocolError, TryAgain):
+            except (DaemonUnavailable, ProtocolError, Retryable):
                 pause_s = min(steps.RETRY_S, pause_s)
             except PortdError as error:
                 _log("portd: the lease of %s is lost, and can't be had again: %s", self, error)

@@ -6,19 +6,19 @@ import errno
 import os
 import socket
 
-from portd_client import handoff
-from portd_client.errors import PortTaken
-from portd_client.steps import DECLINES_MAX
+from . import handoff
+from .errors import PortTaken
+from .steps import DECLINES_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal
 
-    from portd_client.endpoints import Endpoint
-    from portd_client.errors import DaemonUnavailable
-    from portd_client.holding import Held
-    from portd_client.leasing import Lease
+    from .endpoints import Endpoint
+    from .errors import DaemonUnavailable
+    from .leasing import Lease
+    from .state import LeaseState
 
 TYPES = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 FIRST_FD = 3
@@ -80,7 +80,7 @@ def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
     return sorted(sockets, key=lambda one: one.type != socket.SOCK_STREAM)
 
 
-def passed(lease: Held) -> list[socket.socket]:
+def passed(lease: LeaseState) -> list[socket.socket]:
     """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process, and
     for this very lease: a service of another name has a port of its own."""
     environ = os.environ
@@ -95,7 +95,7 @@ def passed(lease: Held) -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in sorted(wanted)]
 
 
-def acquired(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
+def acquired(place: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
     """Have the sockets handed over, and bind those that are not: UDP's of a `shared` hold, or all without a handoff."""
     made = _handed(place, lease, backlog)
     types = {one.type for one in made}
@@ -107,7 +107,7 @@ def acquired(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
         raise
 
 
-def _handed(place: Endpoint, lease: Held, backlog: int) -> list[socket.socket]:
+def _handed(place: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
     """Have the sockets handed over; nothing where the daemon does not do that here."""
     if not lease.id:
         return []
@@ -134,7 +134,7 @@ def bound(protocols: Sequence[Literal["tcp", "udp"]], address: str, port: int) -
     return made
 
 
-def ephemeral(lease: Held, error: DaemonUnavailable) -> socket.socket:
+def ephemeral(lease: LeaseState, error: DaemonUnavailable) -> socket.socket:
     """Bind a port of the kernel's choice for a lease that no daemon gives; raises `error` where that can't be."""
     if lease.address == "own" or lease.protocol == "both":
         raise error

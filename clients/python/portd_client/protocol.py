@@ -6,8 +6,8 @@ time, or what the calls mean.
 
 from __future__ import annotations
 
-from portd_client import documents
-from portd_client.errors import ProtocolError, problem
+from . import documents
+from .errors import ProtocolError, problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,16 +6,16 @@ returns its result. This module must not know sockets, threads or event loops.
 
 from __future__ import annotations
 
-from portd_client import calls
-from portd_client.errors import DaemonUnavailable, LeaseLost, PortTaken
+from . import calls
+from .errors import DaemonUnavailable, LeaseLost, PortTaken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
     from typing import Any
 
-    from portd_client.protocol import Request
-    from portd_client.types import LeaseDocument, LeaseWish
+    from .protocol import Request
+    from .types import LeaseDocument, LeaseRequest
 
     Steps = Generator[Request, Any, Any]
 
@@ -29,7 +29,7 @@ JITTER = 0.2
 """The share of a period by which renewals are early, by chance: a thousand services must not renew in step."""
 
 
-def wish(service: str, options: Mapping[str, Any]) -> LeaseWish:
+def wish(service: str, options: Mapping[str, Any]) -> LeaseRequest:
     """Make a request from what an application says; None leaves an option out.
 
     `check` may be written short: "tcp", "http:/healthz".
@@ -45,7 +45,7 @@ def wish(service: str, options: Mapping[str, Any]) -> LeaseWish:
     return made  # type: ignore[no-any-return]
 
 
-class Given:
+class AdoptedLease:
     """What `portd run` put into the environment for one endpoint."""
 
     __slots__ = ("host", "lease_id", "port", "token")
@@ -57,16 +57,18 @@ class Given:
         self.port = port
 
 
-def given(environ: Mapping[str, str], endpoint: str = "main") -> Given | None:
+def given(environ: Mapping[str, str], endpoint: str = "main") -> AdoptedLease | None:
     """Read the environment; None when `portd run` did not start this process, or without that endpoint."""
     suffix = "" if endpoint == "main" else "_" + endpoint.upper().replace("-", "_")
     lease_id, port = environ.get(f"PORTD_LEASE{suffix}"), environ.get(f"PORT{suffix}", "")
     if not lease_id or not port.isdecimal():
         return None
-    return Given(lease_id, environ.get(f"PORTD_TOKEN{suffix}") or None, environ.get("HOST", "127.0.0.1"), int(port))
+    return AdoptedLease(
+        lease_id, environ.get(f"PORTD_TOKEN{suffix}") or None, environ.get("HOST", "127.0.0.1"), int(port)
+    )
 
 
-def adopt(given: Given, wish: LeaseWish) -> Steps:
+def adopt(given: AdoptedLease, wish: LeaseRequest) -> Steps:
     """Take over a given lease; returns its document, or None when it is another service's or has ended.
 
     Without an answer the environment is taken at its word: the port is ours as long as this process lives.
@@ -90,7 +92,7 @@ def adopt(given: Given, wish: LeaseWish) -> Steps:
     return document
 
 
-def keep(document: LeaseDocument, token: str | None, wish: LeaseWish, *, may_move: bool) -> Steps:
+def keep(document: LeaseDocument, token: str | None, wish: LeaseRequest, *, may_move: bool) -> Steps:
     """Renew a lease (or look whether it is there), and lease again with the same wish where it is lost.
 
     Returns the document as it is now; raises PortTaken when the port is somebody else's by now and may not change:

@@ -30,7 +30,7 @@ class LeaseOptions(TypedDict, total=False):
     announce: bool | dict[str, Any]
 
 
-class LeaseWish(TypedDict, total=False):
+class LeaseRequest(TypedDict, total=False):
     """A request for one lease; only `service` is required. Durations are seconds."""
 
     service: Required[str]

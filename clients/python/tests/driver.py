@@ -54,7 +54,7 @@ def failure(error: Exception) -> dict[str, Any]:
         return {"kind": "timeout" if timed_out else "daemon_unavailable", "tried": error.tried, **made}
     if isinstance(error, errors.ProtocolError):
         return {"kind": "daemon_unavailable", "tried": [], **made}
-    return {"kind": "nobody_there" if isinstance(error, portd_client.NobodyThere) else "usage", **made}
+    return {"kind": "no_instances" if isinstance(error, portd_client.NoInstances) else "usage", **made}
 
 
 def shown_lease(handle: str, lease: Any) -> dict[str, Any]:

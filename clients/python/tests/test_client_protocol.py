@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portd_client import documents
-from portd_client.errors import DaemonUnavailable, LeaseLost, PortTaken, Problem, ProtocolError, TryAgain
+from portd_client.errors import DaemonUnavailable, LeaseLost, PortTaken, Problem, ProtocolError, Retryable
 from portd_client.protocol import EventReader, Request, ResponseReader, query, result
 
 PLAIN = b'HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"port": 8080}'
@@ -79,8 +79,8 @@ def test_something_else_that_answers_with_html_is_told_as_a_problem_without_a_co
         ("port_taken", 409, PortTaken),
         ("lease_ended", 410, LeaseLost),
         ("not_found", 404, LeaseLost),
-        ("busy", 503, TryAgain),
-        ("store_unavailable", 503, TryAgain),
+        ("busy", 503, Retryable),
+        ("store_unavailable", 503, Retryable),
         ("invalid_request", 400, Problem),
         ("a_code_of_tomorrow", 418, Problem),
     ],

@@ -96,8 +96,8 @@ func failure(err error) object {
 		made["kind"], made["tried"] = "daemon_unavailable", []string{}
 	case errors.Is(err, portd.ErrPortTaken):
 		made["kind"], made["code"], made["status"] = "problem", "port_taken", 409
-	case errors.Is(err, portd.ErrNobodyThere):
-		made["kind"] = "nobody_there"
+	case errors.Is(err, portd.ErrNoInstances):
+		made["kind"] = "no_instances"
 	}
 	return made
 }

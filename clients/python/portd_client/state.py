@@ -8,13 +8,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 
-    from portd_client.types import LeaseDocument, LeaseWish
+    from .types import LeaseDocument, LeaseRequest
 
 
-class Held:
+class LeaseState:
     """A lease as its holder sees it. `document` is the daemon's newest word; `id` is "" where no daemon gave it."""
 
-    def __init__(self, wish: LeaseWish, drain_s: float = 0.0) -> None:
+    def __init__(self, wish: LeaseRequest, drain_s: float = 0.0) -> None:
         self.wish = wish
         self.drain_s = drain_s
         """Seconds between leaving look-ups and giving back: whoever found this instance before still comes."""

@@ -5,7 +5,7 @@ import { once } from "node:events";
 import { createServer } from "node:net";
 import test from "node:test";
 
-import { Client, DaemonUnavailable, Instance, InvalidUrl, lease, NoAnswerInTime, NobodyThere, ProtocolError, resolve,
+import { Client, DaemonUnavailable, Instance, InvalidUrl, lease, NoAnswerInTime, NoInstances, ProtocolError, resolve,
   resolveAll, watch } from "portd-client";
 
 const daemon = new Client();
@@ -33,7 +33,7 @@ test("an instance is what net.connect, http.get and fetch take", async () => {
   assert.deepEqual({ ...found, document: null }, { name: "found-1", host: "127.0.0.1", port: held.port, tags: ["blue"],
     metadata: { version: "2" }, isStale: false, document: null });
   assert.equal(found.authority, `127.0.0.1:${held.port}`);
-  await assert.rejects(resolve("found", { tags: ["green"] }), NobodyThere);
+  await assert.rejects(resolve("found", { tags: ["green"] }), NoInstances);
   assert.deepEqual(await resolveAll("found", { endpoint: "metrics" }), []);
   await held.release();
 });

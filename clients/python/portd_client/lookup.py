@@ -9,15 +9,15 @@ from __future__ import annotations
 from random import choice
 from time import monotonic, sleep
 
-from portd_client import steps
-from portd_client.client import Client
-from portd_client.errors import DaemonUnavailable, PortdError, ProtocolError, TryAgain
+from . import steps
+from .client import Client
+from .errors import DaemonUnavailable, PortdError, ProtocolError, Retryable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from portd_client.types import Instances, LeaseDocument, Scope
+    from .types import Instances, LeaseDocument, Scope
 
 STALE_MAX_S = 300.0
 """Seconds that an answer is good for while no daemon answers; ports of processes that live do not change by then."""
@@ -28,7 +28,7 @@ LAN_WAIT_S = 5.0
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-class NobodyThere(PortdError):
+class NoInstances(PortdError):
     """No instance of the service works now."""
 
 
@@ -115,7 +115,7 @@ def resolve(
     scope: Scope | None = None,
     client: Client | None = None,
 ) -> Instance:
-    """Return one working instance, by chance; raises NobodyThere when there is none, DaemonUnavailable.
+    """Return one working instance, by chance; raises NoInstances when there is none, DaemonUnavailable.
 
     `scope` says how far to look: "local", "cluster", "lan" or "all"; None is this host, or its cluster if it has one.
     """
@@ -134,8 +134,8 @@ def resolve_all(
     client = client or Client()
     question = (client.url, service, endpoint, scope, *tags)
     try:
-        return _memory.keep(question, client.service(service, **lookup(endpoint, tags, scope)))
-    except (DaemonUnavailable, ProtocolError, TryAgain) as error:
+        return _memory.keep(question, client.service(service, **filters(endpoint, tags, scope)))
+    except (DaemonUnavailable, ProtocolError, Retryable) as error:
         return _memory.recall(question, error)
 
 
@@ -151,14 +151,14 @@ def watch(
 
     What comes and goes on the LAN is seen within LAN_WAIT_S. Raises DaemonUnavailable only when none answers at first.
     """
-    client, filters = client or Client(), lookup(endpoint, tags, scope)
-    found = client.service(service, **filters)
+    client, query = client or Client(), filters(endpoint, tags, scope)
+    found = client.service(service, **query)
     yield [Instance(document) for document in found["instances"]]
     wait = follow_up(found, scope)
     while True:
         try:
-            newer = client.service(service, **filters, **wait)
-        except (DaemonUnavailable, ProtocolError, TryAgain):
+            newer = client.service(service, **query, **wait)
+        except (DaemonUnavailable, ProtocolError, Retryable):
             sleep(steps.RETRY_S)
             wait = {}  # a daemon that lost its memory counts anew: ask for what is, then compare
             continue
@@ -169,13 +169,13 @@ def watch(
 
 
 def pick(service: str, instances: Sequence[Instance]) -> Instance:
-    """Choose one by chance; raises NobodyThere."""
+    """Choose one by chance; raises NoInstances."""
     if not instances:
-        raise NobodyThere(f"no instance of {service} works now")
+        raise NoInstances(f"no instance of {service} works now")
     return choice(instances)
 
 
-def lookup(endpoint: str, tags: Sequence[str], scope: Scope | None) -> dict[str, object]:
+def filters(endpoint: str, tags: Sequence[str], scope: Scope | None) -> dict[str, object]:
     """Return the filters of a look-up."""
     return {"passing": True, "endpoint": endpoint, "tag": list(tags) or None, "scope": scope}
 

@@ -10,15 +10,15 @@ from contextlib import suppress
 import pytest
 
 import portd_client
-from portd_client import calls, finding, steps
+from portd_client import calls, lookup, steps
 from portd_client.errors import DaemonUnavailable, PortdError
-from portd_client.types import LeaseWish
+from portd_client.types import LeaseRequest
 from tests.cli.bed import Daemon, wait_for
 
 
 def grant(daemon: Daemon, service: str, **wish: object) -> str:
     """Lease a port and return its id."""
-    asked: LeaseWish = {"service": service, "ttl": 60, **wish}  # type: ignore[typeddict-item]
+    asked: LeaseRequest = {"service": service, "ttl": 60, **wish}  # type: ignore[typeddict-item]
     return daemon.client.grant(asked)["id"]
 
 
@@ -41,7 +41,7 @@ def test_what_is_drained_or_not_passing_is_never_returned(daemon: Daemon) -> Non
     daemon.client.call(calls.drain(drained))
     critical = grant(daemon, "mixed", check={"kind": "report", "ttl": 60})
     daemon.client.call(calls.report(critical, "critical"))
-    with pytest.raises(portd_client.NobodyThere):
+    with pytest.raises(portd_client.NoInstances):
         portd_client.resolve("mixed", client=daemon.client)
     passing = grant(daemon, "mixed", check={"kind": "report", "ttl": 60})
     daemon.client.call(calls.report(passing, "passing"))
@@ -70,7 +70,7 @@ def test_while_the_daemon_is_away_its_last_answer_is_given_and_says_so(
     assert (stale.port, stale.is_stale, fresh.is_stale) == (fresh.port, True, False)
     with pytest.raises(DaemonUnavailable):
         portd_client.resolve("never-asked", client=own_daemon.client)
-    monkeypatch.setattr(finding, "STALE_MAX_S", -1.0)
+    monkeypatch.setattr(lookup, "STALE_MAX_S", -1.0)
     with pytest.raises(DaemonUnavailable):
         portd_client.resolve("remembered", client=own_daemon.client)
 

@@ -8,7 +8,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 
 import { Client } from "./client.js";
-import { isPassing, NobodyThere } from "./errors.js";
+import { isPassing, NoInstances } from "./errors.js";
 import { RETRY_MS } from "./keeping.js";
 
 /** Milliseconds that an answer is good for while no daemon answers; ports of living processes do not change by then. */
@@ -40,10 +40,10 @@ export class Instance {
 
 const memory = new Map();
 
-/** Return one working instance, by chance; rejects with NobodyThere when there is none, or DaemonUnavailable. */
+/** Return one working instance, by chance; rejects with NoInstances when there is none, or DaemonUnavailable. */
 export async function resolve(service, options) {
   const instances = await resolveAll(service, options);
-  if (!instances.length) throw new NobodyThere(service);
+  if (!instances.length) throw new NoInstances(service);
   return instances[Math.floor(Math.random() * instances.length)];
 }
 
