@@ -164,6 +164,7 @@ class HandoffServer:
             granted = await self._service.grant([wish.request], caller)
             return granted.leases[0], granted.tokens[0]
         assert wish.lease is not None
+        self._service.granter.check_caller(caller)
         lease = await self._service.find(wish.lease)
         check_change(caller, lease)
         return self._service.live(lease), None

@@ -14,7 +14,8 @@ class Caller(Struct, frozen=True, gc=False, kw_only=True):
     """Who asks. `uid` and `pid` are None where the kernel can't tell (another host, another pid namespace).
 
     `admin`: root, a member of the admin group, or a bearer of an admin token. `token_hash` is what the caller showed,
-    hashed, or None.
+    hashed, or None. `other_network`: the caller's process is in another network namespace, or that is not known: it
+    gets no port and no socket of this host.
     """
 
     uid: int | None = None
@@ -22,6 +23,7 @@ class Caller(Struct, frozen=True, gc=False, kw_only=True):
     known_by: KnownBy = "token"
     admin: bool = False
     token_hash: bytes | None = None
+    other_network: bool = False
 
 
 def check_change(caller: Caller, lease: Lease) -> None:

@@ -27,6 +27,7 @@ from portd.core.errors import (
     OtherNetwork,
     PortReserved,
     QuotaExceeded,
+    Unauthenticated,
 )
 from portd.core.model import (
     OWN_ADDRESS,
@@ -248,7 +249,8 @@ class Granter:
         None where it can't be known and is not `required`. Raises InvalidRequest for a process that is gone or not
         known, NotOwner for somebody else's, OtherNetwork for one of another network namespace.
         """
-        pid = request_pid or caller.pid
+        self.check_caller(caller)
+        pid = caller.pid if request_pid is None else self._translate(request_pid, caller)
         if pid is None or (caller.known_by == "token" and request_pid is None):
             if required:
                 raise InvalidRequest(
@@ -278,6 +280,46 @@ class Granter:
                 pointer="/pid",
             )
         return process
+
+    def check_caller(self, caller: Caller) -> None:
+        """Refuse a caller that may not have ports or sockets of this host: one in another network namespace, and one
+        whose process can't be known any more. Raises OtherNetwork, Unauthenticated, Busy."""
+        if caller.known_by == "token":
+            return  # it is on another host, or behind a proxy: its token says who it is
+        if caller.uid is None:
+            raise Unauthenticated("the kernel does not know the other end of this connection: connect again")
+        if caller.other_network:
+            raise OtherNetwork(
+                "the calling process is in another network namespace: its ports are not this host's; run portd in that "
+                "namespace"
+            )
+        if caller.pid is not None:
+            try:
+                self._processes.find(caller.pid, caller.known_by)
+            except ForeignNetwork as error:
+                raise OtherNetwork(
+                    f"the calling process {caller.pid} is in another network namespace: its ports are not this host's; "
+                    "run portd in that namespace"
+                ) from error
+            except ProcessGone as error:
+                raise OtherNetwork(
+                    f"process {caller.pid}, which opened this connection, has exited: connect again"
+                ) from error
+            except OSError as error:
+                raise Busy(FILE_LIMIT) from error
+
+    def _translate(self, request_pid: int, caller: Caller) -> int:
+        """Return portd's number for a process that the caller names in its own pid namespace; raises InvalidRequest."""
+        if caller.known_by == "token":
+            return request_pid
+        try:
+            if caller.pid is None:
+                raise ProcessGone(request_pid)
+            return self._processes.translate(request_pid, caller.pid)
+        except ProcessGone as error:
+            raise InvalidRequest(
+                f"there is no process {request_pid} in the caller's pid namespace that portd can see", pointer="/pid"
+            ) from error
 
     def check_check(self, check: Check | None, protocol: Protocol) -> None:
         """Refuse a check that can't be made here; raises InvalidRequest."""

@@ -65,6 +65,12 @@ class Processes(Protocol):
     def find(self, pid: int, known_by: KnownBy) -> Process:
         """Read a live process; raises ProcessGone or ForeignNetwork. Costs a few reads of /proc: keep the answer."""
 
+    def translate(self, pid: int, caller_pid: int) -> int:
+        """Return the pid by which portd knows a process that the caller names by the pid of its own pid namespace.
+
+        Raises ProcessGone where there is none, or where that can't be known.
+        """
+
     def watch(self, process: ProcessId, on_exit: Callable[[ProcessId], None]) -> None:
         """Call `on_exit` once, on the event loop, when the process is gone; one pidfd however often it is asked for.
 
@@ -147,14 +153,20 @@ class SocketTable(Protocol):
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a connection, by the kernel's word. `pid` is None where it can't be known (another
-    pid namespace); `groups` are the peer's group ids, supplementary ones too where the kernel tells them."""
+    """The other end of a connection, as the kernel reports it.
+
+    `pid` is None where it can't be known (another pid namespace); `groups` are the peer's group ids, supplementary ones
+    too where the kernel reports them. `other_network` and `other_users`: the peer is in another network or user
+    namespace, or that is not known; uid 0 of another user namespace is not root.
+    """
 
     uid: int
     pid: int | None
     groups: frozenset[int]
     known_by: KnownBy
     inode: int = 0
+    other_network: bool = False
+    other_users: bool = False
 
 
 class Peers(Protocol):

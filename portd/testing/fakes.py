@@ -121,6 +121,10 @@ class FakeProcesses:
             raise ProcessGone(pid)
         return self._alive[pid]
 
+    def translate(self, pid: int, caller_pid: int) -> int:
+        """Return the same pid: all processes are in one pid namespace."""
+        return pid
+
     def watch(self, process: ProcessId, on_exit: Callable[[ProcessId], None]) -> None:
         """Tell `on_exit` when it ends."""
         if not self.is_alive(process):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, owner
-from tests.e2e.puppet import Puppet
+from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, owner, wait_for
+from tests.e2e.puppet import Puppet, receive
 
 TOKEN = "a token of the configuration"
 ADMIN = "an admin's token"
@@ -233,6 +235,64 @@ def test_a_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Dae
         assert (answer["problem"]["code"], sockets) == ("other_network", [])
         assert foreign.call("GET", "/v1/leases").status == 200, "reading is open to every local caller"
     assert daemon.get("/v1/leases?service=foreign")["leases"] == []
+
+
+@pytest.mark.netns
+def test_a_process_of_another_network_gets_no_port_and_no_socket(daemon: Daemon, network: str) -> None:
+    with owner() as outside, Puppet(daemon, "ip", "netns", "exec", network) as foreign:
+        lease = daemon.lease("mine", pid=outside.pid)
+        wishes = (
+            {"lease": lease["id"], "listen": True},
+            {"request": {"service": "foreign", "pid": outside.pid}},
+            {"request": {"service": "foreign", "ttl": 60}, "listen": True},
+        )
+        for wish in wishes:
+            answer, sockets = foreign.hand_over(wish)
+            assert (answer["problem"]["code"], sockets) == ("other_network", []), wish
+        refused = foreign.call("POST", "/v1/leases", {"service": "foreign", "pid": outside.pid})
+        assert (refused.status, refused.code) == (422, "other_network")
+        assert daemon.show(lease["id"])["state"] == "held"
+
+
+OPENER = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect(sys.argv[1])
+socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"x"], [connection.fileno()])
+"""
+"""Opens a connection to the handoff socket, passes it on and exits."""
+
+
+def test_a_connection_whose_opener_has_exited_gets_nothing(daemon: Daemon) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, owner() as process:
+        lease = daemon.lease("mine", pid=process.pid)
+        command = [sys.executable, "-c", OPENER, str(daemon.handoff), str(theirs.fileno())]
+        subprocess.run(command, pass_fds=[theirs.fileno()], check=True)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        with socket.socket(fileno=descriptors[0]) as connection:
+            for wish in ({"request": {"service": "orphan", "ttl": 60}}, {"lease": lease["id"], "listen": True}):
+                connection.send(json.dumps(wish).encode())
+                data, sockets = receive(connection)
+                assert (json.loads(data)["problem"]["code"], sockets) == ("other_network", []), wish
+
+
+def test_root_of_a_user_namespace_is_no_admin(daemon: Daemon, nobody: Puppet) -> None:
+    lease = nobody.lease("theirs")
+    with Puppet(daemon, "unshare", "-U", "-r") as contained:
+        for over in ("unix", "tcp"):
+            reply = contained.call("DELETE", f"/v1/leases/{lease['id']}", over=over)
+            assert (reply.status, reply.code) == (403, "not_owner"), over
+    assert daemon.call("DELETE", f"/v1/leases/{lease['id']}").status == 204
+
+
+def test_a_pid_from_a_lower_pid_namespace_is_that_namespaces_own(daemon: Daemon) -> None:
+    with Puppet(daemon, "unshare", "-p", "-f", "--kill-child", "--mount-proc") as inner:
+        lease = inner.lease("inner", pid=1)
+        assert lease["owner"]["cmdline"][-2:] == ["tests.e2e.puppet", "0"]
+        refused = inner.call("POST", "/v1/leases", {"service": "inner", "pid": os.getpid()})
+        assert (refused.status, refused.code, refused.body["pointer"]) == (400, "invalid_request", "/pid")
+    wait_for(lambda: daemon.show(lease["id"])["state"] == "ended", "the lease ends with its process")
 
 
 @pytest.fixture

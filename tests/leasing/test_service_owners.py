@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
 from portd.core.errors import (
     InvalidRequest,
@@ -12,6 +13,7 @@ from portd.core.errors import (
     NoClock,
     NotFound,
     NotOwner,
+    OtherNetwork,
     QuotaExceeded,
     Unauthenticated,
 )
@@ -30,9 +32,37 @@ async def test_a_caller_that_is_not_known_must_give_a_ttl(world):
 
 @in_world()
 async def test_a_process_that_is_gone_gets_no_lease(world):
+    world.processes.start(41)
     with pytest.raises(InvalidRequest) as refused:
-        await world.grant(4242, service="orders")
+        await world.ask([LeaseRequest(service="orders", pid=4242)], pid=41)
     assert refused.value.pointer == "/pid"
+
+
+@pytest.mark.parametrize("fields", [{}, {"ttl": 60.0}, {"pid": 41, "ttl": 60.0}])
+def test_a_connection_whose_opener_has_exited_gets_no_lease(fields):
+    @in_world()
+    async def scenario(world):
+        world.processes.start(41)
+        with pytest.raises(OtherNetwork):
+            await world.ask([LeaseRequest(service="orders", **fields)], pid=4242)
+        assert len(world.table) == 0
+
+    scenario()
+
+
+@in_world()
+async def test_a_caller_of_another_network_gets_no_lease_for_anybody(world):
+    world.processes.start(41)
+    caller = replace(world.caller(41), other_network=True)
+    for fields in ({}, {"ttl": 60.0}, {"pid": 41}):
+        with pytest.raises(OtherNetwork):
+            await world.service.grant([LeaseRequest(service="orders", **fields)], caller)
+
+
+@in_world()
+async def test_a_local_caller_without_a_peer_gets_no_lease(world):
+    with pytest.raises(Unauthenticated):
+        await world.service.grant([LeaseRequest(service="orders", ttl=60.0)], Caller(known_by="socket"))
 
 
 @in_world()
@@ -79,10 +109,11 @@ async def test_a_later_process_with_the_same_pid_is_another_owner(world):
 
 @in_world()
 async def test_a_lease_for_another_users_process_is_refused(world):
-    world.processes.start(41, uid=1001)
+    for pid, uid in ((41, 1001), (42, 1000), (43, 0)):
+        world.processes.start(pid, uid=uid)
     with pytest.raises(NotOwner):
-        await world.ask([LeaseRequest(service="orders", pid=41)], uid=1000)
-    granted = await world.ask([LeaseRequest(service="orders", pid=41)], uid=0, admin=True)
+        await world.ask([LeaseRequest(service="orders", pid=41)], pid=42, uid=1000)
+    granted = await world.ask([LeaseRequest(service="orders", pid=41)], pid=43, uid=0, admin=True)
     assert granted.leases[0].owner.uid == 1001
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from portd.core.errors import ForbiddenOrigin, Unauthenticated
+from portd.core.model import KnownBy
 from portd.core.rights import Caller
 from portd.leasing.seams import Peer, Peers
 
@@ -60,7 +61,7 @@ class Gate:
 
     async def with_pid(self, guest: Guest) -> None:
         """Find the process behind a loopback TCP connection, once: milliseconds."""
-        if guest.peer is not None and guest.peer.pid is None and not guest.pid_asked:
+        if guest.peer is not None and guest.peer.inode and guest.peer.pid is None and not guest.pid_asked:
             guest.pid_asked = True
             guest.peer = await self._peers.with_pid(guest.peer)
 
@@ -76,9 +77,20 @@ class Gate:
         admin_token = self._tokens.get(token_hash) if token_hash is not None else None
         peer = guest.peer
         if peer is None:
-            return Caller(admin=bool(admin_token), token_hash=token_hash), guest.is_local or admin_token is not None
-        admin = peer.uid == 0 or bool(admin_token) or self._admin_gid in peer.groups or peer.uid in self._admins
-        return Caller(uid=peer.uid, pid=peer.pid, known_by=peer.known_by, admin=admin, token_hash=token_hash), True
+            known_by: KnownBy = "socket" if guest.is_local else "token"
+            caller = Caller(known_by=known_by, admin=bool(admin_token), token_hash=token_hash)
+            return caller, guest.is_local or admin_token is not None
+        is_root = peer.uid == 0 and not peer.other_users
+        admin = is_root or bool(admin_token) or self._admin_gid in peer.groups or peer.uid in self._admins
+        caller = Caller(
+            uid=peer.uid,
+            pid=peer.pid,
+            known_by=peer.known_by,
+            admin=admin,
+            token_hash=token_hash,
+            other_network=peer.other_network,
+        )
+        return caller, True
 
     def check_origin(self, guest: Guest, headers: Mapping[str, str]) -> None:
         """Refuse what a page of another origin could have sent (Fetch standard), and names that are not this daemon's

@@ -304,7 +304,7 @@ class HttpServer:
             )
         query = reader.query(request)
         body = await reader.body(request, REQUEST_TIMEOUT_S)
-        if needs_pid and caller.pid is None and caller.uid is not None:
+        if caller.pid is None and caller.uid is not None and (needs_pid or caller.uid == 0):
             await self._gate.with_pid(guest)
             caller, _ = self._gate.caller(guest, request.headers, self._hash_token)
         return Call(request, caller, query, body)

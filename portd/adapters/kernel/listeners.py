@@ -89,17 +89,6 @@ def _descendants(pids: Iterable[int]) -> Iterator[int]:
     for count, pid in enumerate(line):
         if count >= DESCENDANTS_MAX:
             return
-        children = _children(pid)
+        children = procfs.children(pid)
         line.extend(children)
         yield from children
-
-
-def _children(pid: int) -> list[int]:
-    children: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", "rb") as listed:
-                children += map(int, listed.read().split())
-    except OSError:  # it ended meanwhile
-        pass
-    return children

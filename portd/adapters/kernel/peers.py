@@ -12,6 +12,7 @@ import os
 import pwd
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterable, Set
 from typing import Final
 
@@ -24,6 +25,8 @@ GROUPS_MAX: Final = 256
 """Python reads at most 1 KB of an option. Whoever has more groups is looked up in the group database."""
 RECENT_MAX: Final = 32
 """Processes that called last: each is looked at before all of /proc, for 30 µs."""
+SO_NETNS_COOKIE: Final = 71
+"""Linux 5.14. A unix socket that accept() returned is in the network namespace of the socket that connected."""
 _UCRED: Final = struct.Struct("=iII")
 
 Exact = Callable[[tuple[str, int], tuple[str, int]], tuple[int, int] | None]
@@ -35,6 +38,10 @@ class KernelPeers:
 
     def __init__(self, exact: Exact) -> None:
         self._exact = exact
+        self._network = procfs.network_namespace("self")
+        self._users = procfs.user_map("self")
+        with socket.socket(socket.AF_UNIX) as own:
+            self._cookie = _network_cookie(own)
         self._recent: dict[int, None] = {}
         self._wanted: set[int] | None = None
         self._search: asyncio.Task[dict[int, int]] | None = None
@@ -45,7 +52,25 @@ class KernelPeers:
         `pid` is None for a process of a pid namespace that cannot be seen from here, which reads as 0.
         """
         pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return Peer(uid, pid or None, frozenset({gid, *_groups_at_connect(connection, uid)}), "peercred")
+        return Peer(
+            uid,
+            pid or None,
+            frozenset({gid, *_groups_at_connect(connection, uid)}),
+            "peercred",
+            other_network=self._is_other_network(connection, pid),
+            other_users=uid == 0 and self._is_other_users(pid),
+        )
+
+    def _is_other_network(self, connection: socket.socket, pid: int) -> bool:
+        """Tell whether a unix peer's socket or process is in another network namespace, or neither is known."""
+        cookie = _network_cookie(connection)
+        if cookie != self._cookie or (cookie is None and not pid):
+            return True
+        return bool(pid) and procfs.network_namespace(pid) != self._network
+
+    def _is_other_users(self, pid: int | None) -> bool:
+        """Tell whether a process is in another user namespace, or that is not known."""
+        return not pid or procfs.user_map(pid) != self._users
 
     def of_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Peer | None:
         """Ask the socket table who owns the other end; None when it is nobody's (an orphan, or another host's).
@@ -57,7 +82,7 @@ class KernelPeers:
         if found is None or found[1] == 0:  # an orphan or TIME_WAIT answers uid 0: it would read as root
             return None
         uid, inode = found
-        return Peer(uid, None, _groups_of_user(uid), "socket", inode)
+        return Peer(uid, None, _groups_of_user(uid), "socket", inode, other_users=uid == 0)
 
     async def with_pid(self, peer: Peer) -> Peer:
         """Find the process that has the peer's socket open, in a thread: it may walk all of /proc.
@@ -73,7 +98,8 @@ class KernelPeers:
         assert self._search is not None
         self._wanted.add(peer.inode)
         found = await asyncio.shield(self._search)
-        return peer._replace(pid=found.get(peer.inode))
+        pid = found.get(peer.inode)
+        return peer._replace(pid=pid, other_users=peer.uid == 0 and self._is_other_users(pid))
 
     async def _search_after(self, before: asyncio.Task[dict[int, int]] | None) -> dict[int, int]:
         """Find the process of each wanted inode once the search before has ended."""
@@ -87,6 +113,14 @@ class KernelPeers:
         for pid in tuple(self._recent)[:-RECENT_MAX]:
             del self._recent[pid]
         return found
+
+
+def _network_cookie(connection: socket.socket) -> int | None:
+    """Return the id of the network namespace that a socket is in, or None before Linux 5.14."""
+    try:
+        return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
+    except OSError:
+        return None
 
 
 def _groups_at_connect(connection: socket.socket, uid: int) -> Iterable[int]:

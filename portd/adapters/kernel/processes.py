@@ -63,8 +63,7 @@ class KernelProcesses:
     def find(self, pid: int, known_by: KnownBy) -> Process:
         """Read a live process; one whose pidfd is open is read again only where it may have changed.
 
-        Raises ProcessGone, for the id of a thread too; ForeignNetwork; OSError(EMFILE) at the file limit. A process
-        whose network namespace the kernel hides (another user's, without CAP_SYS_PTRACE) is taken for this host's.
+        Raises ProcessGone, for the id of a thread too; ForeignNetwork; OSError(EMFILE) at the file limit.
         """
         known, now = self._newest.get(pid), self._loop.time()
         if known is not None:
@@ -74,6 +73,23 @@ class KernelProcesses:
             if not _has_exited(known.pidfd):
                 return self._read_again(known, known_by, now)
         return self._read(pid, known_by, now)
+
+    def translate(self, pid: int, caller_pid: int) -> int:
+        """Return the pid that portd knows a process by which the caller names in its own pid namespace.
+
+        Raises ProcessGone where that namespace has no such process, or the kernel hides the namespace. Costs a walk of
+        /proc for a caller in a namespace below portd's, else one read.
+        """
+        depth = len(procfs.namespace_pids(caller_pid))
+        if depth == 1:
+            return pid
+        namespace = procfs.pid_namespace(caller_pid)
+        if namespace is not None:
+            for candidate in procfs.pids():
+                numbers = procfs.namespace_pids(candidate)
+                if len(numbers) == depth and numbers[-1] == pid and procfs.pid_namespace(candidate) == namespace:
+                    return candidate
+        raise ProcessGone(pid)
 
     def watch(self, process: ProcessId, on_exit: OnExit) -> None:
         """Call `on_exit` once, on the event loop, when the process is gone; the first of several calls counts.
@@ -206,7 +222,9 @@ class KernelProcesses:
 
     def _check_network(self, pid: int) -> None:
         network = procfs.network_namespace(pid)
-        if network is not None and network != self._network:
+        if network is None:
+            raise ProcessGone(pid)
+        if network != self._network:
             raise ForeignNetwork(pid)
 
     def _is(self, process: ProcessId, pidfd: int) -> bool:

@@ -11,6 +11,7 @@ import functools
 import os
 import pwd
 import time
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from portd.core.model import KnownBy, Owner
@@ -159,6 +160,17 @@ def pids(root: str = ROOT) -> list[int]:
     return sorted((int(name) for name in os.listdir(root) if name.isdecimal()), reverse=True)
 
 
+def children(pid: int, root: str = ROOT) -> list[int]:
+    """Return the pids of a process' children; none where the kernel does not list them (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"{root}/{pid}/task"):
+            found += map(int, _read(f"{root}/{pid}/task/{thread}/children").split())
+    except OSError:  # it ended meanwhile
+        pass
+    return found
+
+
 def socket_inodes(pid: int, root: str = ROOT) -> set[int]:
     """Return the inodes of the sockets that a process has open, as far as the kernel shows them."""
     inodes: set[int] = set()
@@ -182,9 +194,45 @@ def socket_inodes(pid: int, root: str = ROOT) -> set[int]:
 
 
 def network_namespace(pid: int | str, root: str = ROOT) -> int | None:
-    """Return the inode of a process' network namespace (namespaces(7)), or None where the kernel does not show it."""
+    """Return what identifies a process' network namespace, or None for a process that is gone or hidden.
+
+    It is the inode of a file below /proc/PID/net: each namespace has files of its own there, and every user may read
+    them, unlike the link /proc/PID/ns/net (CAP_SYS_PTRACE).
+    """
+    with suppress(OSError):
+        return os.stat(f"{root}/{pid}/net/dev").st_ino
+    with suppress(OSError):  # the first thread may have ended: its process lives on without it
+        for thread in os.listdir(f"{root}/{pid}/task"):
+            with suppress(OSError):
+                return os.stat(f"{root}/{pid}/task/{thread}/net/dev").st_ino
+    return None
+
+
+def user_map(pid: int | str, root: str = ROOT) -> tuple[bytes, ...] | None:
+    """Return the uid map of a process' user namespace as seen from here (user_namespaces(7)), or None.
+
+    Two processes of one namespace have the same map. Every user may read it.
+    """
     try:
-        return int(os.readlink(f"{root}/{pid}/ns/net")[5:-1])  # "net:[4026531840]"
+        return tuple(_read(f"{root}/{pid}/uid_map").split())
+    except OSError:
+        return None
+
+
+def namespace_pids(pid: int, root: str = ROOT) -> tuple[int, ...]:
+    """Return the pids of a process in its pid namespaces, the outermost first (NSpid in proc(5)); empty when gone."""
+    try:
+        status = _read(f"{root}/{pid}/status")
+    except OSError:
+        return ()
+    _, _, rest = status.partition(b"\nNSpid:")
+    return tuple(map(int, rest.partition(b"\n")[0].split())) or (pid,)
+
+
+def pid_namespace(pid: int, root: str = ROOT) -> str | None:
+    """Return the name of a process' pid namespace (pid_namespaces(7)), or None where the kernel hides it."""
+    try:
+        return os.readlink(f"{root}/{pid}/ns/pid")
     except OSError:
         return None
 

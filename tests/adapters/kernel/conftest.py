@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from tests.adapters.kernel.foreign import foreign
 
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.netlink import SocketDiag
+from tests.adapters.kernel.foreign import foreign
 
 DEADLINE_S = 20.0
 """How long a condition may take on a slow machine; on a quick one nobody waits for it."""

@@ -13,9 +13,9 @@ import sys
 
 import pytest
 from aiohttp import web
-from tests.adapters.kernel.foreign import can_bind, foreign
 
 from portd.core.bindings import overlaps
+from tests.adapters.kernel.foreign import can_bind, foreign
 
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
 

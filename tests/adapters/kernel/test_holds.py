@@ -11,11 +11,11 @@ import socket
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.adapters.kernel.foreign import can_bind, foreign, leave_behind
 
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.bindings import overlaps
+from tests.adapters.kernel.foreign import can_bind, foreign, leave_behind
 
 TEST_NET = "192.0.2.1"  # RFC 5737: nobody's address
 RESTRICTED = 88  # a port below 1024 that nothing here uses

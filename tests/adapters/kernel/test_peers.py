@@ -32,6 +32,8 @@ print(os.getpid(), flush=True)
 sys.stdin.read()
 """
 
+ENTER_NETWORK = "import ctypes; ctypes.CDLL(None).unshare(1 << 30)"  # CLONE_NEWNET
+
 
 @pytest.fixture
 def peers() -> Iterator[KernelPeers]:
@@ -44,8 +46,16 @@ def call(spawn):
     """Let a process connect; returns this side of the connection, and the process."""
     with contextlib.ExitStack() as opened:
 
-        def connect(family: str, address: str = "127.0.0.1", *, become: str = "", then: str = "", to: str = ""):
-            server = opened.enter_context(listening("" if family == "AF_UNIX" else address))
+        def connect(
+            family: str,
+            address: str = "127.0.0.1",
+            *,
+            become: str = "",
+            then: str = "",
+            to: str = "",
+            path: object = "",
+        ):
+            server = opened.enter_context(listening(str(path) if family == "AF_UNIX" else address))
             where = (to, server.getsockname()[1]) if to else server.getsockname()
             child = spawn(family, repr(where), become, then, python=CALLER)
             server.settimeout(20)
@@ -56,10 +66,10 @@ def call(spawn):
 
 def listening(address: str) -> socket.socket:
     """Listen on an IP address, or on an abstract unix address of the kernel's choice, which anybody may reach."""
-    if address:
+    if address and not address.startswith("/"):
         return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     server = socket.socket(socket.AF_UNIX)
-    server.bind("")
+    server.bind(address)
     server.listen()
     return server
 
@@ -74,7 +84,39 @@ def of_tcp(peers, connection):
 def test_a_unix_caller_is_known_by_what_it_was_at_connect(peers, call, as_root):
     connection, child = call("AF_UNIX", become="os.setgroups([4711, 4712]); os.setgid(4710); os.setuid(65534)")
     peer = peers.of_unix(connection)
-    assert peer == (65534, child.pid, frozenset({4710, 4711, 4712}), "peercred", 0)
+    assert peer == (65534, child.pid, frozenset({4710, 4711, 4712}), "peercred", 0, False, False)
+
+
+def test_a_unix_peer_of_another_network_namespace_is_marked(peers, call, tmp_path, as_root):
+    connection, _ = call("AF_UNIX", path=tmp_path / "socket", become=ENTER_NETWORK)
+    assert peers.of_unix(connection).other_network
+    assert not peers.of_unix(call("AF_UNIX")[0]).other_network
+
+
+def test_a_peer_that_entered_another_network_after_connecting_is_marked(peers, call, as_root):
+    connection, child = call("AF_UNIX", then=ENTER_NETWORK)
+    child.stdout.readline()
+    assert peers.of_unix(connection).other_network
+
+
+def test_a_socket_of_another_network_is_marked_after_its_opener_exited(peers, call, tmp_path, as_root):
+    connection, child = call("AF_UNIX", path=tmp_path / "socket", become=ENTER_NETWORK)
+    child.kill()
+    child.wait()
+    assert peers.of_unix(connection).other_network
+
+
+@pytest.mark.parametrize("family", ["AF_UNIX", "AF_INET"])
+def test_uid_0_of_another_user_namespace_is_marked(run, peers, call, family, as_root):
+    async def main(connection):
+        peer = peers.of_unix(connection) if family == "AF_UNIX" else of_tcp(peers, connection)
+        return await peers.with_pid(peer)
+
+    enter = "import ctypes; ctypes.CDLL(None).unshare(1 << 28); open('/proc/self/uid_map', 'w').write('0 0 1')"
+    inside, outside = call(family, become=enter)[0], call(family)[0]
+    contained, root = run(main(inside)), run(main(outside))
+    assert (contained.uid, contained.other_users) == (0, True)
+    assert (root.uid, root.other_users) == (0, False)
 
 
 def test_an_ordinary_callers_groups_are_all_told(peers, call):

@@ -172,6 +172,26 @@ def test_a_process_of_another_network_namespace_is_refused(run, spawn, as_root):
     run(main())
 
 
+def test_a_pid_of_a_lower_namespace_is_translated_and_never_taken_as_ours(run, spawn, as_root):
+    shell = spawn("unshare", "-p", "-f", "--mount-proc", "sh", "-c", "sleep 60 & echo $!; wait")
+    inner = int(shell.stdout.readline())
+    caller = procfs.children(shell.pid)[0]
+    sleeping = procfs.children(caller)[0]
+
+    async def main():
+        processes = KernelProcesses()
+        assert processes.translate(inner, caller) == sleeping
+        assert processes.translate(1, caller) == caller
+        assert processes.translate(os.getpid(), os.getpid()) == os.getpid()
+        with pytest.raises(ProcessGone):
+            processes.translate(os.getpid(), caller)
+
+    try:
+        run(main())
+    finally:
+        os.kill(caller, 9)  # init of the namespace: everybody in it ends
+
+
 def test_a_watched_process_that_leaves_our_network_is_refused_before_long(run, spawn, wait_until, as_root):
     child = spawn(python="import ctypes; input(); print(ctypes.CDLL(None).unshare(0x40000000), flush=True); input()")
 
@@ -188,14 +208,16 @@ def test_a_watched_process_that_leaves_our_network_is_refused_before_long(run, s
     run(main())
 
 
-def test_a_process_whose_network_is_hidden_is_taken_for_ours(run, spawn, as_nobody):
-    child = spawn("unshare", "-n", "sh", "-c", "echo; read x")
+def test_another_users_process_of_another_network_is_refused_without_privilege(run, spawn, as_nobody):
+    child, inside = spawn("unshare", "-n", "sh", "-c", "echo; read x"), spawn("sleep", "60")
     child.stdout.readline()
 
     async def main():
         processes = KernelProcesses()
         with as_nobody():
-            found = processes.find(child.pid, "peercred")
+            with pytest.raises(ForeignNetwork):
+                processes.find(child.pid, "peercred")
+            found = processes.find(inside.pid, "peercred")
         assert (found.owner.uid, found.owner.exe) == (0, None)
 
     run(main())

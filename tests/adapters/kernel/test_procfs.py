@@ -115,8 +115,8 @@ def test_what_the_kernel_hides_is_none_and_the_rest_is_there(spawn, as_nobody):
     child = spawn("sleep", "60")
     with as_nobody():
         owner = procfs.describe(child.pid, "socket")
-        hidden = procfs.network_namespace(child.pid), procfs.socket_inodes(child.pid), owner.exe
-    assert hidden == (None, set(), None)
+        hidden = procfs.socket_inodes(child.pid), owner.exe
+    assert hidden == (set(), None)
     assert (owner.uid, owner.cmdline) == (0, ("sleep", "60"))
 
 
@@ -142,6 +142,16 @@ def test_a_child_shares_our_network_unless_it_has_its_own(spawn, as_root):
     assert ours is not None
     assert procfs.network_namespace(inside.pid) == ours
     assert procfs.network_namespace(outside.pid) not in (ours, None)
+
+
+def test_namespaces_of_another_users_process_are_known_without_privilege(spawn, as_nobody):
+    inside, outside = spawn("sleep", "60"), spawn("unshare", "-n", "-U", "-r", "sh", "-c", "echo; read x")
+    outside.stdout.readline()
+    with as_nobody():
+        ours = procfs.network_namespace("self"), procfs.user_map("self")
+        assert (procfs.network_namespace(inside.pid), procfs.user_map(inside.pid)) == ours
+        assert procfs.network_namespace(outside.pid) not in (ours[0], None)
+        assert procfs.user_map(outside.pid) not in (ours[1], None)
 
 
 def test_all_processes_are_listed_the_newest_pid_first(spawn):
