@@ -157,8 +157,9 @@ class Daemon:
         for watcher in watchers:
             self._journal.subscribe(watcher)
         self._adopt_holds(loaded.live)
-        self._service.restore(loaded, procfs.boot_id())
-        self._feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self._table.revision)
+        self._journal.subscribe_durable(self._feed.confirm)
+        self._feed.restore(loaded)
+        self._service.restore(loaded, procfs.boot_id())  # publishes what it observes: after the feed has its past
         self._watch.restore(self._table)
         self._dns.restore(self._table, self._table.revision)
         self._prober.restore(self._table)

@@ -98,6 +98,7 @@ class Journal:
         self._clock = clock
         self._revision = table.revision
         self._watchers: list[ApplyEvent] = []
+        self._durable_watchers: list[Callable[[int], None]] = []
         self._entries: list[Entry] = []
         self._observed: deque[Change] = deque()
         self._unwritten: list[Event] = []
@@ -130,6 +131,14 @@ class Journal:
         """Have `watcher` called with every event, after it is true and in order. Watchers can't undo anything."""
         self._watchers.append(watcher)
 
+    def subscribe_durable(self, watcher: Callable[[int], None]) -> None:
+        """Have `watcher` called with the revision up to which every event is durable, whenever it grows.
+
+        While the store takes no writes it is called for every event at once: nobody knows how long that will last, and
+        a dead instance must not be shown till then.
+        """
+        self._durable_watchers.append(watcher)
+
     def commit(self, changes: Sequence[Change], undo: Undo = lambda: None) -> Entry:
         """Queue a request; the entry is settled once its leases are durable and applied.
 
@@ -154,7 +163,7 @@ class Journal:
 
     def mark_unwritable(self, problem: str) -> None:
         """Take the store for one that takes no writes, for this reason, until a write shows otherwise."""
-        self.problem = problem
+        self._set_problem(problem)
         self._wake.set()
 
     async def run(self) -> None:
@@ -213,6 +222,8 @@ class Journal:
             del self._unwritten[:observed]
             for entry, made in sequenced:
                 self._finish(entry, made)
+            if events:
+                self._confirm(events[-1].revision)
         finally:
             impatience.cancel()
             self._committing = False
@@ -221,7 +232,7 @@ class Journal:
     def _abandon(self, under_way: list[Entry]) -> None:
         """Answer those who wait for a disk that hangs, and those behind them, which may still be taken out."""
         problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted till then")
-        self.problem = problem.detail
+        self._set_problem(problem.detail)
         logger.error("%s", problem.detail)
         for entry in under_way:
             entry.abandoned = True
@@ -275,8 +286,18 @@ class Journal:
         finally:
             self._applying = False
         if self._unwritten:
+            if self.problem is not None:
+                self._confirm(self._revision)
             self._idle.clear()
             self._wake.set()
+
+    def _set_problem(self, problem: str) -> None:
+        self.problem = problem
+        self._confirm(self._table.revision)
+
+    def _confirm(self, revision: int) -> None:
+        for watcher in self._durable_watchers:
+            watcher(revision)
 
     def _publish(self, event: Event) -> None:
         self._table.apply(event)
@@ -298,7 +319,7 @@ class Journal:
     ) -> None:
         if self.problem is None:
             logger.error("the store does not take writes: %s", error.detail)
-        self.problem = error.detail
+        self._set_problem(error.detail)
         for entry, _ in sequenced:
             self._refuse(entry, error, undo=undo)
 

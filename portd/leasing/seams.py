@@ -92,7 +92,8 @@ come again. Small against 2**53, the end of JSON's integers: there is room for e
 
 class Loaded(NamedTuple):
     """What the store remembers at start. `remembered` holds the newest ended lease of every (service, instance,
-    endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first.
+    endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first: all that came
+    after revision `complete_after`.
 
     No start before has given a revision beyond `revision`.
     """
@@ -101,6 +102,7 @@ class Loaded(NamedTuple):
     remembered: list[Lease]
     events: list[Event]
     revision: int
+    complete_after: int
 
 
 class LeaseStore(Protocol):

@@ -24,6 +24,7 @@ class MemoryStore:
         self._first: int | None = None
         self._bodies: dict[str, bytes] = {}
         self._events: list[tuple[int, str, float, bytes]] = []
+        self._pruned_to = 0
 
     async def load(self) -> Loaded:
         """Return what a start needs."""
@@ -44,6 +45,7 @@ class MemoryStore:
             [lease for lease in ends if lease.id in newest_ends],
             events,
             first,
+            self._pruned_to,
         )
 
     async def commit(self, events: Sequence[Event]) -> None:
@@ -105,6 +107,8 @@ class MemoryStore:
         for lease_id in old:
             del self._bodies[lease_id]
         surplus = max(0, len(self._events) - max(1, events_kept))  # the newest carries the revision on
+        if surplus:
+            self._pruned_to = self._events[surplus - 1][0]
         del self._events[:surplus]
         return len(old) + surplus
 

@@ -68,10 +68,11 @@ class World:
         )
         self.feed = Feed()
         self.journal.subscribe(self.feed.apply)
+        self.journal.subscribe_durable(self.feed.confirm)
         self.journal.subscribe(self.events.append)
         loaded = await self.store.load()
-        self.service.restore(loaded, self.boot_id)
-        self.feed.restore(loaded.events, [*loaded.live, *loaded.remembered], self.table.revision)
+        self.feed.restore(loaded)
+        self.service.restore(loaded, self.boot_id)  # publishes what it observes: after the feed has its past
         self._task = asyncio.create_task(self.journal.run())
         return self
 

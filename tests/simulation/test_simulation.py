@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from portd.core.bindings import Binding, binding_of, conflicts
-from portd.core.errors import Refusal, StoreUnavailable
+from portd.core.errors import Refusal, RevisionGone, StoreUnavailable
 from portd.core.requests import LeaseRequest
 from portd.core.table import LeaseTable
 from portd.testing.world import World
@@ -22,6 +22,43 @@ from portd.testing.world import World
 PORTS = range(20000, 20006)
 PIDS = range(41, 45)
 ADDRESSES = st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "own"])
+
+
+class Replica:
+    """A follower of events that resumes across restarts, and lists again only where it is told to."""
+
+    def __init__(self):
+        self.leases = {}
+        self.revision = 0
+        self.may_be_gone = False
+
+    def apply(self, event):
+        assert event.revision > self.revision, "an event came twice, or out of order"
+        self.revision = event.revision
+        if event.type == "ended":
+            self.leases.pop(event.lease.id, None)
+        else:
+            self.leases[event.lease.id] = event.lease
+
+    def list_again(self, world):
+        self.leases = {lease.id: lease for lease in world.table}
+        self.revision = world.table.revision
+
+    def catch_up(self, world):
+        try:
+            events = list(world.feed.since(self.revision))
+        except RevisionGone:
+            assert self.may_be_gone, f"nothing that led to revision {self.revision} was pruned or lost"
+            self.list_again(world)
+            events = []
+        self.may_be_gone = False
+        for event in events:
+            self.apply(event)
+
+    def crash(self, store):
+        """Expect RevisionGone only if the state that was seen last was never durable, or what followed it is pruned."""
+        newest = store._events[-1][0] if store._events else 0
+        self.may_be_gone = self.revision > newest or self.revision < store._pruned_to
 
 
 class Simulation(RuleBasedStateMachine):
@@ -34,6 +71,7 @@ class Simulation(RuleBasedStateMachine):
         self.run(self.world.start())
         self.owed = {}  # leases that were answered and have not been ended by anybody since
         self.revisions = []
+        self.replica = Replica()
 
     def run(self, work):
         return self.loop.run_until_complete(work)
@@ -145,14 +183,30 @@ class Simulation(RuleBasedStateMachine):
         finally:
             self.world.store.failing = ""
         self.forget_ended()
+        self.replica.crash(self.world.store)
         self.run(self.world.restart())
         self.forget_ended()
 
-    @rule()
-    def kill_and_restart(self):
+    @rule(meanwhile=st.sets(st.sampled_from(PIDS)))
+    def kill_and_restart(self, meanwhile):
+        """Owners die while the daemon is down."""
         self.forget_ended()
+        self.replica.catch_up(self.world)
+        self.run(self.world.kill())
+        self.replica.crash(self.world.store)
+        for pid in meanwhile:
+            if self.world.processes.is_running(pid):
+                self.world.processes.vanish(pid)
         self.run(self.world.restart())
         self.forget_ended()
+
+    @rule(events_kept=st.integers(1, 5))
+    def prune(self, events_kept):
+        self.run(self.world.store.prune(0.0, events_kept))
+
+    @rule()
+    def follower_lists_again(self):
+        self.replica.list_again(self.world)
 
     @invariant()
     def no_two_leases_are_in_each_others_way(self):
@@ -184,6 +238,17 @@ class Simulation(RuleBasedStateMachine):
         count = self.world.allocator.count("default")
         assert count.used + count.cooling + count.declined + count.free == count.size == len(PORTS)
         assert count.used == len({lease.port for lease in self.world.table} & set(PORTS))
+
+    @invariant()
+    def a_followers_replay_equals_the_listing(self):
+        self.replica.catch_up(self.world)
+        leases = dict(self.replica.leases)
+        for event in self.world.feed.unconfirmed():
+            if event.revision > self.replica.revision:
+                leases[event.lease.id] = event.lease
+                if event.type == "ended":
+                    del leases[event.lease.id]
+        assert leases == {lease.id: lease for lease in self.world.table}
 
     @invariant()
     def revisions_only_grow(self):

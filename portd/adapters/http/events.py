@@ -131,7 +131,9 @@ class EventCalls:
         if self.stream_count >= FOLLOWERS_MAX:
             raise Busy(f"{FOLLOWERS_MAX} followers are connected already")
         service = call.query.service
-        past = self._feed.since(self._start(call), service)
+        start = self._start(call)
+        await self._feed.wait_confirmed(start)
+        past = self._feed.since(start, service)
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",

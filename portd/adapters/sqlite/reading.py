@@ -60,6 +60,7 @@ def load(database: sqlite3.Connection) -> Loaded:
         live_rows = database.execute(_LIVE).fetchall()
         remembered = _leases(database, _REMEMBERED)
         event_rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
+        pruned_to = database.execute(f"SELECT {_PRUNED_TO}").fetchone()[0]
         started = database.execute("SELECT value FROM meta WHERE key = 'started_after'").fetchone()
     events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(event_rows)]
     revision = events[-1].revision if events else 0
@@ -67,9 +68,9 @@ def load(database: sqlite3.Connection) -> Loaded:
     if ahead > revision:  # the newest event is never pruned
         raise StoreDamaged(f"events are missing: a lease ended at revision {ahead}, the newest event is {revision}")
     remembered.sort(key=lambda lease: lease.ended_at or 0.0)  # here, since SQLite would sort the bodies
-    return Loaded(
-        _live(live_rows, events), remembered, events, max(started[0], revision) + REVISION_GAP if started else 0
-    )
+    first = max(started[0], revision) + REVISION_GAP if started else 0
+    complete_after = pruned_to if len(events) < EVENTS_LOADED else events[0].revision - 1
+    return Loaded(_live(live_rows, events), remembered, events, first, complete_after)
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:
