@@ -12,9 +12,9 @@ from portd.core.errors import ConfigError
     ("text", "told"),
     [
         ("nonsense", "not TOML"),
-        ("[lease]\nmax_ttl = 1", "lease: Object contains unknown field `lease`"),
+        ("[lease]\nmax_ttl = 1", "lease: unknown setting"),
         ("[leases]\n\nmax_ttl = 'x'", "f.toml:3: leases.max_ttl: Expected `float`, got `str`"),
-        ("[leases]\nmax_ttl = 1\ncooldwn = 3", "f.toml:3: leases.cooldwn: Object contains unknown field `cooldwn`"),
+        ("[leases]\nmax_ttl = 1\ncooldwn = 3", "f.toml:3: leases.cooldwn: unknown setting"),
         ("[leases]\ncooldown = -1", "f.toml:2: leases.cooldown"),
         ("[pools.default]\nranges = ['30-20']", "f.toml:1: pools.default: '30-20' is not within 1-65535"),
         ("[pools.default]\nranges = ['a']", "'a' is not a port or a range"),
@@ -33,8 +33,29 @@ from portd.core.errors import ConfigError
         ("[dns]\nzone = 'a..b'", "f.toml:2: dns.zone"),
         ("[dns]\nzone = '" + "a." * 40 + "'", "dns.zone"),
         ("[health]\nallow_commands = ['x']", "'x' is not an absolute path"),
-        ("[cluster]\nengine = 'etcd'", "an etcd cluster needs endpoints"),
-        ("[[auth.tokens]]\nname = 'ci'\nsha256 = 'x'", "auth.tokens"),
+        ("[cluster]\nengine = 'etcd'", "f.toml:1: cluster: is not available in this version"),
+        ("[compat]\nconsul = '127.0.0.1:8500'", "f.toml:2: compat.consul: is not available in this version"),
+        ("[compat]\nconsol = 1", "f.toml:2: compat.consol: unknown setting"),
+        ("[dns]\nlisten = ['127.0.0.1:1', 'x']", "dns.listen: 'x' is not ADDRESS:PORT"),
+        ("[static.a]\nprotocol = 'udp'", "static.a: needs either 'port' or 'ports'"),
+        ("[static.a]\nport = 1\nports = {main = 2}", "static.a: needs either 'port' or 'ports'"),
+        ("[static.a]\nports = {main = 80, x = 81}\n[static.b]\nport = 81", "static.b.port: 81 is static for a already"),
+        ("[services.a]\nusers = ['x y']", "f.toml:2: services.a.users: 'x y' is not a user"),
+        ("[services.a]\nwhen_all_critical = 'x'", "f.toml:2: services.a.when_all_critical"),
+        ("[static.a]\nport = 1\n[static.B]\nport = 2", "f.toml:3: static.B: is not a name of 1 to 63"),
+        ("[leases]\nnames = 'x'", "f.toml:2: leases.names"),
+        ("[store]\nhistory_mib = 1\nhistory_mib_per_user = 2", "f.toml:3: store.history_mib_per_user: must not exceed"),
+        (
+            "[[auth.tokens]]\nname = 'ci'\nsha256 = '"
+            + "0" * 64
+            + "'\n" * 1
+            + "[[auth.tokens]]\nname = 'ci'\nsha256 = '"
+            + "1" * 64
+            + "'",
+            "two tokens are named 'ci'",
+        ),
+        ("x = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("[[auth.tokens]]\nname = 'ci'\nsha256 = 'x'", "is not a SHA-256 in 64 hexadecimal digits"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(text: str, told: str) -> None:

@@ -23,11 +23,11 @@ GAP_S: Final = 1.5
 
 
 class LeaseClock:
-    """A clock whose ticks count the time that the daemon was there."""
+    """A clock whose ticks count the time that the daemon ran. `started_at` is a reading of time.monotonic()."""
 
     def __init__(self) -> None:
         self._lost_s = 0.0
-        self._last = time.monotonic()
+        self.started_at = self._last = time.monotonic()
 
     def now(self) -> Now:
         """Read the clock."""
@@ -36,7 +36,7 @@ class LeaseClock:
         self._last = monotonic
         if gap_s > GAP_S:
             self._lost_s += gap_s
-            logger.warning("portd did not run for %.1f s; every ttl lease gets that time back", gap_s)
+            logger.warning("portd was suspended for %.1f s: ttl leases are extended by as much", gap_s)
         # To the microsecond, as times are shown: whoever asks for a moment that was shown means just that one.
         return Now(time.time_ns() // 1000 / 1_000_000, monotonic - self._lost_s)
 

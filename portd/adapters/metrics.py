@@ -26,7 +26,8 @@ Gauges = Callable[[], Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[st
 class Metrics:
     """The registry of this daemon; not the process-wide one, so that two daemons in one process don't mix."""
 
-    def __init__(self, gauges: Gauges) -> None:
+    def __init__(self) -> None:
+        self.gauges: Gauges = tuple
         self._registry = CollectorRegistry()
         self._events: Tally[str] = Tally()
         self._ended: Tally[str] = Tally()
@@ -51,7 +52,7 @@ class Metrics:
             "portd_dns_queries", "DNS queries by type and answer.", ["qtype", "rcode"], registry=self._registry
         )
         self._query_counters: dict[tuple[str, str], Any] = {}
-        self._registry.register(_Live(gauges, self._events, self._ended))
+        self._registry.register(_Live(lambda: self.gauges(), self._events, self._ended))
 
     def apply(self, event: Event) -> None:
         """Count an event."""

@@ -16,7 +16,7 @@ from portd._client.endpoints import SYSTEM_SOCKET
 from portd._client.errors import DaemonUnavailable, PortdError
 from portd.cli import printing
 from portd.cli.options import JSON, Command, Option
-from portd.config import Paths, Settings, load, pool_ports, system_paths, user_paths
+from portd.config import Paths, Settings, dns_addresses, load, pool_ports, system_paths, user_paths
 from portd.core.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -208,7 +208,7 @@ def capabilities(status_text: str, settings: Settings, *, is_system: bool) -> It
     if not line:
         return
     granted = int(line.split()[1], 16)
-    low = sorted({static.port for static in settings.static.values() if static.port < 1024})
+    low = sorted({port for static in settings.static.values() for port in static.endpoints.values() if port < 1024})
     if low and not granted >> CAP_NET_BIND_SERVICE & 1:
         yield Finding(
             "problem",
@@ -263,10 +263,10 @@ def responders(
 def resolver(settings: Settings, resolv_text: str, forwarders: str) -> Iterator[Finding]:
     """Whether this host's resolver asks portd about portd's zone."""
     zone = settings.dns.zone.rstrip(".")
-    host, _, port = settings.dns.listen.rpartition(":")
+    host, port = (dns_addresses(settings) or [("", 0)])[0]
     lines = (line.split() for line in resolv_text.splitlines())
     servers = [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
-    if zone in forwarders or (port == "53" and host in servers):
+    if zone in forwarders or (port == 53 and host in servers):
         return
     named = ", ".join(servers) or "none"
     yield Finding(
@@ -274,7 +274,7 @@ def resolver(settings: Settings, resolv_text: str, forwarders: str) -> Iterator[
         f"this host's resolver (nameserver {named}) does not ask portd about {zone}",
         f"programs can't look up NAME.{zone}; portd resolve, the clients and dig @{host} -p {port} can.",
         "systemd-resolved: write /etc/systemd/resolved.conf.d/portd.conf and restart it:\n"
-        f"[Resolve]\nDNS={settings.dns.listen}\nDomains=~{zone}\n"
+        f"[Resolve]\nDNS={host}:{port}\nDomains=~{zone}\n"
         f"dnsmasq: server=/{zone}/{host}#{port}",
     )
 

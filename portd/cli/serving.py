@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from portd.cli.options import Command, Option
 
 TYPE_CHECKING = False
@@ -10,9 +13,13 @@ if TYPE_CHECKING:
 
 
 def serve(values: dict[str, Any]) -> int:
-    """Run the daemon until it is told to stop."""
-    from portd import daemon
-
+    """Run the daemon until SIGTERM or SIGINT."""
+    try:
+        from portd import daemon
+    except ImportError as error:
+        missing = f"the Python module {error.name!r} is missing or broken" if error.name else "an import failed"
+        print(f"portd: {missing} ({error}): install portd again (pip install portd)", file=sys.stderr)
+        return os.EX_UNAVAILABLE
     return daemon.main(config_path=values["config"], user=values["user"], check_config=values["check_config"])
 
 

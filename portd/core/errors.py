@@ -122,8 +122,12 @@ class StoreDamaged(Fault):
     """The database is not what it should be (damaged, newer, not ours). It was left exactly as it is."""
 
 
+class StateUnusable(Fault):
+    """A directory, file or socket that the daemon needs can't be made or written; nothing was changed."""
+
+
 class StateInUse(Fault):
-    """Another daemon has this state directory or socket."""
+    """Another daemon, or another program, has this state directory, socket or port."""
 
 
 class ConfigError(Fault):

@@ -188,7 +188,7 @@ def _unbound(directory: Path, port: int, count: int) -> Iterator[Process]:
 
 
 async def _serve(port: int, count: int) -> None:
-    server = DnsServer([("127.0.0.1", port)], on_query=Metrics(list).query)
+    server = DnsServer([("127.0.0.1", port)], on_query=Metrics().query)
     server.restore(
         Lease(
             id=str(its_port),

@@ -71,8 +71,8 @@ def test_a_daemon_that_stood_still_gives_the_time_back(own_daemon: Daemon) -> No
     renewed = own_daemon.call("POST", f"/v1/leases/{lease['id']}/renew")
     assert renewed.status == 200, "its owner was not late, the daemon was"
     wait_for(lambda: own_daemon.show(lease["id"])["ended_because"] == "expired", "then it ends as ever")
-    assert "portd did not run for 2." in own_daemon.log()
-    assert any("did not run" in warning for warning in own_daemon.get("/v1/status")["warnings"])
+    assert "portd was suspended for 2." in own_daemon.log()
+    assert any("was suspended for" in warning for warning in own_daemon.get("/v1/status")["warnings"])
 
 
 def test_a_port_cools_for_others_and_not_for_its_own_instance(make_daemon: MakeDaemon) -> None:
@@ -109,7 +109,7 @@ def test_sighup_takes_up_what_can_change_and_says_what_cant(make_daemon: MakeDae
         nobody.lease("quota")
         daemon.configure("[leases]\nquota_per_uid = 1\nmax_ttl = 700\n[health]\nconcurrency = 3", http='"127.0.0.1:1"')
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for(lambda: "configuration read again" in daemon.log(), "it has read the file again")
+        wait_for(lambda: "configuration reloaded" in daemon.log(), "it has read the file again")
         assert "need a restart: listen" in daemon.log()
         refused = nobody.call("POST", "/v1/leases", {"service": "quota"})
         assert (refused.status, refused.code) == (429, "quota_exceeded")
@@ -122,10 +122,10 @@ def test_sighup_takes_up_what_can_change_and_says_what_cant(make_daemon: MakeDae
 
 def test_sighup_with_a_mistake_in_the_file_changes_nothing_and_names_the_line(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
-    daemon.errors.append("the configuration is not taken up")
+    daemon.errors.append("the configuration is not reloaded")
     daemon.configure("[leases]\nquota_per_uid = 1\ncooldwn = 3")
     os.kill(daemon.pid, signal.SIGHUP)
-    wait_for(lambda: "not taken up" in daemon.log(), "it has read the file again")
+    wait_for(lambda: "not reloaded" in daemon.log(), "it has read the file again")
     assert f"{daemon.directory}/portd.toml:3: leases.cooldwn" in daemon.log()
     for _ in range(2):
         daemon.lease("goes-on", ttl=60)

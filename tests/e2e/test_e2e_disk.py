@@ -165,7 +165,7 @@ def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_
 
 def test_much_that_happens_is_forgotten_soon_and_does_not_fill_the_disk(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(
-        prelude="import portd.daemon as d; d.EVENTS_KEPT = 20; d.PRUNE_EVENTS = 100; d.PRUNE_LOOK_S = 0.02"
+        prelude="import portd.pruning as p; p.EVENTS_KEPT = 20; p.PRUNE_EVENTS = 100; p.POLL_S = 0.02"
     ).start()
 
     def events() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import signal
 import socket
@@ -124,10 +125,10 @@ def test_fast_durability_survives_the_daemons_death_too(make_daemon: MakeDaemon)
 
 
 def refuses_to_start(daemon: Daemon, *words: str) -> None:
-    """Assert that the daemon does not start, says why and exits with 1, and that no file changes."""
+    """Assert that the daemon does not start, says why and exits with EX_DATAERR, and that no file changes."""
     before = fingerprint(daemon.directory)
     process = daemon.launch()
-    assert process.wait(DEADLINE_S) == 1, daemon.log()
+    assert process.wait(DEADLINE_S) == os.EX_DATAERR, daemon.log()
     daemon.process = None
     last = daemon.log().splitlines()[-1]
     daemon.errors.append(last)
@@ -181,7 +182,7 @@ def test_a_second_daemon_on_the_same_state_is_refused(make_daemon: MakeDaemon, o
     second.store = own_daemon.store
     second.configure("")
     process = second.launch()
-    assert process.wait(DEADLINE_S) == 1
+    assert process.wait(DEADLINE_S) == os.EX_UNAVAILABLE
     second.errors.append(second.log().splitlines()[-1])
     assert str(own_daemon.store.parent) in second.log()
     assert own_daemon.lease("goes-on", ttl=3600)
@@ -192,7 +193,7 @@ def test_a_second_daemon_on_the_same_sockets_is_refused(make_daemon: MakeDaemon,
         second = make_daemon()
         second.configure("", socket=f'"{socket_path or second.socket}"', http=f'"127.0.0.1:{http}"')
         process = second.launch()
-        assert process.wait(DEADLINE_S) == 1, second.log()
+        assert process.wait(DEADLINE_S) == os.EX_UNAVAILABLE, second.log()
         second.errors.append(second.log().splitlines()[-1])
         assert "can't be served" in second.log() or "another daemon answers" in second.log()
     assert own_daemon.lease("goes-on", ttl=3600)

@@ -97,7 +97,7 @@ def test_a_filtered_stream_carries_its_service_alone(daemon: Daemon) -> None:
 
 
 def test_a_revision_that_is_not_kept_or_from_the_future_is_gone(make_daemon: MakeDaemon) -> None:
-    short = "import portd.leasing.feed as feed, portd.daemon as daemon; feed.EVENTS_KEPT = daemon.EVENTS_KEPT = 10"
+    short = "import portd.leasing.feed as feed, portd.pruning as pruning; feed.EVENTS_KEPT = pruning.EVENTS_KEPT = 10"
     daemon = make_daemon(prelude=short).start()
     now = churn(daemon, "old", 10)
     for after in (0, now - 15, now + 10, 2**53):

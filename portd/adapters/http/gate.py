@@ -44,6 +44,10 @@ class Gate:
         self._tokens = tokens
         self._names = LOCAL_NAMES | {name.lower() for name in names}
 
+    def allow_host(self, name: str) -> None:
+        """Accept one more name of this host in `Host` headers."""
+        self._names |= {name.lower()}
+
     def identify(self, transport: Any) -> Guest:
         """Find out who opened a connection; called once for each."""
         connection: socket.socket = transport.get_extra_info("socket")

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 OnCommit = Callable[[float, int], None]
-"""Is told of each commit: seconds, and how many events."""
+"""Called after each commit, with its duration in seconds and its number of events."""
 
 
 class SqliteStore:
@@ -47,7 +47,6 @@ class SqliteStore:
         writing: Connection,
         reader: Connection,
         writer: Writer,
-        on_commit: OnCommit,
     ) -> None:
         self._path = path
         self._durability = durability
@@ -55,14 +54,12 @@ class SqliteStore:
         self._writing = writing
         self._reading = reader
         self._writer = writer
-        self._on_commit = on_commit
+        self._on_commit: OnCommit = lambda seconds, count: None
         self._folding: asyncio.Task[None] | None = None
         self._last_commit_s = 0.0
 
     @classmethod
-    async def open(
-        cls, path: Path, durability: Durability, on_commit: OnCommit = lambda seconds, count: None
-    ) -> SqliteStore:
+    async def open(cls, path: Path, durability: Durability) -> SqliteStore:
         """Open or make the database.
 
         Raises StateInUse when another daemon has it, StoreDamaged when it may not be touched or the disk does not let
@@ -84,11 +81,15 @@ class SqliteStore:
                 # Opened last and closed last: while it is there the writer's closing can't fold, so `close` decides.
                 reader = await Connection.open(partial(reading.connect, path))
                 undo.push_async_callback(reader.close)
-                store = cls(path, durability, lock, writing, reader, Writer(path), on_commit)
+                store = cls(path, durability, lock, writing, reader, Writer(path))
             except (sqlite3.Error, OSError) as error:
                 raise StoreDamaged(f"{path} can't be used for the store: {error}; no lease was changed") from error
             undo.pop_all()
         return store
+
+    def subscribe(self, on_commit: OnCommit) -> None:
+        """Have `on_commit` called after every commit."""
+        self._on_commit = on_commit
 
     # --- the seam ---
 

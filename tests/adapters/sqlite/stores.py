@@ -15,7 +15,8 @@ async def opened(
     path: Path, durability: Durability = "full", on_commit: OnCommit = lambda seconds, count: None
 ) -> AsyncIterator[SqliteStore]:
     """Open the store, and close it."""
-    store = await SqliteStore.open(path, durability, on_commit)
+    store = await SqliteStore.open(path, durability)
+    store.subscribe(on_commit)
     try:
         yield store
     finally:

@@ -1,0 +1,99 @@
+"""What the daemon reports of itself: the condition of its parts, facts, warnings, and gauges for metrics.
+
+It only reads; the HTTP module decides how it is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from portd.adapters.clock import LeaseClock
+from portd.adapters.dns.server import DnsServer
+from portd.adapters.http.events import EventCalls
+from portd.adapters.http.server import HttpServer
+from portd.adapters.http.status import pool_status
+from portd.adapters.kernel.processes import KernelProcesses
+from portd.adapters.mdns.announcer import Announcer
+from portd.adapters.sqlite.store import SqliteStore
+from portd.config import Settings
+from portd.leasing.service import LeaseService
+
+NO_LABELS: tuple[str, ...] = ()
+
+
+class Condition(NamedTuple):
+    """The parts that are reported on. `started_at` is a reading of time.monotonic()."""
+
+    settings: Settings
+    started_at: float
+    store: SqliteStore
+    service: LeaseService
+    clock: LeaseClock
+    processes: KernelProcesses
+    http: HttpServer
+    events: EventCalls
+    announcer: Announcer
+    dns: DnsServer
+
+    def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""
+        return {
+            "store": self._store,
+            "mdns": self._mdns,
+            "dns": self._dns,
+            "cluster": lambda: {"enabled": bool(self.settings.cluster.engine), "problem": None},
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return the pid, the uptime in seconds, and counts beyond those of leases."""
+        return {
+            "pid": os.getpid(),
+            "uptime": round(time.monotonic() - self.started_at, 3),
+            "counts": {
+                "connections": self.http.connection_count,
+                "followers": self.events.stream_count,
+                "processes": self.processes.watched_count,
+            },
+        }
+
+    def warnings(self) -> list[str]:
+        """Return what an operator should know, a sentence each."""
+        lost_s = self.clock.lost_s
+        if not lost_s:
+            return []
+        return [f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much"]
+
+    def gauges(self) -> Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]]:
+        """Return (name, help, label names, value by label values) of every gauge."""
+        states = Counter((lease.state,) for lease in self.service.table)
+        pools: dict[tuple[str, ...], float] = {
+            (name, part): float(getattr(pool, part))
+            for name, pool in pool_status(self.service).items()
+            for part in ("used", "held", "cooling", "declined", "free")
+        }
+        plain = {
+            "portd_revision": ("The newest revision.", self.service.table.revision),
+            "portd_watched_processes": ("Owners whose exit is waited for.", self.processes.watched_count),
+            "portd_http_connections": ("Open connections.", self.http.connection_count),
+            "portd_event_followers": ("Followers of the event stream.", self.events.stream_count),
+            "portd_uptime_seconds": ("Since the start.", time.monotonic() - self.started_at),
+        }
+        return [
+            ("portd_leases", "Live leases by state.", ("state",), {key: float(n) for key, n in states.items()}),
+            ("portd_pool_ports", "Ports of a pool by what they are used for.", ("pool", "use"), pools),
+            *((name, text, NO_LABELS, {NO_LABELS: float(value)}) for name, (text, value) in plain.items()),
+        ]
+
+    def _store(self) -> dict[str, Any]:
+        condition = self.store.condition()
+        return {**condition, "problem": self.service.journal.problem or condition["problem"]}
+
+    def _mdns(self) -> dict[str, Any]:
+        return {"enabled": True, **self.announcer.condition()} if self.settings.mdns.enabled else {"enabled": False}
+
+    def _dns(self) -> dict[str, Any]:
+        return {"enabled": True, **self.dns.condition()} if self.settings.dns.listen else {"enabled": False}

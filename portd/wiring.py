@@ -1,0 +1,318 @@
+"""Wiring: builds the parts and connects them. The only module that knows everybody; it decides nothing else.
+
+`build` makes the parts from the settings and what the store remembers, `reconfigure` applies what can change while they
+run. A new part is added here, and to the order of start and stop in `daemon.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from portd.adapters import systemd
+from portd.adapters.clock import LeaseClock
+from portd.adapters.dns.server import DnsServer
+from portd.adapters.handoff import HandoffServer
+from portd.adapters.http.events import EventCalls
+from portd.adapters.http.fastlane import FastLane
+from portd.adapters.http.gate import Gate
+from portd.adapters.http.lan import LanCalls
+from portd.adapters.http.leases import LeaseCalls
+from portd.adapters.http.openapi import openapi_route
+from portd.adapters.http.ports import PortCalls
+from portd.adapters.http.server import HttpServer
+from portd.adapters.http.services import ServiceCalls
+from portd.adapters.http.status import StatusCalls
+from portd.adapters.kernel import procfs
+from portd.adapters.kernel.holds import KernelHolds
+from portd.adapters.kernel.listeners import KernelSocketTable
+from portd.adapters.kernel.netlink import SocketDiag
+from portd.adapters.kernel.peers import KernelPeers
+from portd.adapters.kernel.processes import KernelProcesses
+from portd.adapters.kernel.states import StateWatch
+from portd.adapters.mdns.announcer import Announcer
+from portd.adapters.metrics import Metrics
+from portd.adapters.probes.prober import Prober
+from portd.adapters.sqlite.store import SqliteStore
+from portd.condition import Condition
+from portd.config import Paths, Settings, dns_addresses, http_addresses, pool_ports
+from portd.core.allocator import Allocator, StaticPort
+from portd.core.errors import ConfigError
+from portd.core.model import Event, Lease
+from portd.core.table import LeaseTable
+from portd.leasing.deciding import Granter, Policy, hash_token
+from portd.leasing.feed import Feed
+from portd.leasing.journal import Journal
+from portd.leasing.seams import Loaded
+from portd.leasing.service import LeaseService
+from portd.logs import LeaseLog
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The lease engine, and the parts of the world that it works on."""
+
+    store: SqliteStore
+    clock: LeaseClock
+    diag: SocketDiag
+    sockets: KernelSocketTable
+    holds: KernelHolds
+    processes: KernelProcesses
+    table: LeaseTable
+    journal: Journal
+    service: LeaseService
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """The parts that live off the engine's events; none of them can undo a lease."""
+
+    metrics: Metrics
+    feed: Feed
+    states: StateWatch
+    prober: Prober
+    announcer: Announcer
+    dns: DnsServer
+    log: LeaseLog
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """The parts that callers speak to."""
+
+    gate: Gate
+    http: HttpServer
+    fast_lane: FastLane
+    events: EventCalls
+    handoff: HandoffServer
+    tls: ssl.SSLContext | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All parts of a daemon, connected and restored, none of them serving yet."""
+
+    engine: Engine
+    watchers: Watchers
+    fronts: Fronts
+
+
+def build(
+    settings: Settings, paths: Paths, store: SqliteStore, loaded: Loaded, kept_holds: list[socket.socket]
+) -> Parts:
+    """Build every part and restore it from what the store remembers.
+
+    `kept_holds` are parcels of holds of the last run (`systemd.unpack`). Raises ConfigError for a certificate that
+    can't be loaded.
+    """
+    tls = _tls(settings)
+    engine = _engine(settings, store)
+    watchers = _watchers(settings, engine)
+    _subscribe(settings, engine, watchers)
+    _adopt_holds(engine.holds, loaded.live, kept_holds)
+    watchers.feed.restore(loaded)
+    engine.service.restore(loaded, procfs.boot_id())  # publishes what it observes: after the feed has its past
+    watchers.states.restore(engine.table)
+    watchers.dns.restore(engine.table, engine.table.revision)
+    watchers.prober.restore(engine.table)
+    if settings.mdns.enabled:
+        watchers.announcer.restore(engine.table)
+    return Parts(engine, watchers, _fronts(settings, paths, engine, watchers, tls))
+
+
+def reconfigure(parts: Parts, settings: Settings) -> None:
+    """Apply the settings that can change while the daemon runs: [leases], [services] and [health]."""
+    parts.engine.service.granter.policy = policy(settings)
+    parts.engine.service.allocator.cooldown_s = settings.leases.cooldown
+    parts.watchers.prober.concurrency = settings.health.concurrency
+    parts.watchers.prober.allow_commands = settings.health.allow_commands
+
+
+def policy(settings: Settings) -> Policy:
+    """Make the part of the settings that grants are judged by."""
+    return Policy(
+        settings.leases.max_ttl,
+        settings.leases.quota_per_uid,
+        settings.leases.hold,
+        frozenset(settings.health.allow_commands),
+        host_name(),
+    )
+
+
+def host_name() -> str:
+    """Return this host's name, without its domain."""
+    return socket.gethostname().partition(".")[0] or "localhost"
+
+
+def store_holds(holds: KernelHolds) -> int:
+    """Leave the holds to the service manager, so that nobody gets their ports before the next start.
+
+    Returns how many were stored. UDP sockets that were handed over are not among them: they are their owners', and need
+    no keeper. Raises OSError at a limit of descriptors.
+    """
+    ours = holds.inodes()
+    owned = [
+        (lease_id, held)
+        for lease_id, sockets in holds.held()
+        for part, held in sockets.items()
+        if part == "tcp" or os.fstat(held.fileno()).st_ino in ours
+    ]
+    return len(owned) if systemd.store(owned) else 0
+
+
+def _engine(settings: Settings, store: SqliteStore) -> Engine:
+    clock = LeaseClock()
+    diag = SocketDiag(lambda: holds.inodes())
+    holds = KernelHolds(diag.bound)
+    processes = KernelProcesses()
+    table = LeaseTable()
+    allocator = Allocator(
+        {name: pool_ports(pool) for name, pool in settings.pools.items()},
+        _static_ports(settings),
+        settings.own_block,
+        settings.leases.cooldown,
+    )
+    journal = Journal(table, store, clock)
+    if problem := store.condition()["problem"]:
+        journal.mark_unwritable(problem)
+    granter = Granter(table, allocator, holds, processes, policy(settings))
+    service = LeaseService(table, allocator, journal, granter, store, holds, processes, clock)
+    return Engine(store, clock, diag, KernelSocketTable(diag), holds, processes, table, journal, service)
+
+
+def _watchers(settings: Settings, engine: Engine) -> Watchers:
+    service, table = engine.service, engine.table
+    metrics = Metrics()
+    engine.store.subscribe(metrics.commit)
+    prober = Prober(
+        engine.clock,
+        service.observe_health,
+        concurrency=settings.health.concurrency,
+        allow_commands=settings.health.allow_commands,
+        on_result=metrics.check,
+    )
+    service.report_to_probes = prober.reported
+    return Watchers(
+        metrics,
+        Feed(),
+        StateWatch(engine.sockets, table.on_port, lambda: len(table), service.observe_state),
+        prober,
+        Announcer(
+            host_name(),
+            service.observe_announcement,
+            responder=settings.mdns.responder,
+            interfaces=settings.mdns.interfaces,
+        ),
+        DnsServer(dns_addresses(settings), settings.dns.zone, settings.dns.ttl, metrics.query),
+        LeaseLog(),
+    )
+
+
+def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
+    """Have the watchers called with every event; the order here is the order of the calls."""
+
+    def poll_new_port(event: Event) -> None:
+        if event.type in ("granted", "declined"):
+            watchers.states.wake()
+
+    subscribed: list[Callable[[Event], None]] = [
+        watchers.metrics.apply,
+        watchers.feed.apply,
+        watchers.prober.apply,
+        poll_new_port,
+        watchers.log.apply,
+    ]
+    if settings.dns.listen:
+        subscribed.append(watchers.dns.apply)
+    if settings.mdns.enabled:
+        subscribed.append(watchers.announcer.apply)
+    for watcher in subscribed:
+        engine.journal.subscribe(watcher)
+    engine.journal.subscribe_durable(watchers.feed.confirm)
+
+
+def _fronts(settings: Settings, paths: Paths, engine: Engine, watchers: Watchers, tls: ssl.SSLContext | None) -> Fronts:
+    service = engine.service
+    gate = _gate(settings, paths, engine)
+    http = HttpServer(gate, hash_token, lambda: engine.table.revision)
+    events = EventCalls(watchers.feed)
+    leases = LeaseCalls(service)
+    condition = Condition(
+        settings,
+        engine.clock.started_at,
+        engine.store,
+        service,
+        engine.clock,
+        engine.processes,
+        http,
+        events,
+        watchers.announcer,
+        watchers.dns,
+    )
+    watchers.metrics.gauges = condition.gauges
+    parts = (
+        leases,
+        ServiceCalls(service, watchers.feed, watchers.announcer.lan),
+        events,
+        PortCalls(service, engine.sockets),
+        LanCalls(watchers.announcer.lan),
+        StatusCalls(service, condition.conditions(), condition.facts, watchers.metrics.render, condition.warnings),
+    )
+    routes = [route for calls in parts for route in calls.routes()]
+    http.add([*routes, openapi_route(routes)])
+    return Fronts(
+        gate,
+        http,
+        FastLane(gate, service, leases, hash_token),
+        events,
+        HandoffServer(service, engine.holds, gate.unix_caller, watchers.states.wake),
+        tls,
+    )
+
+
+def _gate(settings: Settings, paths: Paths, engine: Engine) -> Gate:
+    tokens = {bytes.fromhex(token.sha256): token.admin for token in settings.auth.tokens}
+    names = {host_name(), socket.gethostname(), *(host for host, _ in http_addresses(settings, paths))}
+    gate = Gate(KernelPeers(engine.diag.exact), settings.auth.admin_group, tokens, names)
+    # A name server that does not answer must delay neither the start nor the stop: nobody waits for this thread.
+    threading.Thread(target=lambda: gate.allow_host(socket.getfqdn()), name="host name", daemon=True).start()
+    return gate
+
+
+def _static_ports(settings: Settings) -> list[StaticPort]:
+    return [
+        StaticPort(service, port, static.protocol, static.address)
+        for service, static in settings.static.items()
+        for port in static.endpoints.values()
+    ]
+
+
+def _adopt_holds(holds: KernelHolds, leases: Iterable[Lease], parcels: list[socket.socket]) -> None:
+    """Adopt the holds of the last run before anything asks for them, and close those of leases that are gone."""
+    kept = systemd.unpack(parcels)
+    for lease in leases:
+        sockets = kept.pop(lease.id, [])
+        if sockets and all(held.getsockname()[1] == lease.port for held in sockets):
+            holds.adopt(lease.id, sockets)
+    for sockets in kept.values():
+        for stray in sockets:
+            stray.close()
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    listen = settings.listen
+    if not listen.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(listen.tls_cert, listen.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"listen.tls_cert: {listen.tls_cert} with tls_key {listen.tls_key} can't be loaded: "
+            f"{error.strerror or error}: both must be PEM files that portd's user may read"
+        ) from error
+    return context
