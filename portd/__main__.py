@@ -1,7 +1,7 @@
-"""The command line's door: finds the command, and turns every way that it can end into an exit status and one line.
+"""Command-line entry point: finds the command, and turns every outcome into an exit status and one line.
 
-0 done, 1 a clear "no", 2 wrong usage, 3 no daemon answers. Nothing heavy is imported here, nor by the rooms that
-`portd lease` and `portd run` need: their whole run is as long as the start of other programs.
+0 done, 1 a clear "no", 2 wrong usage, 3 no daemon answers. Nothing heavy is imported here, nor by the modules that
+`portd lease` and `portd run` need: other programs wait for them to start.
 """
 
 from __future__ import annotations
@@ -15,40 +15,49 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from portd._client.errors import Problem
+    from portd.cli.options import Command
+
 DONE, NO, USAGE, NO_DAEMON = range(4)
+INTERRUPTED = 130
+OPTION_OF_FIELD = {"service": "SERVICE", "tags": "--tag", "metadata": "--meta", "seconds": "--ttl"}
+"""Fields of a request whose option has another name."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command line (sys.argv's unless given); returns the exit status."""
+    """Run one command line (sys.argv's by default) and return the exit status."""
     words = list(sys.argv[1:] if words is None else words)
+    _tolerate_unencodable()
     try:
         return _run(words)
     except UsageError as error:
-        print(f"portd: {error}", file=sys.stderr)
+        _complain(str(error))
         return USAGE
     except BrokenPipeError:
         _discard_stdout()
         return DONE
-    except OSError as error:  # a full disk, mostly
-        print(f"portd: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:  # mostly a full disk
+        _complain(error.strerror or str(error))
         _discard_stdout()
         return NO
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in {"-h", "--help", "help"}:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in {"-h", "--help"}:
         print(commands.overview())
         return DONE if words else USAGE
-    if words[0] in {"-V", "--version"}:
+    if words[0] in {"-V", "--version", "version"}:
         from portd import __version__
 
         print(f"portd {__version__}")
         return DONE
     command = commands.find(words[0])
     if command is None:
-        raise UsageError(f"there is no command {words[0]!r}{_closest(words[0])}")
+        raise UsageError(f"there is no command {words[0]!r}{commands.suggestion(words[0])}")
     values = read(command, words[1:])
     if values["help"]:
         print(help_text(command))
@@ -59,35 +68,54 @@ def _run(words: list[str]) -> int:
         status = command.run(values)
         sys.stdout.flush()
     except PortdError as error:
-        return _refused(error, as_json=bool(values.get("json")))
+        return _refused(command, error, as_json=bool(values.get("json")))
     return status
 
 
-def _refused(error: Exception, *, as_json: bool) -> int:
-    """Tell an error on stderr, in one line or as a problem document."""
+def _refused(command: Command, error: Exception, *, as_json: bool) -> int:
+    """Print an error on stderr: one line, or a problem document."""
     from portd._client import documents
     from portd._client.errors import DaemonUnavailable, InvalidUrl, Problem, ProtocolError
 
     if isinstance(error, Problem):
         status = USAGE if error.code == "invalid_request" else NO
-        document, text = error.document, error.detail + (f" (at {error.pointer})" if error.pointer else "")
+        document, text = error.document, _explained(command, error)
     else:
         is_away = isinstance(error, (DaemonUnavailable, ProtocolError))
         status, text = NO_DAEMON if is_away else USAGE if isinstance(error, InvalidUrl) else NO, str(error)
         document = {"code": "no_daemon" if is_away else "failed", "detail": text}
-    print(documents.encode(document).decode() if as_json else "portd: " + " ".join(text.split()), file=sys.stderr)
+    if as_json:
+        print(documents.encode(document).decode(), file=sys.stderr)
+    else:
+        _complain(text)
     return status
 
 
-def _closest(name: str) -> str:
-    from difflib import get_close_matches
+def _explained(command: Command, problem: Problem) -> str:
+    """Write a problem as one sentence that names the option at fault instead of the field."""
+    field = next((part for part in (problem.pointer or "").split("/") if part and not part.isdecimal()), "")
+    if not field:
+        return problem.detail
+    name = OPTION_OF_FIELD.get(field, "--" + field.replace("_", "-"))
+    known = {option.name for option in command.options} | set(command.arguments)
+    return f"{name}: {problem.detail}" if name in known else f"{problem.detail} (at {problem.pointer})"
 
-    found = get_close_matches(name, commands.names(), 1)
-    return f"; did you mean {found[0]!r}?" if found else "; 'portd --help' lists them"
+
+def _complain(text: str) -> None:
+    from portd.cli.printing import clean
+
+    print("portd: " + clean(" ".join(text.split())), file=sys.stderr)
+
+
+def _tolerate_unencodable() -> None:
+    """Escape what the locale's encoding can't express (Latin-1, C), instead of failing half-way through the output."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard_stdout() -> None:
-    """Our output can't be written, or who read it has gone (`portd ls | head -1`): let the last flush go nowhere."""
+    """Let the last flush go nowhere: stdout can't be written, or its reader has gone (`portd ls | head -1`)."""
     import os
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -205,7 +205,7 @@ class Stage:
                 [
                     lease["service"],
                     lease["instance"],
-                    printing.place(lease),
+                    printing.binding(lease),
                     printing.owner(lease["owner"]),
                     lease["state"],
                     printing.health(lease),

@@ -85,7 +85,7 @@ def _show(data: str, *, as_json: bool) -> None:
         f"{event['type']:9}",
         lease["service"],
         printing.instance(lease),
-        printing.place(lease),
+        printing.binding(lease),
         _more(event),
     ]
     print("  ".join(printing.clean(word) for word in words).rstrip(), flush=True)

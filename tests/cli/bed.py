@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from portd_client import calls
-from portd_client.client import Client
-from portd_client.errors import DaemonUnavailable, ProtocolError
+from portd._client import calls
+from portd._client.client import Client
+from portd._client.errors import DaemonUnavailable, ProtocolError
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -142,6 +144,18 @@ class Daemon:
         except (DaemonUnavailable, ProtocolError):
             return False
         return True
+
+
+@contextmanager
+def serving(daemon: Daemon, service: str, *options: str) -> Iterator[int]:
+    """Lease a port and listen on it in this process; yields the port once the daemon has seen the listener."""
+    port = int(daemon.portd("lease", service, "--pid", str(os.getpid()), *options).stdout)
+    with socket.create_server(("127.0.0.1", port)):
+        wait_for(
+            lambda: all(lease["state"] == "bound" for lease in daemon.client.leases(service=service, port=port)),
+            f"the lease of {service} is bound",
+        )
+        yield port
 
 
 def end(program: subprocess.Popen[str], number: int = signal.SIGKILL) -> str:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from tests.cli.bed import DEADLINE_S, Daemon, end, wait_for
+from tests.cli.bed import DEADLINE_S, Daemon, end, serving, wait_for
 
 
 def test_lease_prints_the_port_alone_and_the_port_is_leased(daemon: Daemon) -> None:
@@ -115,13 +115,15 @@ def test_release_gives_the_port_back_and_may_be_called_again(daemon: Daemon) -> 
     assert (unknown.returncode, unknown.stderr.count("\n")) in {(0, 0), (1, 1)}
 
 
-def test_drain_hides_an_instance_from_look_ups_and_keeps_its_port(daemon: Daemon) -> None:
-    lease = json.loads(daemon.portd("lease", "drained", "--ttl", "60", "--json").stdout)
-    assert daemon.portd("resolve", "drained").stdout == f"127.0.0.1:{lease['port']}\n"
-    assert daemon.portd("drain", lease["id"]).returncode == 0
-    hidden = daemon.portd("resolve", "drained")
-    assert (hidden.returncode, hidden.stdout, hidden.stderr.count("\n")) == (1, "", 1)
-    assert daemon.client.lease(lease["id"])["state"] == "held"
+def test_drain_hides_an_instance_and_keeps_its_port(daemon: Daemon) -> None:
+    with serving(daemon, "drained") as port:
+        assert daemon.portd("resolve", "drained").stdout == f"127.0.0.1:{port}\n"
+        assert daemon.portd("drain", "drained-1").returncode == 0
+        hidden = daemon.portd("resolve", "drained")
+        assert (hidden.returncode, hidden.stdout, hidden.stderr.count("\n")) == (1, "", 1)
+        assert "draining" in hidden.stderr
+        assert daemon.portd("drain", str(port), "--undo").returncode == 0
+        assert daemon.portd("resolve", "drained").returncode == 0
 
 
 def test_without_a_daemon_every_command_ends_with_3_and_one_line_that_says_how_to_start_one(daemon: Daemon) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 
-from tests.cli.bed import DEADLINE_S, Daemon, end, wait_for
+from tests.cli.bed import DEADLINE_S, Daemon, end, serving, wait_for
 
 
 def test_ls_in_a_pipe_is_plain_lines_that_cut_and_awk_can_take_apart(daemon: Daemon) -> None:
@@ -128,19 +128,18 @@ def test_services_counts_instances(daemon: Daemon) -> None:
     assert line.split("\t")[1] == "2"
 
 
-def test_resolve_prints_every_working_instance_and_one_of_them_when_asked(daemon: Daemon) -> None:
-    ports = {daemon.portd("lease", "many", "--ttl", "60").stdout.strip() for _ in range(3)}
-    found = daemon.portd("resolve", "many").stdout.splitlines()
-    assert {line.removeprefix("127.0.0.1:") for line in found} == ports
-    [one] = daemon.portd("resolve", "many", "--one").stdout.splitlines()
+def test_resolve_prints_all_serving_instances_or_one(daemon: Daemon) -> None:
+    with serving(daemon, "many") as first, serving(daemon, "many") as second:
+        found = daemon.portd("resolve", "many").stdout.splitlines()
+        [one] = daemon.portd("resolve", "many", "--one").stdout.splitlines()
+    assert sorted(found) == sorted(f"127.0.0.1:{port}" for port in (first, second))
     assert one in found
 
 
-def test_resolve_takes_endpoint_and_tags_into_account(daemon: Daemon) -> None:
-    blue = daemon.portd("lease", "tagged", "--ttl", "60", "--tag", "blue").stdout.strip()
-    daemon.portd("lease", "tagged", "--ttl", "60", "--tag", "green")
-    assert daemon.portd("resolve", "tagged", "--tag", "blue").stdout == f"127.0.0.1:{blue}\n"
-    assert daemon.portd("resolve", "tagged", "--endpoint", "metrics").returncode == 1
+def test_resolve_selects_by_endpoint_and_tag(daemon: Daemon) -> None:
+    with serving(daemon, "tagged", "--tag", "blue") as blue, serving(daemon, "tagged", "--tag", "green"):
+        assert daemon.portd("resolve", "tagged", "--tag", "blue").stdout == f"127.0.0.1:{blue}\n"
+        assert daemon.portd("resolve", "tagged", "--endpoint", "metrics").returncode == 1
 
 
 def test_watch_prints_what_happens_as_it_happens(daemon: Daemon) -> None:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .types import LeaseRequest
 
 
-def grant(wish: LeaseRequest | Sequence[LeaseRequest]) -> Request:
-    """Ask for one lease, or for several, all or none."""
-    return Request("POST", "/v1/leases", wish if isinstance(wish, dict) else list(wish))
+def grant(wish: LeaseRequest | Sequence[LeaseRequest], wait_s: float | None = None) -> Request:
+    """Request one lease, or several, all or none; `wait_s` lets the daemon wait for an exact or the previous port."""
+    return Request("POST", query("/v1/leases", {"wait": wait_s}), wish if isinstance(wish, dict) else list(wish))
 
 
 def leases(**filters: Any) -> Request:
@@ -40,6 +40,11 @@ def decline(lease_id: str, token: str | None = None) -> Request:
 def drain(lease_id: str, on: bool = True, token: str | None = None) -> Request:
     """Take no new work, or take it again."""
     return Request("POST", _lease(lease_id) + "/drain", {"drain": on}, token)
+
+
+def transfer(lease_id: str, pid: int, token: str | None = None) -> Request:
+    """Make another process the lease's owner."""
+    return Request("POST", _lease(lease_id) + "/transfer", {"pid": pid}, token)
 
 
 def change(lease_id: str, fields: dict[str, Any], token: str | None = None) -> Request:
@@ -72,9 +77,9 @@ def history(number: int, at: str | None = None) -> Request:
     return Request("GET", query(f"/v1/ports/{number}/history", {"at": at}))
 
 
-def services() -> Request:
-    """List names with counts by health."""
-    return Request("GET", "/v1/services")
+def services(**filters: Any) -> Request:
+    """List names with counts by health; pages by `limit` and `cursor`."""
+    return Request("GET", query("/v1/services", filters))
 
 
 def service(name: str, **filters: Any) -> Request:
