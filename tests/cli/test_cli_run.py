@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +168,60 @@ def test_the_command_does_not_inherit_the_signals_that_python_ignores_for_itself
     ignored = int(done.stdout.split()[1], 16)
     assert not ignored & 1 << (signal.SIGPIPE - 1)
     assert not ignored & 1 << (signal.SIGXFSZ - 1)
+
+
+def test_variables_are_set_with_placeholders_filled_in(daemon: Daemon) -> None:
+    got, _ = told(
+        daemon,
+        "named-env",
+        "--port-env",
+        "VITE_PORT",
+        "--env",
+        "API={url}/v1",
+        "--env",
+        "M={port:m}",
+        "--endpoint",
+        "m",
+    )
+    environ = got["env"]
+    assert environ["VITE_PORT"] == environ["PORT"]
+    assert environ["API"] == f"http://127.0.0.1:{environ['PORT']}/v1"
+    assert environ["M"] == environ["PORT_M"]
+
+
+def test_a_script_without_interpreter_line_runs_under_sh(daemon: Daemon, tmp_path: Path) -> None:
+    script = tmp_path / "plain"
+    script.write_text('echo "$PORT-$1"\n')
+    script.chmod(0o755)
+    done = daemon.portd("run", "plain-script", "--", str(script), "{port}")
+    port, _, argument = done.stdout.strip().partition("-")
+    assert (done.returncode, port) == (0, argument)
+    found = daemon.portd("run", "plain-script", "--", "plain", PATH=f"{tmp_path}:/usr/bin")
+    assert found.returncode == 0
+
+
+def test_the_environment_gains_nothing_but_what_is_documented(daemon: Daemon) -> None:
+    kept = {name: value for name, value in daemon.environ.items() if name.startswith("PYTHON")}
+    given = {"PORTD_URL": daemon.url, "PATH": os.environ["PATH"], **kept}
+    command = [sys.executable, "-m", "portd", "run", "bare-env", "--", "env"]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=20, check=True)
+    names = {line.partition("=")[0] for line in done.stdout.splitlines()}
+    assert names - set(given) == {"PORT", "HOST", "PORTD_LEASE", "PORTD_TOKEN"}
+
+
+def test_a_locale_that_was_given_stays(daemon: Daemon) -> None:
+    done = daemon.portd("run", "locale", "--", "env", LC_CTYPE="C.UTF-8")
+    assert "LC_CTYPE=C.UTF-8" in done.stdout.splitlines()
+
+
+def test_a_mistyped_placeholder_is_reported_and_the_command_runs(daemon: Daemon) -> None:
+    done = daemon.portd("run", "mistyped", "--", "echo", "{PORT}")
+    assert (done.returncode, done.stdout) == (0, "{PORT}\n")
+    assert "{PORT} is not filled in" in done.stderr
+
+
+def test_an_endpoint_has_a_check_of_its_own(daemon: Daemon) -> None:
+    got, _ = told(daemon, "checked", "--check", "tcp", "--endpoint", "admin", "--check-endpoint", "admin=http:/ready")
+    environ = got["env"]
+    checks = [daemon.client.lease(environ[name])["check"] for name in ("PORTD_LEASE", "PORTD_LEASE_ADMIN")]
+    assert [check and check["kind"] for check in checks] == ["tcp", "http"]
