@@ -79,6 +79,7 @@ class Condition(NamedTuple):
             "portd_revision": ("The newest revision.", self.service.table.revision),
             "portd_watched_processes": ("Owners whose exit is waited for.", self.processes.watched_count),
             "portd_http_connections": ("Open connections.", self.http.connection_count),
+            "portd_http_wrong_tokens": ("Requests with a wrong token so far.", self.http.wrong_token_count),
             "portd_event_followers": ("Followers of the event stream.", self.events.stream_count),
             "portd_uptime_seconds": ("Since the start.", time.monotonic() - self.started_at),
         }

@@ -127,7 +127,7 @@ class Daemon:
         """
         opened = open_listeners(self._settings, self._paths, passed)
         fronts = parts.fronts
-        await fronts.http.start(fronts.fast_lane)
+        await fronts.http.start(fronts.fast_path)
         addresses = []
         for listener in (*passed, *opened):
             if is_off(self._settings, listener):
@@ -164,7 +164,7 @@ class Daemon:
 
     async def _finish_requests(self, parts: Parts) -> None:
         watchers, fronts = parts.watchers, parts.fronts
-        await fronts.http.shut()
+        await fronts.http.stop_accepting()
         if self._settings.mdns.enabled:
             await watchers.announcer.close()
         watchers.prober.close()

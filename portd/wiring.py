@@ -17,13 +17,14 @@ from portd.adapters import systemd
 from portd.adapters.clock import LeaseClock
 from portd.adapters.dns.server import DnsServer
 from portd.adapters.handoff import HandoffServer
+from portd.adapters.http.authenticator import Authenticator, Token
 from portd.adapters.http.events import EventCalls
-from portd.adapters.http.fastlane import FastLane
-from portd.adapters.http.gate import Gate
+from portd.adapters.http.fast_path import FastPath
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.openapi import openapi_route
 from portd.adapters.http.ports import PortCalls
+from portd.adapters.http.problems import render_problem
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.services import ServiceCalls
 from portd.adapters.http.status import StatusCalls
@@ -84,9 +85,9 @@ class Watchers:
 class Fronts:
     """The parts that callers speak to."""
 
-    gate: Gate
+    authenticator: Authenticator
     http: HttpServer
-    fast_lane: FastLane
+    fast_path: FastPath
     events: EventCalls
     handoff: HandoffServer
     tls: ssl.SSLContext | None
@@ -121,7 +122,7 @@ def build(
     watchers.prober.restore(engine.table)
     if settings.mdns.enabled:
         watchers.announcer.restore(engine.table)
-    return Parts(engine, watchers, _fronts(settings, paths, engine, watchers, tls))
+    return Parts(engine, watchers, _fronts(settings, paths, engine, watchers, tls, loaded.store_id))
 
 
 def reconfigure(parts: Parts, settings: Settings) -> None:
@@ -235,10 +236,17 @@ def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
     engine.journal.subscribe_durable(watchers.feed.confirm)
 
 
-def _fronts(settings: Settings, paths: Paths, engine: Engine, watchers: Watchers, tls: ssl.SSLContext | None) -> Fronts:
+def _fronts(
+    settings: Settings,
+    paths: Paths,
+    engine: Engine,
+    watchers: Watchers,
+    tls: ssl.SSLContext | None,
+    store_id: str,
+) -> Fronts:
     service = engine.service
-    gate = _gate(settings, paths, engine)
-    http = HttpServer(gate, hash_token, lambda: engine.table.revision)
+    authenticator = _authenticator(settings, paths, engine)
+    http = HttpServer(authenticator, lambda: engine.table.revision, store_id)
     events = EventCalls(watchers.feed)
     leases = LeaseCalls(service)
     condition = Condition(
@@ -265,22 +273,23 @@ def _fronts(settings: Settings, paths: Paths, engine: Engine, watchers: Watchers
     routes = [route for calls in parts for route in calls.routes()]
     http.add([*routes, openapi_route(routes)])
     return Fronts(
-        gate,
+        authenticator,
         http,
-        FastLane(gate, service, leases, hash_token),
+        FastPath(authenticator, service, leases, lambda: engine.table.revision, store_id),
         events,
-        HandoffServer(service, engine.holds, gate.unix_caller, watchers.states.wake),
+        HandoffServer(service, engine.holds, authenticator.unix_caller, watchers.states.wake, render_problem),
         tls,
     )
 
 
-def _gate(settings: Settings, paths: Paths, engine: Engine) -> Gate:
-    tokens = {bytes.fromhex(token.sha256): token.admin for token in settings.auth.tokens}
+def _authenticator(settings: Settings, paths: Paths, engine: Engine) -> Authenticator:
+    tokens = {bytes.fromhex(token.sha256): Token(token.admin, token.name) for token in settings.auth.tokens}
     names = {host_name(), socket.gethostname(), *(host for host, _ in http_addresses(settings, paths))}
-    gate = Gate(KernelPeers(engine.diag.exact), settings.auth.admin_group, tokens, names)
+    peers = KernelPeers(engine.diag.exact)
+    authenticator = Authenticator(peers, settings.auth.admin_group, tokens, names, hash_token)
     # A name server that does not answer must delay neither the start nor the stop: nobody waits for this thread.
-    threading.Thread(target=lambda: gate.allow_host(socket.getfqdn()), name="host name", daemon=True).start()
-    return gate
+    threading.Thread(target=lambda: authenticator.allow_host(socket.getfqdn()), name="host name", daemon=True).start()
+    return authenticator
 
 
 def _static_ports(settings: Settings) -> list[StaticPort]:

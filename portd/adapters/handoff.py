@@ -21,9 +21,9 @@ from msgspec import Meta, Struct
 from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, PortTaken, Refusal
 from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
-from portd.core.problems import pointer_of, problem_of
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller, check_change, sees_cmdline
+from portd.core.validation import explain
 from portd.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,19 @@ Nudge = Callable[[], None]
 class HandoffServer:
     """Serves the handoff socket."""
 
-    def __init__(self, service: LeaseService, holds: PassedHolds, identify: Identify, wake: Nudge) -> None:
+    def __init__(
+        self,
+        service: LeaseService,
+        holds: PassedHolds,
+        identify: Identify,
+        wake: Nudge,
+        render_problem: Callable[[Refusal], Any],
+    ) -> None:
         self._service = service
         self._holds = holds
         self._identify = identify
         self._nudge = wake
+        self._render_problem = render_problem
         self._decode = msgspec.json.Decoder(Wish).decode
         self._listeners: list[socket.socket] = []
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
@@ -141,7 +149,7 @@ class HandoffServer:
             lease, token = await self._lease(wish, caller)
             sockets = self._open(lease, wish)
         except Refusal as refusal:
-            return None, [], msgspec.json.encode({"problem": problem_of(refusal)})
+            return None, [], msgspec.json.encode({"problem": self._render_problem(refusal)})
         view = self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
         return lease, sockets, msgspec.json.encode({"lease": view})
 
@@ -151,7 +159,7 @@ class HandoffServer:
         try:
             wish = self._decode(message)
         except msgspec.ValidationError as error:
-            what, pointer = pointer_of(error)
+            what, pointer = explain(error)
             raise InvalidRequest(what, pointer=pointer) from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"the message is not JSON: {error}", pointer="") from None

@@ -1,7 +1,7 @@
-"""Everything that can be refused, as exceptions with stable codes.
+"""Everything that portd refuses or fails at, as exceptions; refusals have stable codes.
 
-`Refusal` is theirs: the caller can do something about it, and it becomes a problem document. `Fault` is ours: the
-daemon can't go on, and says so to its operator. This module must not know HTTP: codes are mapped to statuses elsewhere.
+A `Refusal` is the caller's to act on and becomes a problem document. A `Fault` is portd's own: the daemon can't go on
+and reports it to its operator. This module must not know HTTP: `adapters/http/problems.py` maps codes to statuses.
 """
 
 from __future__ import annotations
@@ -14,80 +14,127 @@ class PortdError(Exception):
 
 
 class Refusal(PortdError):
-    """A request that is answered with a problem. `detail` says what failed, for which port and owner, and what to do.
+    """A request that is answered with a problem document.
 
-    `pointer` is a JSON pointer (RFC 6901) to the field at fault, where one is.
+    `detail` says what failed, on which value, and what to do. `pointer` is a JSON pointer (RFC 6901) to the field at
+    fault, None where no single field is. `retry_after_s` is the number of seconds after which the same request may
+    succeed, None where that time is unknown.
     """
 
     code: ClassVar[str]
 
-    def __init__(self, detail: str, *, pointer: str | None = None) -> None:
+    def __init__(self, detail: str, *, pointer: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.pointer = pointer
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(Refusal):
+    """A field or parameter of the request breaks a rule."""
+
     code = "invalid_request"
 
 
 class Unauthenticated(Refusal):
+    """The caller is anonymous, and the request needs one who is known."""
+
     code = "unauthenticated"
 
 
 class NotOwner(Refusal):
+    """The lease is another user's."""
+
     code = "not_owner"
 
 
+class ServiceTaken(Refusal):
+    """The service name is another user's."""
+
+    code = "service_taken"
+
+
+class LeaseDiffers(Refusal):
+    """The same owner's lease exists already, and the request differs from it in a field that can't be replaced."""
+
+    code = "lease_differs"
+
+
 class ForbiddenOrigin(Refusal):
+    """A browser page of another origin could have sent the request, or its Host is no name of this daemon."""
+
     code = "forbidden_origin"
 
 
 class NotFound(Refusal):
+    """There is no such lease or path."""
+
     code = "not_found"
 
 
 class PortTaken(Refusal):
+    """Another process has the port, or another owner has the instance."""
+
     code = "port_taken"
 
 
 class PortReserved(Refusal):
+    """The port is another service's static port, or privileged."""
+
     code = "port_reserved"
 
 
 class NoClock(Refusal):
+    """The lease lasts as long as its process: there is nothing to renew."""
+
     code = "no_clock"
 
 
 class NotDeclinable(Refusal):
+    """The lease is for exactly this port and can't move."""
+
     code = "not_declinable"
 
 
 class LeaseEnded(Refusal):
+    """The lease has ended."""
+
     code = "lease_ended"
 
 
 class RevisionGone(Refusal):
+    """The events after this revision are no longer kept, or the revision is of another store."""
+
     code = "revision_gone"
 
 
 class TooLarge(Refusal):
+    """The request exceeds a bound in bytes."""
+
     code = "too_large"
 
 
 class OtherNetwork(Refusal):
+    """The process is in another network namespace."""
+
     code = "other_network"
 
 
 class AnnounceUnreachable(Refusal):
+    """Hosts of the LAN can't reach the lease's address."""
+
     code = "announce_unreachable"
 
 
 class QuotaExceeded(Refusal):
+    """The user has as many leases as one user may have."""
+
     code = "quota_exceeded"
 
 
 class PoolExhausted(Refusal):
+    """No port of the pool is free."""
+
     code = "pool_exhausted"
 
 
@@ -95,31 +142,30 @@ FILE_LIMIT = "portd is at its file limit: raise LimitNOFILE of its unit (see 'po
 
 
 class Busy(Refusal):
-    """Too much at once: the same request may succeed after `retry_after` seconds."""
+    """A bound on concurrent work is reached: the same request may succeed after `retry_after_s` seconds."""
 
     code = "busy"
 
-    def __init__(self, detail: str, *, retry_after: int = 1) -> None:
-        super().__init__(detail)
-        self.retry_after = retry_after
+    def __init__(self, detail: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
 
 
 class StoreUnavailable(Refusal):
-    """The store wrote nothing, surely: a full disk, a read-only or locked file. Nothing has changed."""
+    """The store wrote nothing, for certain: a full disk, a read-only or locked file. Nothing has changed."""
 
     code = "store_unavailable"
 
 
 class Fault(PortdError):
-    """Ours: the daemon must stop, and its operator must know. The message says the way out."""
+    """A fault of portd's own: the daemon must stop. The message tells its operator the way out."""
 
 
 class StoreLost(Fault):
-    """Nobody knows whether a commit reached the disk: stop, and recover from what the disk says."""
+    """Whether a commit reached the disk is unknown: stop, and recover from the disk."""
 
 
 class StoreDamaged(Fault):
-    """The database is not what it should be (damaged, newer, not ours). It was left exactly as it is."""
+    """The database is damaged, newer than this portd, or not portd's. It was left exactly as it is."""
 
 
 class StateUnusable(Fault):

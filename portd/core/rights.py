@@ -1,4 +1,4 @@
-"""Who may do what. The caller is known by the kernel or by a token; nothing here asks anybody."""
+"""Who may do what, as pure functions of a caller that has been identified already."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from portd.core.model import KnownBy, Lease
 
 
 class Caller(Struct, frozen=True, gc=False, kw_only=True):
-    """Who asks. `uid` and `pid` are None where the kernel can't tell (another host, another pid namespace).
+    """Who makes a request.
 
-    `admin`: root, a member of the admin group, or a bearer of an admin token. `token_hash` is what the caller showed,
-    hashed, or None. `other_network`: the caller's process is in another network namespace, or that is not known: it
-    gets no port and no socket of this host.
+    `uid` and `pid` are None where the kernel can't tell (another host, another pid namespace). `admin`: root, a member
+    of the admin group, or a bearer of an admin token. `token_hash` is the hash of the token that the caller showed, or
+    None; `token_name` is the name of that token where it is one of the configuration. `is_known` is False for a caller
+    whom neither the kernel nor a token of the configuration identifies. `other_network`: the caller's process is in
+    another network namespace, or that is not known: it gets no port and no socket of this host.
     """
 
     uid: int | None = None
@@ -23,26 +25,38 @@ class Caller(Struct, frozen=True, gc=False, kw_only=True):
     known_by: KnownBy = "token"
     admin: bool = False
     token_hash: bytes | None = None
+    token_name: str | None = None
     other_network: bool = False
+    is_known: bool = True
+
+    @property
+    def user(self) -> int | str | None:
+        """Return the user for names and quotas: a uid, or `token:NAME` for a token of the configuration."""
+        return self.uid if self.token_name is None or self.uid is not None else f"token:{self.token_name}"
 
 
 def check_change(caller: Caller, lease: Lease) -> None:
     """Let pass who may change the lease: the lease's uid, whoever shows its token, and admins.
 
-    Raises Unauthenticated when nothing is known of the caller, NotOwner when too much is.
+    Raises Unauthenticated for an anonymous caller, NotOwner for any other user.
     """
     if caller.admin or (caller.uid is not None and caller.uid == lease.uid):
         return
     if caller.token_hash is not None and hmac.compare_digest(caller.token_hash, lease.token_hash):
         return
     if caller.uid is None and caller.token_hash is None:
-        raise Unauthenticated("who calls is not known here: send the lease's token as 'Authorization: Bearer TOKEN'")
+        raise Unauthenticated(
+            "the caller can't be identified over this connection: "
+            "send the lease's token as 'Authorization: Bearer TOKEN'"
+        )
+    user = f"{lease.owner.user} " if lease.owner.user is not None and lease.owner.uid == lease.uid else ""
+    holder = f"{user}(uid {lease.uid})" if lease.uid is not None else "a token"
     raise NotOwner(
-        f"lease {lease.id} ({lease.instance}, port {lease.port}) belongs to "
-        f"{lease.uid if lease.uid is not None else 'a token'}; show its token to change it"
+        f"lease {lease.id} ({lease.instance}, port {lease.port}) belongs to {holder}: send its token to change it"
     )
 
 
 def sees_cmdline(caller: Caller, lease_uid: int | None) -> bool:
-    """Tell whether the caller may read the command line of a process of this uid: it may hold secrets."""
+    """Tell whether the caller may read what may hold secrets of a process or lease of this uid: its command line, and
+    the headers and query of its check."""
     return caller.admin or (caller.uid is not None and caller.uid == lease_uid)

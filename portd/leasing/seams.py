@@ -95,7 +95,8 @@ class Loaded(NamedTuple):
     endpoint) and port that history still keeps, oldest end first; `events` the newest ones, oldest first: all that came
     after revision `complete_after`.
 
-    No start before has given a revision beyond `revision`.
+    No start before has given a revision beyond `revision`. `store_id` is a random name of this store, made with it; a
+    revision means nothing without it.
     """
 
     live: list[Lease]
@@ -103,6 +104,7 @@ class Loaded(NamedTuple):
     events: list[Event]
     revision: int
     complete_after: int
+    store_id: str = ""
 
 
 class LeaseStore(Protocol):

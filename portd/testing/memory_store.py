@@ -46,6 +46,7 @@ class MemoryStore:
             events,
             first,
             self._pruned_to,
+            "0123456789abcdef",
         )
 
     async def commit(self, events: Sequence[Event]) -> None:

@@ -22,7 +22,7 @@ class Door:
         listener.bind(self._path)
         listener.listen()
         world.processes.start(41)
-        self.server = HandoffServer(world.service, self, lambda connection: world.caller(41), lambda: None)
+        self.server = HandoffServer(world.service, self, lambda connection: world.caller(41), lambda: None, str)
         self.server.serve(listener)
 
     def pass_on(self, lease_id, protocol, address, port):

@@ -20,9 +20,9 @@ from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import Daemon, Stream, dial, wait_for
 
 IMPATIENT = """
-import portd.adapters.http.server as server, portd.adapters.http.events as events
-server.REQUEST_TIMEOUT_S = server.ANSWER_TIMEOUT_S = 1.0
-server.KEEPALIVE_S = 1.5
+import portd.adapters.http.front as front, portd.adapters.http.events as events
+front.REQUEST_TIMEOUT_S = front.ANSWER_TIMEOUT_S = 1.0
+front.KEEPALIVE_S = 1.5
 events.BUFFER_MAX_BYTES = 100_000
 events.CATCH_UP_S = 1.0
 events.HEARTBEAT_S = 0.5
@@ -209,7 +209,7 @@ def length(head: bytes) -> int:
 
 
 def test_more_connections_than_the_bound_are_closed_and_there_is_room_again_afterwards(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon(prelude="import portd.adapters.http.server as server; server.CONNECTIONS_MAX = 50").start()
+    daemon = make_daemon(prelude="import portd.adapters.http.front as front; front.CONNECTIONS_MAX = 50").start()
     with contextlib.ExitStack() as stack:
         for _ in range(50):
             stack.enter_context(contextlib.closing(dial(daemon.socket)))

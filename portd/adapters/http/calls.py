@@ -11,9 +11,10 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from portd.adapters.http.problems import InvalidQuery, RequestTimeout, UnsupportedMediaType
 from portd.core.errors import InvalidRequest, TooLarge
-from portd.core.problems import InvalidQuery, RequestTimeout, UnsupportedMediaType, pointer_of
 from portd.core.rights import Caller
+from portd.core.validation import explain
 
 BODY_MAX_BYTES: Final = 256 * 1024
 """The largest body: an array of 256 requests with generous metadata fits."""
@@ -37,11 +38,15 @@ class Call(Struct, frozen=True, gc=False):
 
 
 class Answer(NamedTuple):
-    """What is sent back: `body` is encoded as JSON; None means no body at all."""
+    """What is sent back: `body` is encoded as JSON; None means no body at all.
+
+    `revision` is the one that the body shows, None where that is the newest one when it is sent.
+    """
 
     body: Any
     status: int = 200
     headers: dict[str, str] = {}
+    revision: int | None = None
 
 
 Handler = Callable[[Call], Awaitable[Answer | web.StreamResponse]]
@@ -94,7 +99,7 @@ class Reader:
         try:
             query = msgspec.convert(raw, self._query_type, strict=False)
         except msgspec.ValidationError as error:
-            what, pointer = pointer_of(error)
+            what, pointer = explain(error)
             raise InvalidQuery(what, pointer=pointer) from None
         if null := next((given for given in raw if getattr(query, given) is None), None):
             raise InvalidQuery("a query has no null: leave the parameter out", pointer=f"/{null}")
@@ -122,7 +127,7 @@ def decode_body(decode: Callable[[bytes], Any], kind: Any, data: bytes) -> Any:
             # 158.0 and 1.58e2 are integers by JSON Schema (draft 2020-12, validation, section 6.1.1), none to msgspec.
             return msgspec.convert(_with_integers(msgspec.json.decode(data)), kind)
     except msgspec.ValidationError as error:
-        what, pointer = pointer_of(error)
+        what, pointer = explain(error)
         raise InvalidRequest(what, pointer=pointer) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}", pointer="") from None

@@ -17,9 +17,10 @@ from aiohttp import HttpVersion11, web
 from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Call, Route, encode
+from portd.adapters.http.front import FRONT
+from portd.adapters.http.problems import InvalidQuery
 from portd.core.errors import Busy, InvalidRequest
 from portd.core.model import Event, Label
-from portd.core.problems import InvalidQuery
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import EventView, view_event
 from portd.leasing.feed import Feed
@@ -142,6 +143,7 @@ class EventCalls:
             }
         )
         stream = _Stream(call.request.transport)
+        call.request.get_extra_info(FRONT).is_stream = True
         try:
             with self._joined(stream, call.caller, service):  # nothing is missed: `past` ends where this begins
                 response.enable_chunked_encoding()

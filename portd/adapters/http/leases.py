@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final, TypeAlias
 from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route
+from portd.adapters.http.problems import InvalidQuery
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
-from portd.core.problems import InvalidQuery
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import LeaseView
@@ -18,7 +18,7 @@ from portd.leasing.service import Granted, LeaseService
 
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
-Grants: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
+GrantBody: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
 
 
 class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,9 +46,9 @@ class LeaseList(Struct, frozen=True):
     next: str | None
 
 
-def as_requests(wish: Grants) -> list[LeaseRequest]:
+def as_requests(body: GrantBody) -> list[LeaseRequest]:
     """Return the requests in the body of a call for leases: one or an array."""
-    return wish if isinstance(wish, list) else [wish]
+    return body if isinstance(body, list) else [body]
 
 
 class LeaseCalls:
@@ -69,7 +69,7 @@ class LeaseCalls:
                 self.grant,
                 "Grant one lease, or several: all or none",
                 {201: LeaseView | list[LeaseView], 200: LeaseView | list[LeaseView]},
-                body=Grants,
+                body=GrantBody,
                 refusals=(
                     "unauthenticated",
                     "not_owner",
@@ -151,13 +151,13 @@ class LeaseCalls:
         requests = as_requests(call.body)
         return self.show_granted(await self._service.grant(requests, call.caller), call.body, call.caller)
 
-    def show_granted(self, granted: Granted, wish: Grants, caller: Caller) -> Answer:
+    def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
         """Show what a call for leases brought, in the shape that it was asked for in."""
         views = [
             self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
             for lease, token in zip(granted.leases, granted.tokens, strict=True)
         ]
-        return Answer(views if isinstance(wish, list) else views[0], 201 if granted.is_new else 200)
+        return Answer(views if isinstance(body, list) else views[0], 201 if granted.is_new else 200)
 
     async def listing(self, call: Call) -> Answer:
         """GET /v1/leases, in the order of (service, instance, endpoint), which a page can be taken up from."""

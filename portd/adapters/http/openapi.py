@@ -10,7 +10,7 @@ import msgspec
 
 from portd import __version__
 from portd.adapters.http.calls import Answer, Call, Route, encode
-from portd.core.problems import PROBLEM_TYPE, STATUS, TITLE, Problem
+from portd.adapters.http.problems import PROBLEM_TYPE, STATUS, TITLE, Problem
 
 _REF = "#/components/schemas/{name}"
 

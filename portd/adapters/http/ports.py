@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from portd.adapters.http.authenticator import user_name
 from portd.adapters.http.calls import Answer, Call, Route
-from portd.adapters.http.gate import user_name
 from portd.core.bindings import overlaps
 from portd.core.errors import InvalidRequest
 from portd.core.model import Listener, Owner, Protocol

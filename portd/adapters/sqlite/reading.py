@@ -62,6 +62,7 @@ def load(database: sqlite3.Connection) -> Loaded:
         event_rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
         pruned_to = database.execute(f"SELECT {_PRUNED_TO}").fetchone()[0]
         started = database.execute("SELECT value FROM meta WHERE key = 'started_after'").fetchone()
+        number = database.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()
     events = [Event(revision, kind, at, decode_lease(body)) for revision, kind, at, body in reversed(event_rows)]
     revision = events[-1].revision if events else 0
     ahead = max((lease.revision for lease in remembered), default=0)
@@ -70,7 +71,7 @@ def load(database: sqlite3.Connection) -> Loaded:
     remembered.sort(key=lambda lease: lease.ended_at or 0.0)  # here, since SQLite would sort the bodies
     first = max(started[0], revision) + REVISION_GAP if started else 0
     complete_after = pruned_to if len(events) < EVENTS_LOADED else events[0].revision - 1
-    return Loaded(_live(live_rows, events), remembered, events, first, complete_after)
+    return Loaded(_live(live_rows, events), remembered, events, first, complete_after, f"{number[0]:016x}")
 
 
 def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:

@@ -93,6 +93,8 @@ MIGRATIONS: Final[Sequence[str]] = (
     INSERT OR IGNORE INTO events SELECT revision, created_at, 'updated', body FROM leases WHERE ended_at IS NULL;
     DROP TABLE leases;
     """,
+    # 3. `store_id` names this database among all others, so that a revision is never mistaken for one of another.
+    "INSERT INTO meta SELECT 'store_id', random() & 9223372036854775807;",
 )
 
 _MAGIC = b"SQLite format 3\0"

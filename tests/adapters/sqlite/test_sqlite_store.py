@@ -23,6 +23,17 @@ from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 from tests.adapters.sqlite.stores import opened
 
 
+def test_the_store_id_stays_with_the_database_and_is_its_own(tmp_path):
+    async def store_id(name):
+        async with opened(tmp_path / name) as store:
+            return (await store.load()).store_id
+
+    first = asyncio.run(store_id("first.db"))
+    assert len(first) == 16
+    assert asyncio.run(store_id("first.db")) == first
+    assert asyncio.run(store_id("second.db")) != first
+
+
 def test_the_one_private_name_of_aiosqlite_is_still_there():
     assert inspect.iscoroutinefunction(aiosqlite.Connection._execute)
     assert list(inspect.signature(aiosqlite.Connection._execute).parameters) == ["self", "fn", "args", "kwargs"]

@@ -41,7 +41,7 @@ async def make(kind: str, place: Path) -> LeaseStore:
 
 @on_every_store
 async def test_a_new_store_remembers_nothing_and_starts_at_revision_0(store):
-    assert await store.load() == ([], [], [], 0, 0)
+    assert (await store.load())[:5] == ([], [], [], 0, 0)
     assert await store.lease("lease-000001") is None
     assert await store.history(20001) == []
     assert await store.ended() == []
