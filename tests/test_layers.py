@@ -88,9 +88,7 @@ def allowed(module):
             "portd.core",
             "portd._client",
         }, "the command line speaks to the daemon as every client does"
-    if module == "portd.config":
-        return {"portd.core", "portd._client.endpoints"}, "the daemon serves where its clients look"
-    if module == "portd.logs":
+    if module in ("portd.config", "portd.logs"):
         return {"portd.core"}, "settings are data"
     if module == "portd.runtime":
         return set(), "the runtime serves any program"

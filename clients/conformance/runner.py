@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from clients.conformance.daemons import Stage
 from clients.conformance.drivers import DEADLINE_S, GREETING, SIGNAL_STATUSES, Driver
+from clients.conformance.impostor import Impostor
 from clients.conformance.matching import filled, mismatch
 from clients.conformance.standin import StandIn
 
@@ -34,6 +35,8 @@ STEPS = {
     "ask": {"body", "expect"},
     "standin": set(),
     "heard": set(),
+    "impostor": set(),
+    "unheard": set(),
     "stranger": {"port"},
     "dial": {"address"},
 }
@@ -59,6 +62,11 @@ class Case(NamedTuple):
     def needs_a_standin(self) -> bool:
         """Tell whether the stand-in plays in it."""
         return "$standin" in str((self.environment, self.steps))
+
+    @property
+    def needs_an_impostor(self) -> bool:
+        """Tell whether another user poses as portd in it."""
+        return "$impostor" in str((self.environment, self.steps))
 
 
 def cases() -> dict[str, Case]:
@@ -101,6 +109,12 @@ class Play:
             stack.callback((stage.directory / "standin.sock").unlink)
             stack.callback(self._standin_there.close)
             self._variables["standin"] = self._standin_there.url
+        if case.needs_an_impostor:
+            self._impostor_there = Impostor()
+            stack.callback(self._impostor_there.close)
+            self._variables["impostor"] = self._impostor_there.url
+            self._variables["impostor_http"] = self._impostor_there.http_url
+            self._variables["impostor_tmp"] = str(self._impostor_there.temporary)
         words = [sys.executable, "-m", "portd", "run", *case.run, "--", *command] if case.run else command
         own = {name: str(value) for name, value in filled(case.environment, self._variables).items()}
         self._driver = Driver(words, {**stage.environ, **own})
@@ -197,6 +211,13 @@ class Play:
 
     def _heard(self, step: dict[str, Any]) -> None:
         self._standin_there.wait_to_hear(step["heard"])
+
+    def _impostor(self, step: dict[str, Any]) -> None:
+        assert step["impostor"] == "poses"
+        self._impostor_there.pose()
+
+    def _unheard(self, step: dict[str, Any]) -> None:
+        assert not self._impostor_there.has_received(step["unheard"]), "it was sent to another user"
 
     # --- the host ---
 

@@ -37,9 +37,9 @@ type Client struct {
 	lookEvery time.Duration
 	wait      time.Duration // before the next try, while no daemon answers
 
-	mu      sync.Mutex
-	places  []*place // the one that answered last comes first
-	answers map[question]answer
+	mu        sync.Mutex
+	endpoints []*endpoint // the one that answered last comes first
+	answers   map[question]answer
 }
 
 // NewClient makes a client. It opens nothing yet; the error is an ErrInvalidURL.
@@ -57,7 +57,7 @@ func NewClient(config Config) (*Client, error) {
 		getenv = func(string) string { return config.URL }
 	}
 	var err error
-	c.places, err = places(getenv, os.Getuid())
+	c.endpoints, err = endpoints(getenv, os.Geteuid())
 	return c, err
 }
 
@@ -92,16 +92,16 @@ type request struct {
 	body   any
 	token  string        // the lease's own; "" takes the client's
 	wait   time.Duration // that the daemon may take beyond the timeout, in a long poll
-	at     *place        // nil: wherever a daemon answers
+	at     *endpoint     // nil: wherever a daemon answers
 }
 
 // A reply says who answered, and how.
 type reply struct {
 	status int
-	at     *place
+	at     *endpoint
 }
 
-// call makes a call at the first place that can be connected to.
+// call makes a call at the first endpoint that can be connected to.
 func (c *Client) call(ctx context.Context, r request, result any) (reply, error) {
 	var data []byte
 	if r.body != nil {
@@ -139,8 +139,8 @@ func (c *Client) call(ctx context.Context, r request, result any) (reply, error)
 }
 
 // exchange sends a request and reads the whole answer.
-func (p *place) exchange(ctx context.Context, r request, data []byte) (int, []byte, error) {
-	sent, err := http.NewRequestWithContext(ctx, r.method, p.base+r.path, bytes.NewReader(data))
+func (e *endpoint) exchange(ctx context.Context, r request, data []byte) (int, []byte, error) {
+	sent, err := http.NewRequestWithContext(ctx, r.method, e.base+r.path, bytes.NewReader(data))
 	if err != nil {
 		return 0, nil, err
 	}
@@ -150,7 +150,7 @@ func (p *place) exchange(ctx context.Context, r request, data []byte) (int, []by
 	if r.token != "" {
 		sent.Header.Set("Authorization", "Bearer "+r.token)
 	}
-	response, err := p.http.Do(sent)
+	response, err := e.http.Do(sent)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -162,7 +162,7 @@ func (p *place) exchange(ctx context.Context, r request, data []byte) (int, []by
 	return response.StatusCode, body, err
 }
 
-func understand(at *place, status int, body []byte, result any) error {
+func understand(at *endpoint, status int, body []byte, result any) error {
 	if status >= 400 {
 		return problemOf(status, body)
 	}
@@ -175,30 +175,30 @@ func understand(at *place, status int, body []byte, result any) error {
 	return nil
 }
 
-// isRefusedConnection tells whether nobody was reached at all, so that the next place may be tried.
+// isRefusedConnection tells whether nobody was reached at all, so that the next endpoint may be tried.
 func isRefusedConnection(err error) bool {
 	var operation *net.OpError
 	return errors.As(err, &operation) && operation.Op == "dial"
 }
 
-func (c *Client) candidates(pinned *place) []*place {
+func (c *Client) candidates(pinned *endpoint) []*endpoint {
 	if pinned != nil {
-		return []*place{pinned}
+		return []*endpoint{pinned}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return append([]*place(nil), c.places...)
+	return append([]*endpoint(nil), c.endpoints...)
 }
 
-// prefer puts a place first, for it answered.
-func (c *Client) prefer(answered *place) {
+// prefer puts an endpoint first, for it answered.
+func (c *Client) prefer(answered *endpoint) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	reordered := []*place{answered}
-	for _, one := range c.places {
+	reordered := []*endpoint{answered}
+	for _, one := range c.endpoints {
 		if one != answered {
 			reordered = append(reordered, one)
 		}
 	}
-	c.places = reordered
+	c.endpoints = reordered
 }

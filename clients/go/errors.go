@@ -82,11 +82,11 @@ type Attempt struct {
 }
 
 func (d *DaemonUnavailable) Error() string {
-	places := make([]string, len(d.Tried))
+	endpoints := make([]string, len(d.Tried))
 	for i, attempt := range d.Tried {
-		places[i] = fmt.Sprintf("%s (%v)", attempt.URL, cause(attempt.Err))
+		endpoints[i] = fmt.Sprintf("%s (%v)", attempt.URL, cause(attempt.Err))
 	}
-	return "portd: no portd answers at " + strings.Join(places, ", ") +
+	return "portd: no portd answers at " + strings.Join(endpoints, ", ") +
 		"; start one with 'portd serve --user', or name a running one in PORTD_URL"
 }
 

@@ -31,8 +31,7 @@ func (l *Lease) handOver(ctx context.Context) (sockets, error) {
 	path := l.at.handoffPath()
 	limited, cancel := context.WithTimeout(ctx, l.client.timeout)
 	defer cancel()
-	var dialer net.Dialer
-	dialed, err := dialer.DialContext(limited, "unixpacket", path)
+	dialed, err := l.at.dialUnix(limited, "unixpacket", path)
 	if limited.Err() != nil {
 		return sockets{}, l.unanswered(ctx, path, limited.Err())
 	}

@@ -125,7 +125,7 @@ func TestThePortOfALeaseNeverChangesForAProgramThatDidNotAskForIt(t *testing.T) 
 func TestALeaseStaysWithTheDaemonThatGaveIt(t *testing.T) {
 	leavesNothing(t)
 	d, c := ownDaemon(t)
-	c.places = append(c.places, must[*place](t)(parsePlace(shared.url)))
+	c.endpoints = append(c.endpoints, must[*endpoint](t)(parseEndpoint(shared.url)))
 	l := must[*Lease](t)(c.Acquire(bounded(t), "faithful"))
 	defer l.Close()
 	id := l.ID()

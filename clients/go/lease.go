@@ -20,7 +20,7 @@ const releaseTimeout = 2 * time.Second
 // A Lease is this process' right to a port. Close gives it back.
 type Lease struct {
 	client   *Client
-	at       *place // where it was had: another daemon that answers meanwhile knows nothing of it
+	at       *endpoint // where it was had: another daemon that answers meanwhile knows nothing of it
 	settings settings
 
 	opening sync.Mutex // one at a time opens sockets

@@ -36,7 +36,7 @@ func givenByRun(getenv func(string) string, endpoint string) *given {
 
 // adopt returns the given lease and where it is known, or nil where it is another service's or has ended. Without an
 // answer the environment is taken at its word: the port is ours as long as this process lives.
-func (g *given) adopt(ctx context.Context, c *Client, wanted wish) (*Document, *place, error) {
+func (g *given) adopt(ctx context.Context, c *Client, wanted wish) (*Document, *endpoint, error) {
 	found := &Document{}
 	answered, err := c.call(ctx, request{method: "GET", path: leasePath(g.id)}, found)
 	switch {

@@ -8,6 +8,7 @@ import http from "node:http";
 import { candidates, parse } from "./endpoints.js";
 import { DaemonUnavailable, NoAnswerInTime, problem, ProtocolError } from "./errors.js";
 import { serverSentEvents } from "./events.js";
+import { connect } from "./peers.js";
 
 /** Milliseconds that a call may take: twice what the daemon itself gives its disk. */
 const TIMEOUT_MS = 10_000;
@@ -32,7 +33,7 @@ export class Client {
 
   constructor({ url, token, timeoutMs = TIMEOUT_MS } = {}) {
     const environ = process.env;
-    this.#candidates = url ? [parse(url)] : candidates(environ, process.getuid());
+    this.#candidates = url ? [parse(url)] : candidates(environ, process.geteuid());
     this.#token = token ?? ("PORTD_LEASE" in environ ? undefined : environ.PORTD_TOKEN);
     this.#timeoutMs = timeoutMs;
   }
@@ -160,7 +161,7 @@ export class Client {
       ...(data && { "Content-Type": "application/json" }),
       ...((data || method !== "GET") && { "Content-Length": Buffer.byteLength(data ?? "") }),
     };
-    const request = { method, path: path + queryString(query), headers, agent: false, signal: limit.signal };
+    const request = { method, path: path + queryString(query), headers, signal: limit.signal };
     const tried = [];
     for (const place of this.#candidates) {
       try {
@@ -180,19 +181,22 @@ export class Client {
 class Unreached extends Error {}
 
 /** Make one request at one place; rejects with Unreached when nobody is there, ProtocolError when it breaks off. */
-async function exchange({ url, socketPath, host, port, isTls }, request, data, ref) {
-  const { request: begin } = isTls ? await import("node:https") : http;
+async function exchange(place, request, data, ref) {
+  const { url, socketPath, host, port } = place;
+  let socket;
+  try {
+    socket = await connect(place, { signal: request.signal, ref });
+  } catch (error) {
+    throw new Unreached(reason(error), { cause: error });
+  }
+  // over a unix socket "localhost" stands for the daemon
+  const authority = socketPath ? "localhost" : `${host.includes(":") ? `[${host}]` : host}:${port}`;
   return new Promise((resolve, reject) => {
-    // over a unix socket "localhost" stands for the daemon
-    const outgoing = begin({ ...request, ...(socketPath ? { socketPath, host: "localhost" } : { host, port }) });
-    let isConnected = false;
-    outgoing.on("socket", (socket) => {
-      if (!ref) socket.unref();
-      socket.once(isTls ? "secureConnect" : "connect", () => { isConnected = true; });
+    const outgoing = http.request({
+      ...request, headers: { Host: authority, ...request.headers }, createConnection: () => socket,
     });
     outgoing.on("response", resolve);
-    outgoing.on("error", (error) => reject(isConnected ? new ProtocolError(`${url}: ${broken(error)}`, { cause: error })
-      : new Unreached(reason(error), { cause: error })));
+    outgoing.on("error", (error) => reject(new ProtocolError(`${url}: ${broken(error)}`, { cause: error })));
     outgoing.end(data);
   });
 }

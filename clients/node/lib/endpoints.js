@@ -1,10 +1,10 @@
 /** Where a daemon may be: PORTD_URL, else the user's socket, the system's socket, loopback TCP. It opens nothing. */
 
-import { statSync } from "node:fs";
-
 import { InvalidUrl } from "./errors.js";
 
 const SYSTEM_URL = "unix:///run/portd/portd.sock";
+/** Where systemd makes XDG_RUNTIME_DIR of each user with a session, or with lingering (pam_systemd(8)). */
+const SESSIONS = "/run/user";
 const LOOPBACK_URL = "http://127.0.0.1:7783";
 
 /**
@@ -25,14 +25,20 @@ export function parse(url) {
 /** List where to look, best first; throws InvalidUrl for a PORTD_URL that can't be read. */
 export function candidates(environ, uid) {
   if (environ.PORTD_URL) return [parse(environ.PORTD_URL)];
-  return [...userUrls(environ, uid), SYSTEM_URL, LOOPBACK_URL].map(parse);
+  return [...userPlaces(environ, uid), parse(SYSTEM_URL), parse(LOOPBACK_URL)];
 }
 
-/** The user daemon's socket (XDG Base Directory Specification); none where somebody else made its directory. */
-function userUrls(environ, uid) {
-  if (environ.XDG_RUNTIME_DIR) return [`unix://${environ.XDG_RUNTIME_DIR}/portd/portd.sock`];
+/**
+ * The user daemon's socket (XDG Base Directory Specification). Without a session's environment (cron, su, sudo, ssh) the
+ * daemon may have been started in a session, or just like this: `runtimeDirectory` must be the user's alone then.
+ */
+function userPlaces(environ, uid) {
+  if (environ.XDG_RUNTIME_DIR) return [userPlace(environ.XDG_RUNTIME_DIR)];
   const temporary = (environ.TMPDIR || environ.TEMP || environ.TMP || "/tmp").replace(/\/+$/, "");
-  const runtime = `${temporary}/portd-runtime-${uid}`;
-  const owner = statSync(runtime, { throwIfNoEntry: false })?.uid ?? uid; // not there: named among what was tried
-  return owner === uid ? [`unix://${runtime}/portd/portd.sock`] : []; // anybody can make one there, and pose as portd
+  return [`${SESSIONS}/${uid}`, `${temporary}/portd-runtime-${uid}`]
+    .map((runtimeDirectory) => ({ ...userPlace(runtimeDirectory), runtimeDirectory }));
+}
+
+function userPlace(directory) {
+  return parse(`unix://${directory}/portd/portd.sock`);
 }

@@ -13,12 +13,12 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from random import random
 from typing import Any, Literal, Unpack
 
-from . import calls, endpoints, leasing, steps
+from . import calls, endpoints, leasing, peers, steps
 from .client import READ_BYTES, SILENCE_S, TIMEOUT_S, reason
 from .endpoints import Endpoint
 from .errors import DaemonUnavailable, NoAnswerInTime, PortdError, PortTaken, ProtocolError, Retryable
@@ -171,17 +171,47 @@ class AsyncClient:
         tried = []
         for endpoint in self._candidates:
             try:
-                if endpoint.path:
-                    stream, writer = await asyncio.open_unix_connection(endpoint.path)
-                else:
-                    tls = ssl.create_default_context() if endpoint.tls else None
-                    stream, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=tls)
+                stream, writer = await _connect_to(endpoint)
             except OSError as error:
                 tried.append((endpoint.url, reason(error)))
                 continue
             self._candidates = [endpoint, *(other for other in self._candidates if other is not endpoint)]
             return stream, writer, endpoint
         raise DaemonUnavailable(tried)
+
+
+async def _connect_to(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to one place; raises OSError when nobody is there, or somebody who is not portd."""
+    if endpoint.tls:
+        return await asyncio.open_connection(endpoint.host, endpoint.port, ssl=ssl.create_default_context())
+    if endpoint.path:
+        peers.check_directory(endpoint)
+        stream, writer = await asyncio.open_unix_connection(endpoint.path)
+        with _closed_on_error(writer):
+            peers.check_unix(writer.get_extra_info("socket"))
+        return stream, writer
+    loop = asyncio.get_running_loop()
+    failure: OSError | None = None
+    for _, _, _, _, address in await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM):
+        try:
+            listener = peers.LoopbackCheck(str(address[0]), endpoint.port)
+            stream, writer = await asyncio.open_connection(str(address[0]), endpoint.port)
+            with _closed_on_error(writer):
+                listener.check()
+        except OSError as error:
+            failure = error
+        else:
+            return stream, writer
+    raise failure or OSError(f"{endpoint.host} has no address")
+
+
+@contextmanager
+def _closed_on_error(writer: asyncio.StreamWriter) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        writer.transport.abort()
+        raise
 
 
 async def drive(client: AsyncClient, sequence: steps.Steps) -> Any:

@@ -9,13 +9,13 @@ import _socket
 import os
 from time import monotonic
 
-from . import calls, endpoints
+from . import calls, endpoints, peers
 from .errors import DaemonUnavailable, NoAnswerInTime, ProtocolError
 from .protocol import EventReader, Request, ResponseReader, result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from .endpoints import Endpoint
@@ -145,25 +145,29 @@ def reason(error: OSError) -> str:
 
 
 def _open(endpoint: Endpoint, timeout_s: float) -> Any:
+    """Connect to one place; raises OSError when nobody is there, or somebody who is not portd."""
     if endpoint.tls:
         return _open_tls(endpoint, timeout_s)
     if endpoint.path:
-        return _connected(_socket.AF_UNIX, endpoint.path, timeout_s)
+        peers.check_directory(endpoint)
+        return _connected(_socket.AF_UNIX, endpoint.path, timeout_s, peers.check_unix)
     failure: OSError | None = None
     host = endpoint.host.encode() if endpoint.host.isascii() else endpoint.host  # a str would load the IDNA codec: 5 ms
     for family, _, _, _, address in _socket.getaddrinfo(host, endpoint.port, 0, _socket.SOCK_STREAM):
         try:
-            return _connected(family, address, timeout_s)
+            listener = peers.LoopbackCheck(*address[:2])
+            return _connected(family, address, timeout_s, listener.check)
         except OSError as error:
             failure = error
     raise failure or OSError(f"{endpoint.host} has no address")
 
 
-def _connected(family: int, address: Any, timeout_s: float) -> Any:
+def _connected(family: int, address: Any, timeout_s: float, check: Callable[[Any], None]) -> Any:
     connection = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(timeout_s)
         connection.connect(address)
+        check(connection)
     except BaseException:
         connection.close()
         raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from .errors import InvalidUrl
 
 TYPE_CHECKING = False
@@ -12,18 +10,26 @@ if TYPE_CHECKING:
 
 SYSTEM_SOCKET = "/run/portd/portd.sock"
 LOOPBACK_PORT = 7783
+SESSIONS = "/run/user"
+"""Where systemd makes XDG_RUNTIME_DIR of each user with a session, or with lingering (pam_systemd(8))."""
 
 
 class Endpoint:
-    """One place. Over a unix socket `path` is set; else `host` and `port`, with TLS where `tls` says so."""
+    """One place. Over a unix socket `path` is set; else `host` and `port`, with TLS where `tls` says so.
 
-    __slots__ = ("host", "path", "port", "tls")
+    `runtime_directory` is set where no setting named the place: the directory that must be the user's alone.
+    """
 
-    def __init__(self, path: str = "", host: str = "", port: int = 0, *, tls: bool = False) -> None:
+    __slots__ = ("host", "path", "port", "runtime_directory", "tls")
+
+    def __init__(
+        self, path: str = "", host: str = "", port: int = 0, *, tls: bool = False, runtime_directory: str = ""
+    ) -> None:
         self.path = path
         self.host = host
         self.port = port
         self.tls = tls
+        self.runtime_directory = runtime_directory
 
     @property
     def url(self) -> str:
@@ -67,27 +73,22 @@ def candidates(environ: Mapping[str, str], uid: int) -> list[Endpoint]:
     """List where to look, best first; raises InvalidUrl for a PORTD_URL that can't be read."""
     if url := environ.get("PORTD_URL"):
         return [parse(url)]
-    own = user_socket(environ, uid)
-    is_ours = bool(environ.get("XDG_RUNTIME_DIR")) or _is_own(own.removesuffix("/portd/portd.sock"), uid)
-    return [
-        *([Endpoint(own)] if is_ours else []),
-        Endpoint(SYSTEM_SOCKET),
-        Endpoint(host="127.0.0.1", port=LOOPBACK_PORT),
-    ]
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        own = [Endpoint(user_socket(runtime))]
+    else:  # cron, su, sudo, ssh without a session: the daemon may have been started in one, or just like this
+        own = [
+            Endpoint(user_socket(directory), runtime_directory=directory)
+            for directory in (f"{SESSIONS}/{uid}", stand_in(environ, uid))
+        ]
+    return [*own, Endpoint(SYSTEM_SOCKET), Endpoint(host="127.0.0.1", port=LOOPBACK_PORT)]
 
 
-def user_socket(environ: Mapping[str, str], uid: int) -> str:
-    """Return the path of the user daemon's socket (XDG Base Directory Specification)."""
-    runtime = environ.get("XDG_RUNTIME_DIR")
-    if not runtime:
-        temporary = next((environ[name] for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name)), "/tmp")
-        runtime = f"{temporary.rstrip('/')}/portd-runtime-{uid}"
+def stand_in(environ: Mapping[str, str], uid: int) -> str:
+    """Return the user's directory in the system's temporary directory, for hosts without /run/user/UID."""
+    temporary = next((environ[name] for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name)), "/tmp")
+    return f"{temporary.rstrip('/')}/portd-runtime-{uid}"
+
+
+def user_socket(runtime: str) -> str:
+    """Return the path of the user daemon's socket in a runtime directory."""
     return f"{runtime}/portd/portd.sock"
-
-
-def _is_own(directory: str, uid: int) -> bool:
-    """Tell whether a directory under the temporary one is the user's: anybody can make one there, and pose as portd."""
-    try:
-        return os.stat(directory).st_uid == uid
-    except OSError:
-        return True  # not there: the socket is named among what was tried

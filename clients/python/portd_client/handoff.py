@@ -8,7 +8,7 @@ from __future__ import annotations
 import _socket
 from array import array
 
-from . import documents
+from . import documents, peers
 from .errors import DaemonUnavailable, PortdError, ProtocolError, problem
 
 TYPE_CHECKING = False
@@ -43,7 +43,9 @@ def receive(endpoint: Endpoint, message: Mapping[str, Any]) -> tuple[LeaseDocume
     try:
         connection.settimeout(ANSWER_TIMEOUT_S)
         try:
+            peers.check_directory(endpoint)
             connection.connect(path)
+            peers.check_unix(connection)
         except OSError as error:
             raise NoHandoff(f"{path}: {(error.strerror or str(error)).lower()}") from error
         connection.sendall(documents.encode(dict(message)))

@@ -29,25 +29,18 @@ def test_without_it_the_users_socket_comes_before_the_systems_and_loopback() -> 
     ]
 
 
-def test_without_a_runtime_directory_the_daemon_and_the_client_meet_in_the_temporary_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_daemon_and_client_meet_without_a_session_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from portd.config import user_paths
 
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    assert endpoints.user_socket(os.environ, os.getuid()) == user_paths().socket
-
-
-def test_a_directory_that_somebody_else_made_is_not_taken_for_the_users(tmp_path: Path) -> None:
-    environ = {"TMPDIR": str(tmp_path)}
-    mine = endpoints.user_socket(environ, os.getuid())
-    Path(mine).parents[1].mkdir()
-    assert endpoints.candidates(environ, os.getuid())[0].url == f"unix://{mine}"
-    other = os.getuid() + 1
-    Path(endpoints.user_socket(environ, other)).parents[1].mkdir()  # made by us, so foreign to the other uid
-    assert endpoints.candidates(environ, other)[0].url == "unix:///run/portd/portd.sock"
+    looked_at = [place.path for place in endpoints.candidates({"TMPDIR": str(tmp_path)}, os.getuid())]
+    assert user_paths().socket in looked_at
+    assert looked_at[:2] == [
+        f"/run/user/{os.getuid()}/portd/portd.sock",
+        f"{tmp_path}/portd-runtime-{os.getuid()}/portd/portd.sock",
+    ]
 
 
 @pytest.mark.parametrize(
