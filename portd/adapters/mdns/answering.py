@@ -1,169 +1,227 @@
-"""Answers questions out of the zone: at the right moment, by the right way, and never more than needed (RFC 6762
-sections 5 to 7). Knows neither how names are won nor who wants them."""
+"""Decides what to answer to multicast DNS queries, when, and by which way (RFC 6762 sections 5 to 7, 11).
+
+Pure: no socket, no timer; the responder passes in the time and the queries, and sends what comes out. Nobody is used to
+flood somebody else: answers to one host's address go to neighbours only and are bounded in bytes a second, a record is
+multicast at most once a second, and what one query may ask for is bounded. How names are won is not known here.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
+from typing import NamedTuple, TypeVar
 
 from portd.adapters.mdns import wire
 from portd.adapters.mdns.interfaces import Interface, Interfaces
-from portd.adapters.mdns.sockets import PORT, Arrival, Sockets, Target
+from portd.adapters.mdns.sockets import PORT, Arrival, Target
 from portd.adapters.mdns.wire import DNSIncoming, DNSPointer, DNSQuestion, DNSRecord, DNSService
-from portd.adapters.mdns.zone import Entry, HostName, Standing, Zone
+from portd.adapters.mdns.zone import Entry, Zone
 
 SHARED_DELAY_S = (0.020, 0.120)
-"""Answers that others may give too wait a random while, so that they don't collide (section 6)."""
+"""Random delay of an answer that other hosts may give too, so that answers don't collide (section 6)."""
 REPEAT_S = 1.0
-"""A record is not multicast again on a link sooner than this (section 6)…"""
+"""Least time between two multicasts of a record on a link (section 6)."""
 DEFENCE_S = 0.25
-"""…unless a probe asks (section 6), which can't wait."""
+"""The same for the answer to a probe, which can't wait (section 6)."""
 MORE_KNOWN_S = (0.400, 0.500)
 """How long to wait for the rest of the known answers after a truncated query (section 7.2)."""
 HELD_QUERIES = 64
-AT_ONCE = 64
-"""Answers encoded before the loop gets its turn, about 2 ms."""
+"""Truncated queries kept at once; further ones are answered without their known answers."""
+QUESTIONS = 128
+"""Different questions of one query that are answered. Browsers ask for a few dozen; each costs up to the whole zone."""
+KNOWN_ANSWERS = 4096
+"""Known answers of one truncated query that are remembered."""
+ANSWERS_AT_ONCE = 64
+"""Answers encoded in one call, about 2 ms."""
 PER_PACKET = 16
 """Services whose PTR, SRV and TXT share a packet with the host's addresses."""
 LEGACY_ANSWERS = 32
+"""Answers offered to a resolver that knows no multicast; one packet has no room for more."""
+DIRECT_BYTES, DIRECT_BYTES_IN_ALL = 32_768, 262_144
+"""Bytes a second sent to one address, and to all together. Beyond them queries are answered by multicast, which a
+forged source address can't multiply, and legacy queries not at all."""
+
+T = TypeVar("T")
+Random = Callable[[float, float], float]
+"""Returns a number between two others: `random.uniform`, or a test's own."""
+
+
+class Sending(NamedTuple):
+    """Packets and where they go."""
+
+    target: Target
+    packets: list[bytes]
 
 
 class Answerer:
-    """Gives the zone's records to who asks. Call `said` for what was multicast otherwise."""
+    """Gives the zone's records to whoever asks. Call `note_multicast` for what was multicast by others of portd's."""
 
-    def __init__(self, zone: Zone, sockets: Sockets) -> None:
+    def __init__(self, zone: Zone, random: Random) -> None:
         self._zone = zone
-        self._sockets = sockets
+        self._random = random
         self.links: Interfaces = {}
-        self._due: dict[Target, dict[DNSRecord, float]] = {}
-        self._said: dict[Target, dict[DNSRecord, float]] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._wakes_at = 0.0
+        self._planned: dict[Target, dict[DNSRecord, float]] = {}
+        self._sent_at: dict[Target, dict[DNSRecord, float]] = {}
         self._held: dict[str, _HeldQuery] = {}
-        self._now = asyncio.get_running_loop().time
+        self._direct = _Budget()
 
-    def close(self) -> None:
-        """Answer nothing any more; may be called twice."""
-        if self._timer is not None:
-            self._timer.cancel()
-        for held in self._held.values():
-            held.timer.cancel()
-        self._held.clear()
-        self._due.clear()
+    def receive(self, now: float, arrival: Arrival, message: DNSIncoming) -> list[Sending]:
+        """Plan the answers to a query; returns those that go out at once.
 
-    def receive(self, arrival: Arrival, message: DNSIncoming) -> None:
-        """Take a query in. One that was sent to this host alone counts only from a neighbour (section 5.5, 11)."""
+        A query that was sent to this host alone, or from another port than 5353, counts only if it comes from a
+        neighbour (sections 5.5, 6.7 and 11).
+        """
         link = self.links.get(arrival.link)
-        if link is None or not (arrival.is_multicast or _is_neighbour(link, arrival.source)):
-            return
+        if link is None:
+            return []
+        is_neighbour = _is_neighbour(link, arrival.source)
+        if not is_neighbour and (not arrival.is_multicast or arrival.port != PORT):
+            return []
         if arrival.port != PORT:
-            if message.questions:
-                self._answer_legacy(arrival, link, message)
-            return
+            return self._answer_legacy(now, arrival, link, message)
         held = self._held.get(arrival.source)
         if held is not None:
-            held.questions += message.questions
-            held.known.update((record, record) for record in message.answers())
-            return
-        known = {record: record for record in message.answers()}
+            held.add(message)
+            return []
+        query = _HeldQuery(arrival, now, is_neighbour)
+        query.add(message)
         if message.truncated and len(self._held) < HELD_QUERIES:
-            timer = asyncio.get_running_loop().call_later(random.uniform(*MORE_KNOWN_S), self._release, arrival, link)
-            self._held[arrival.source] = _HeldQuery(list(message.questions), known, timer)
-            return
-        self._answer(arrival, link, message.questions, known, is_probe=message.is_probe())
+            query.due = now + self._random(*MORE_KNOWN_S)
+            self._held[arrival.source] = query
+            return []
+        return self._answer(now, query, link, is_probe=message.is_probe())
 
-    def said(self, targets: Iterable[Target], records: Iterable[DNSRecord]) -> None:
-        """Take note of what has just been multicast."""
-        now = self._now()
-        records = list(records)
-        for target in targets:
-            said = self._said.setdefault(target, {})
-            if len(said) > 64 and len(said) > 8 * len(self._zone.entries):  # most are of services long gone
-                said = self._said[target] = {record: at for record, at in said.items() if now - at < wire.OTHER_TTL / 4}
-            said.update(dict.fromkeys(records, now))
+    def tick(self, now: float) -> list[Sending]:
+        """Return what is due at `now`; call again at `deadline`."""
+        out: list[Sending] = []
+        for source in [source for source, query in self._held.items() if query.due <= now]:
+            query = self._held.pop(source)
+            link = self.links.get(query.arrival.link)
+            if link is not None:
+                out += self._answer(now, query, link, is_probe=False)
+        budget = ANSWERS_AT_ONCE
+        for target, planned in list(self._planned.items()):
+            due = [record for record, at in planned.items() if at <= now][:budget]
+            budget -= len(due)
+            for record in due:
+                del planned[record]
+            if not planned:
+                del self._planned[target]
+            out += self._multicast(now, target, due)
+        return out
 
-    def forget(self, record: DNSRecord) -> None:
-        """Say a record no more, whoever asked for it."""
-        for due in self._due.values():
-            due.pop(record, None)
-        for said in self._said.values():
-            said.pop(record, None)
+    def deadline(self) -> float | None:
+        """Return when `tick` has something to do, None when there is nothing."""
+        times = [at for planned in self._planned.values() for at in planned.values()]
+        times += [query.due for query in self._held.values()]
+        return min(times, default=None)
 
-    def _release(self, arrival: Arrival, link: Interface) -> None:
-        held = self._held.pop(arrival.source)
-        self._answer(arrival, link, held.questions, held.known, is_probe=False)
+    def note_multicast(self, now: float, target: Target, records: Iterable[DNSRecord]) -> None:
+        """Remember what was multicast, so that it is not repeated within a second."""
+        sent_at = self._sent_at.setdefault(target, {})
+        if len(sent_at) > 64 and len(sent_at) > 8 * len(self._zone.entries):  # most are of services long gone
+            sent_at = self._sent_at[target] = {
+                record: at for record, at in sent_at.items() if now - at < wire.OTHER_TTL / 4
+            }
+        sent_at.update(dict.fromkeys(records, now))
 
-    def _answer(
-        self,
-        arrival: Arrival,
-        link: Interface,
-        questions: list[DNSQuestion],
-        known: dict[DNSRecord, DNSRecord],
-        *,
-        is_probe: bool,
-    ) -> None:
+    # --- answers ---
+
+    def _answer(self, now: float, query: _HeldQuery, link: Interface, *, is_probe: bool) -> list[Sending]:
+        arrival = query.arrival
         target = Target(arrival.family, arrival.link)
-        said = self._said.get(target, {})
-        now = self._now()
+        sent_at = self._sent_at.get(target, {})
         direct: list[DNSRecord] = []
-        for question in questions:
-            for record, is_shared in self._records(question, link):
-                heard = known.get(record)
-                if heard is not None and heard.ttl * 2 >= record.ttl and not is_probe:
-                    continue
-                last = said.get(record, -1e9)
+        for question in query.questions.values():
+            is_direct = query.is_neighbour and (question.unicast or not arrival.is_multicast)
+            for record, is_shared in self._find(question, link):
+                last = sent_at.get(record, -1e9)
                 if is_probe:
                     self._plan(target, record, max(now, last + DEFENCE_S))
-                elif (question.unicast or not arrival.is_multicast) and now - last < record.ttl / 4:
+                elif query.knows(record):
+                    continue
+                elif is_direct and now - last < record.ttl / 4:
                     direct.append(record)
                 else:
-                    delay = random.uniform(*SHARED_DELAY_S) if is_shared else 0.0
+                    delay = self._random(*SHARED_DELAY_S) if is_shared else 0.0
                     self._plan(target, record, max(now + delay, last + REPEAT_S))
-        for start in range(0, len(direct), PER_PACKET):
-            answers = direct[start : start + PER_PACKET]
-            self._sockets.send(
-                wire.encode_response(answers, self._additionals(answers, link)),
-                [Target(arrival.family, arrival.link, arrival.source, arrival.port)],
-            )
+        return self._answer_directly(now, arrival, link, direct)
 
-    def _answer_legacy(self, arrival: Arrival, link: Interface, message: DNSIncoming) -> None:
-        answers = [record for question in message.questions[:4] for record, _ in self._records(question, link)]
-        if answers:
-            cut = answers[:LEGACY_ANSWERS]
-            packet = wire.encode_legacy(message, cut, self._additionals(cut, link))
-            if len(cut) < len(answers):
-                packet = packet[:2] + bytes([packet[2] | 0x02]) + packet[3:]
-            self._sockets.send([packet], [Target(arrival.family, arrival.link, arrival.source, arrival.port)])
+    def _answer_directly(
+        self, now: float, arrival: Arrival, link: Interface, records: list[DNSRecord]
+    ) -> list[Sending]:
+        """Send records to the asker's address as long as its budget lasts, and the rest by multicast."""
+        out: list[Sending] = []
+        group = Target(arrival.family, arrival.link)
+        for answers in slices(records, PER_PACKET):
+            if not self._direct.is_left(now, arrival.source):
+                last = self._sent_at.get(group, {})
+                for record in answers:
+                    self._plan(group, record, max(now, last.get(record, -1e9) + REPEAT_S))
+                continue
+            packets = wire.encode_response(answers, self._additionals(answers, link))
+            self._direct.spend(arrival.source, sum(map(len, packets)))
+            out.append(Sending(Target(arrival.family, arrival.link, arrival.source, arrival.port), packets))
+        return out
 
-    def _records(self, question: DNSQuestion, link: Interface) -> list[tuple[DNSRecord, bool]]:
-        """Find the answers to a question, and whether others may have more of them."""
-        key, type_ = question.key, question.type
-        if key == wire.TYPES_NAME:
-            return (
-                [(wire.pointer(wire.TYPES_NAME, base), True) for base in self._zone.types()]
-                if type_ in (wire.PTR, wire.ANY)
-                else []
-            )
-        claim = self._zone.claim(key)
-        if claim is not None:
-            if claim.standing is not Standing.OWNED or not claim.is_on(link):
-                return []
-            records = claim.unique(link)
-            found = [record for record in records if type_ in (record.type, wire.ANY)]
-            if not found and records:
-                found = [wire.denial(claim.full_name, sorted({record.type for record in records}))]
-            return [(record, False) for record in found]
-        if type_ not in (wire.PTR, wire.ANY):
+    def _answer_legacy(self, now: float, arrival: Arrival, link: Interface, message: DNSIncoming) -> list[Sending]:
+        """Answer a resolver that knows no multicast: in one packet, with TC if it holds not all (section 6.7)."""
+        if not self._direct.is_left(now, arrival.source):
             return []
+        questions = {_question_key(question): question for question in message.questions[:QUESTIONS]}
+        answers = [record for question in questions.values() for record, _ in self._find(question, link)]
+        if not answers:
+            return []
+        cut = answers[:LEGACY_ANSWERS]
+        packet = wire.encode_legacy(message, cut, self._additionals(cut, link), is_cut=len(cut) < len(answers))
+        self._direct.spend(arrival.source, len(packet))
+        return [Sending(Target(arrival.family, arrival.link, arrival.source, arrival.port), [packet])]
+
+    def _multicast(self, now: float, target: Target, records: list[DNSRecord]) -> Iterator[Sending]:
+        """Encode records that are still true for the group."""
+        link = self.links.get(target.link)
+        if link is None:
+            return
+        for answers in slices([record for record in records if self._zone.has(record, link)], PER_PACKET):
+            sent_at = self._sent_at.get(target, {})
+            additionals = [
+                record for record in self._additionals(answers, link) if now - sent_at.get(record, -1e9) >= REPEAT_S
+            ]
+            self.note_multicast(now, target, [*answers, *additionals])
+            yield Sending(target, wire.encode_response(answers, additionals))
+
+    def _plan(self, target: Target, record: DNSRecord, due: float) -> None:
+        planned = self._planned.setdefault(target, {})
+        planned[record] = min(due, planned.get(record, due))
+
+    # --- records ---
+
+    def _find(self, question: DNSQuestion, link: Interface) -> list[tuple[DNSRecord, bool]]:
+        """Return the answers to a question, and whether other hosts may have more of them."""
+        if self._zone.claim(question.key) is not None:
+            return [(record, False) for record in self._unique(question, link)]
+        if question.type not in (wire.PTR, wire.ANY):
+            return []
+        if question.key == wire.TYPES_NAME:
+            return [(wire.pointer(wire.TYPES_NAME, base), True) for base in sorted(self._zone.types())]
         return [
             (record, True)
-            for entry in self._zone.pointed(key)
-            if entry.standing is Standing.OWNED and entry.is_on(link)
+            for entry in self._zone.pointed(question.key)
+            if entry.is_won and entry.is_on(link)
             for record in entry.pointers()
-            if record.key == key
+            if record.key == question.key
         ]
+
+    def _unique(self, question: DNSQuestion, link: Interface) -> list[DNSRecord]:
+        """Return the records of a name of ours, or the NSEC that denies the type asked for (section 6.1)."""
+        claim = self._zone.claim(question.key)
+        if claim is None or not claim.is_won or not claim.is_on(link):
+            return []
+        records = claim.unique(link)
+        found = [record for record in records if question.type in (record.type, wire.ANY)]
+        if not found and records:
+            return [wire.denial(claim.full_name, sorted({record.type for record in records}))]
+        return found
 
     def _additionals(self, answers: Iterable[DNSRecord], link: Interface) -> list[DNSRecord]:
         """Add what the asker would ask next: SRV and TXT to a PTR, the addresses to an SRV (RFC 6763 section 12)."""
@@ -176,59 +234,64 @@ class Answerer:
                     needs_host = True
                     more.update(dict.fromkeys(claim.unique(link)))
             needs_host |= isinstance(record, DNSService)
-        host: HostName = self._zone.host
-        if needs_host and host.standing is Standing.OWNED:
-            more.update(dict.fromkeys(host.unique(link)))
+        if needs_host and self._zone.host.is_won:
+            more.update(dict.fromkeys(self._zone.host.unique(link)))
         for record in answers:
             more.pop(record, None)
         return list(more)
 
-    def _plan(self, target: Target, record: DNSRecord, due: float) -> None:
-        planned = self._due.setdefault(target, {})
-        planned[record] = min(due, planned.get(record, due))
-        self._wake(due)
-
-    def _wake(self, at: float) -> None:
-        if self._timer is not None:
-            if self._wakes_at <= at:
-                return
-            self._timer.cancel()
-        self._wakes_at = at
-        self._timer = asyncio.get_running_loop().call_at(at, self._flush)
-
-    def _flush(self) -> None:
-        self._timer = None
-        now, budget = self._now(), AT_ONCE
-        for target, planned in self._due.items():
-            link = self.links.get(target.link)
-            ripe = [record for record, due in planned.items() if due <= now + 0.005][:budget]
-            budget -= len(ripe)
-            for record in ripe:
-                del planned[record]
-            for start in range(0, len(ripe) if link else 0, PER_PACKET):
-                assert link is not None
-                answers = ripe[start : start + PER_PACKET]
-                additionals = self._additionals(answers, link)
-                self._sockets.send(wire.encode_response(answers, additionals), [target])
-                self.said([target], answers + additionals)
-        rest = [due for planned in self._due.values() for due in planned.values()]
-        if rest:
-            self._wake(max(min(rest), now))
-
 
 class _HeldQuery:
-    """A query whose known answers go on in further packets."""
+    """A query, perhaps of several packets: what it asks for, and what the asker knows already."""
 
-    def __init__(
-        self, questions: list[DNSQuestion], known: dict[DNSRecord, DNSRecord], timer: asyncio.TimerHandle
-    ) -> None:
-        self.questions = questions
-        self.known = known
-        self.timer = timer
+    def __init__(self, arrival: Arrival, due: float, is_neighbour: bool) -> None:
+        self.arrival = arrival
+        self.due = due
+        self.is_neighbour = is_neighbour
+        self.questions: dict[tuple[str, int, bool], DNSQuestion] = {}
+        self._known: dict[DNSRecord, int] = {}
+
+    def add(self, message: DNSIncoming) -> None:
+        """Add a packet of the query; beyond the bounds it is dropped."""
+        for question in message.questions:
+            if len(self.questions) < QUESTIONS:
+                self.questions.setdefault(_question_key(question), question)
+        for record in message.answers():
+            if len(self._known) < KNOWN_ANSWERS:
+                self._known[record] = record.ttl
+
+    def knows(self, record: DNSRecord) -> bool:
+        """Return whether the asker has the record, for at least half of its time still (section 7.1)."""
+        return self._known.get(record, 0) * 2 >= record.ttl
+
+
+class _Budget:
+    """Bytes sent to single addresses within the present second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._spent: dict[str, int] = {}
+
+    def is_left(self, now: float, source: str) -> bool:
+        if int(now) != self._second:
+            self._second = int(now)
+            self._spent.clear()
+        return self._spent.get(source, 0) < DIRECT_BYTES and sum(self._spent.values()) < DIRECT_BYTES_IN_ALL
+
+    def spend(self, source: str, size_bytes: int) -> None:
+        self._spent[source] = self._spent.get(source, 0) + size_bytes
+
+
+def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield the items in groups of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _question_key(question: DNSQuestion) -> tuple[str, int, bool]:
+    return question.key, question.type, question.unicast
 
 
 def _is_neighbour(link: Interface, source: str) -> bool:
     address = ip_address(source)
-    if address.is_link_local:
-        return True
-    return any(address in own.network for own in link.addresses)
+    return address.is_link_local or any(address in own.network for own in link.addresses)

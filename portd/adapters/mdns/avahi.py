@@ -1,7 +1,7 @@
-"""Publishes through a running avahi-daemon, by its D-Bus: one responder a host (RFC 6762 section 15.4).
+"""Publishes through a running avahi-daemon over D-Bus: a host has one responder (RFC 6762 section 15).
 
-One entry group a service, so that one that goes does not disturb the others. Avahi says the goodbyes when the bus loses
-us, killed or not. Knows nothing of packets.
+One entry group a service, so that withdrawing one does not disturb the others. Avahi sends the goodbyes when portd
+leaves the bus, killed or not. Packets are not known here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dbus_fast.aio import MessageBus
 from dbus_fast.errors import AuthError, InvalidAddressError
 
 from portd.adapters.mdns.interfaces import list_interfaces
-from portd.adapters.mdns.responder import Outcome
+from portd.adapters.mdns.responder import ReportOutcome
 from portd.adapters.mdns.zone import Entry, HostName, Service
 from portd.core.announcing import parse_type
 
@@ -30,35 +30,35 @@ _ESTABLISHED, _COLLISION, _FAILURE = 2, 3, 4
 _ANY = -1
 """AVAHI_IF_UNSPEC and AVAHI_PROTO_UNSPEC: every interface that Avahi uses, IPv4 and IPv6."""
 CALLS_AT_ONCE = 16
-"""D-Bus calls under way: Avahi answers one after another, and its other clients wait behind ours."""
+"""D-Bus calls in flight: Avahi serves one after another, and its other clients wait behind portd's."""
 CALL_S = 10.0
 
 
 class AvahiBus:
-    """The way to avahi-daemon, and whether it runs. `on_presence` is called at each change."""
+    """The connection to avahi-daemon, and whether that runs. `on_presence` is called at each change."""
 
     def __init__(self, address: str | None = None, on_presence: Callable[[bool], None] = lambda _: None) -> None:
         self._address = address
         self._bus: MessageBus | None = None
-        self._attending: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.on_presence = on_presence
         self.on_group_state: Callable[[str, int, str], None] = lambda path, state, error: None
         self.is_present = False
 
     @property
     def is_connected(self) -> bool:
-        """Tell whether there is a bus at all."""
+        """Return whether there is a bus."""
         return self._bus is not None and self._bus.connected
 
     async def connect(self) -> None:
-        """Connect to the system bus and see who is there; raises OSError when there is no bus."""
+        """Connect to the system bus and ask whether avahi-daemon runs; raises OSError when there is no bus."""
         self.disconnect()
         try:
             bus = await MessageBus(bus_address=self._address, bus_type=BusType.SYSTEM).connect()
         except (OSError, AuthError, InvalidAddressError, DBusError, EOFError) as error:
             raise OSError(f"no D-Bus: {error}") from error
         self._bus = bus
-        bus.add_message_handler(self._hear)
+        bus.add_message_handler(self._on_message)
         try:
             for rule in (
                 f"type='signal',sender='{_DBUS}',member='NameOwnerChanged',arg0='{AVAHI}'",
@@ -66,24 +66,24 @@ class AvahiBus:
             ):
                 await self._call(_DBUS, "/org/freedesktop/DBus", _DBUS, "AddMatch", "s", rule)
             (self.is_present,) = await self._call(_DBUS, "/org/freedesktop/DBus", _DBUS, "NameHasOwner", "s", AVAHI)
-            self._attending = asyncio.get_running_loop().create_task(self._attend(bus))
+            self._watching = asyncio.get_running_loop().create_task(self._watch(bus))
         except DBusError as error:
             self.disconnect()
-            raise OSError(f"D-Bus refuses us: {error}") from error
+            raise OSError(f"D-Bus refused portd: {error}") from error
 
     def disconnect(self) -> None:
-        """Leave the bus: Avahi withdraws all that was published over it. May be called twice."""
-        if self._attending is not None:
-            self._attending.cancel()
-            self._attending = None
+        """Leave the bus: Avahi then withdraws all that was published over it. May be called twice."""
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
         if self._bus is not None:
-            self._bus.remove_message_handler(self._hear)
+            self._bus.remove_message_handler(self._on_message)
             self._bus.disconnect()
             self._bus = None
         self.is_present = False
 
     async def call(self, path: str, interface: str, member: str, signature: str = "", *body: Any) -> list[Any]:
-        """Call avahi-daemon; raises DBusError for what it refuses, OSError when it is not to be reached."""
+        """Call avahi-daemon; raises DBusError if it refuses, OSError if it can't be reached."""
         return await self._call(AVAHI, path, interface, member, signature, *body)
 
     async def _call(self, name: str, path: str, interface: str, member: str, signature: str, *body: Any) -> list[Any]:
@@ -108,15 +108,15 @@ class AvahiBus:
             raise DBusError(reply.error_name or f"{_DBUS}.Error.Failed", str(reply.body[0] if reply.body else ""))
         return list(reply.body)
 
-    async def _attend(self, bus: MessageBus) -> None:
-        """Wait until the bus itself goes: then Avahi is out of reach, whether it runs or not."""
+    async def _watch(self, bus: MessageBus) -> None:
+        """Wait until the connection to the bus ends: then Avahi is out of reach, whether it runs or not."""
         with suppress(Exception):  # whatever ends the connection, it has ended
             await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
-        self._attending = None
+        self._watching = None
         self.disconnect()
         self.on_presence(False)
 
-    def _hear(self, message: Message) -> None:
+    def _on_message(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
             return
         if message.member == "NameOwnerChanged" and message.body[0] == AVAHI:
@@ -128,11 +128,11 @@ class AvahiBus:
 
 
 class AvahiResponder:
-    """A Responder that asks avahi-daemon to publish. `bus` is connected, and stays its creator's."""
+    """A Responder that publishes through avahi-daemon. `bus` is connected; its creator disconnects it."""
 
-    def __init__(self, bus: AvahiBus, outcome: Outcome, interfaces: Sequence[str] = ()) -> None:
+    def __init__(self, bus: AvahiBus, report: ReportOutcome, interfaces: Sequence[str] = ()) -> None:
         self._bus = bus
-        self._outcome = outcome
+        self._report = report
         self._interfaces = interfaces
         self._groups: dict[str, _Group] = {}
         self._by_path: dict[str, _Group] = {}
@@ -145,7 +145,7 @@ class AvahiResponder:
         self.addresses: tuple[str, ...] = ()
 
     async def start(self) -> None:
-        """Begin; raises OSError when avahi-daemon is not there."""
+        """Start; raises OSError when avahi-daemon does not answer."""
         try:
             (self._version,) = await self._bus.call("/", f"{AVAHI}.Server", "GetVersionString")
             (self.host_name,) = await self._bus.call("/", f"{AVAHI}.Server", "GetHostNameFqdn")
@@ -154,7 +154,7 @@ class AvahiResponder:
         self._bus.on_group_state = self._change
 
     async def close(self, *, takeover: bool) -> None:
-        """Stop; Avahi withdraws everything when its creator leaves the bus, and keeps nothing for a takeover."""
+        """Stop; Avahi withdraws everything when portd leaves the bus, and keeps nothing for a takeover."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -185,8 +185,11 @@ class AvahiResponder:
                 del self._names[group.key]
             self._spawn(self._free(group))
 
+    def retract(self, service: Service) -> None:
+        """Do nothing: Avahi withdrew what an earlier daemon published when that daemon left the bus."""
+
     def condition(self) -> dict[str, object]:
-        """Tell what status shows."""
+        """Return what status shows."""
         return {
             "responder": "avahi",
             "version": self._version,
@@ -208,12 +211,12 @@ class AvahiResponder:
                 group.published_as = None
                 await self._add(group, group.path)
             except (DBusError, OSError) as error:
-                self._fail(group, f"avahi-daemon refuses it: {error}")
+                self._fail(group, f"avahi-daemon refused it: {error}")
 
     async def _add(self, group: _Group, path: str) -> None:
         """Add the service to its group under the first name that this host does not use yet, and commit."""
         while True:
-            self._take_name(group)
+            self._claim_name(group)
             base, subtype = parse_type(group.service.type)
             txt = [f"{key}={value}".encode() for key, value in group.service.txt]
             try:
@@ -233,8 +236,8 @@ class AvahiResponder:
             else:
                 return
 
-    def _take_name(self, group: _Group) -> None:
-        """Rename until no other service of ours has the name: Avahi sees no conflict in two that look the same."""
+    def _claim_name(self, group: _Group) -> None:
+        """Rename until no other service of portd has the name: Avahi sees no conflict between two that are equal."""
         if self._names.get(group.key) is group:
             del self._names[group.key]
         while group.entry.key in self._names:
@@ -243,7 +246,7 @@ class AvahiResponder:
         self._names[group.key] = group
 
     def _links(self, address: str) -> list[int]:
-        """Return the interfaces to publish on: all of Avahi's, unless the configuration or the address says which."""
+        """Return the interfaces to publish on: all of Avahi's, unless the configuration or the address limits them."""
         if not self._interfaces and address in ("0.0.0.0", "::"):
             return [_ANY]
         links = [link.index for link in list_interfaces(self._interfaces or ("*",)).values() if link.has(address)]
@@ -273,7 +276,7 @@ class AvahiResponder:
                         txt,
                     )
             except (DBusError, OSError) as error:
-                self._fail(group, f"avahi-daemon refuses its TXT: {error}")
+                self._fail(group, f"avahi-daemon refused its TXT: {error}")
 
     async def _free(self, group: _Group) -> None:
         async with group.lock, self._turn:
@@ -288,13 +291,13 @@ class AvahiResponder:
             return
         if state == _ESTABLISHED:
             self._problem = None
-            name, wish = group.entry.name, group.service.name
+            name, requested = group.entry.name, group.service.name
             if group.published_as != name:
                 group.published_as = name
-                self._outcome(
+                self._report(
                     group.service.id,
                     name,
-                    None if name == wish else f"{wish!r} is taken on the LAN: published as {name!r}",
+                    None if name == requested else f"{requested!r} is in use on the LAN: published as {name!r}",
                 )
         elif state == _COLLISION:
             group.entry.rename()
@@ -306,7 +309,7 @@ class AvahiResponder:
         self._problem = problem
         if group.is_wanted:
             group.published_as = None
-            self._outcome(group.service.id, None, problem)
+            self._report(group.service.id, None, problem)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

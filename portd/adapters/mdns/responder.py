@@ -1,4 +1,4 @@
-"""What a responder is to its callers: somebody who publishes services on the LAN, this process or a daemon it asks."""
+"""The interface of a responder: whatever publishes services on the LAN, this process or a daemon that it asks to."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Protocol
 
 from portd.adapters.mdns.zone import Service
 
-Outcome = Callable[[str, str | None, str | None], None]
-"""What became of a service: its id, the name it is published as (None: it is not), a problem in one sentence."""
+ReportOutcome = Callable[[str, str | None, str | None], None]
+"""Reports what became of a service: its id, the name it is published as (None: it is not), a problem or None."""
 
 
 class Responder(Protocol):
-    """Somebody who publishes services: we ourselves, or a daemon that we ask to. Tells by an `Outcome`."""
+    """Publishes services, and reports what became of them by a `ReportOutcome`."""
 
     @property
     def host_name(self) -> str:
@@ -20,19 +20,22 @@ class Responder(Protocol):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Return what that name stands for, empty where it is not known."""
+        """Return the addresses of that name, empty where they are not known."""
 
     async def start(self) -> None:
-        """Begin; raises OSError when it can't."""
+        """Start; raises OSError if it can't."""
 
     def publish(self, service: Service, name: str) -> None:
         """Publish under `name`, else the next free one; the same id again changes it in place if it can be."""
 
     def withdraw(self, service_id: str) -> None:
-        """Say goodbye; nothing happens when the id is unknown."""
+        """Withdraw a service, with a goodbye; nothing happens when the id is unknown."""
+
+    def retract(self, service: Service) -> None:
+        """Withdraw what a daemon before this one announced under `service.name`, unless the name is in use again."""
 
     async def close(self, *, takeover: bool) -> None:
         """Stop, with goodbyes for all, unless a successor takes over. May be called twice."""
 
     def condition(self) -> dict[str, object]:
-        """Tell what status shows."""
+        """Return what status shows."""

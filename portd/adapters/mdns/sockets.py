@@ -1,7 +1,7 @@
 """The multicast DNS sockets: one for each address family, for all interfaces, and the pace at which they send.
 
-Which interface a packet came by, and goes out by, is told in its ancillary data (ip(7), ipv6(7): PKTINFO), so an
-interface that comes or goes opens and closes nothing, and no default route is needed. This module knows no DNS.
+The interface of a packet, received or sent, is in its ancillary data (ip(7), ipv6(7): PKTINFO), so an interface that
+comes or goes opens and closes no socket, and no default route is needed. DNS must not be known here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GROUP = {socket.AF_INET: "224.0.0.251", socket.AF_INET6: "ff02::fb"}
 BURST = 8
 """Packets sent at once. With more, receivers' default buffers (50 to 90 packets) overflow, and they keep ghosts."""
 PAUSE_S = 0.020
-"""Between two bursts. 8 packets in 10 ms overflowed a busy avahi-daemon's buffer: of a thousand goodbyes it heard 776.
-At 20 ms they are 4.5 Mbit/s, what a slow WLAN still carries by multicast."""
+"""Between two bursts. 8 packets in 10 ms overflowed a busy avahi-daemon's buffer: it got 776 of a thousand goodbyes.
+At 20 ms they are 4.5 Mbit/s, what a slow WLAN can carry by multicast."""
 RECEIVED_AT_ONCE = 16
 """Packets read before the loop gets its turn: each costs up to 0.2 ms."""
 RECEIVE_BYTES = 1 << 20
 ECHOES = 512
-"""Own packets remembered to know them when the kernel loops them back; more than a second's worth at full pace."""
+"""Own packets remembered to recognise them when the kernel loops them back: over a second's worth at full pace."""
 
 _PKTINFO4 = struct.Struct("=i4s4s")
 _PKTINFO6 = struct.Struct("=16si")
@@ -59,8 +59,8 @@ class Arrival(NamedTuple):
 
 
 class Sockets:
-    """Open sockets on port 5353. `unicast=False` takes nothing that is sent to the host's own addresses: beside
-    another responder, which would lose its answers (RFC 6762 section 15.4)."""
+    """The sockets on port 5353. `unicast=False` receives multicast alone: another responder of this host would lose its
+    unicast packets (RFC 6762 section 15.4)."""
 
     def __init__(self, on_arrival: Callable[[Arrival], None], *, unicast: bool) -> None:
         self._on_arrival = on_arrival
@@ -77,8 +77,8 @@ class Sockets:
         self.problem: str | None = None
 
     def open(self) -> None:
-        """Bind; IPv6 is left out where the host has none. Raises OSError, EADDRINUSE where another stack allows no
-        other."""
+        """Bind; without IPv6 where the host has none. Raises OSError, EADDRINUSE where another responder has the port
+        exclusively."""
         loop = asyncio.get_running_loop()
         self._sockets[socket.AF_INET] = _open_ipv4(self.takes_unicast)
         with suppress(OSError):
@@ -87,7 +87,7 @@ class Sockets:
             loop.add_reader(opened, self._read, family, opened)
 
     def close(self) -> None:
-        """Close at once; what is queued is lost. May be called twice."""
+        """Close at once; queued packets are lost. May be called twice."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -100,11 +100,11 @@ class Sockets:
         self._sockets.clear()
 
     def filenos(self) -> dict[socket.AddressFamily, int]:
-        """Return the sockets' descriptors: the guardian inherits them."""
+        """Return the sockets' descriptors, for the guardian to inherit."""
         return {family: opened.fileno() for family, opened in self._sockets.items()}
 
     def join(self, links: Interfaces) -> None:
-        """Be a member of the group on exactly these interfaces, in the families that they have addresses of."""
+        """Join the group on exactly these interfaces, in the families of their addresses."""
         self._links = links
         self._own = frozenset(str(address.ip) for link in links.values() for address in link.addresses)
         wanted = {
@@ -134,7 +134,7 @@ class Sockets:
         self.join(self._links)
 
     def groups(self, link: int | None = None) -> list[Target]:
-        """Return where multicast goes: every family of one interface, or of all."""
+        """Return the targets of multicast: every family of one interface, or of all."""
         return [Target(family, index) for family, index in sorted(self._members) if link in (None, index)]
 
     def send(self, packets: list[bytes], targets: list[Target]) -> None:
@@ -144,7 +144,7 @@ class Sockets:
             self._burst()
 
     async def drained(self) -> None:
-        """Wait until everything queued has left."""
+        """Wait until all queued packets are sent."""
         if self._timer is not None:
             self._idle = self._idle or asyncio.get_running_loop().create_future()
             await self._idle
@@ -157,12 +157,12 @@ class Sockets:
                 self._send_now(packet, target)
             except BlockingIOError:
                 break
-            except OSError as error:  # the interface went away, or has no address yet: netlink tells soon
+            except OSError as error:  # the interface went away, or has no address yet: netlink reports it soon
                 self.failed_packets += 1
                 self.problem = f"can't send multicast DNS: {error.strerror}"
             self._queue.popleft()
         if self._queue or self._idle is not None:
-            # Also after the last burst: `drained` then means that the receivers had their pause too.
+            # After the last burst too: `drained` includes the receivers' pause.
             self._timer = asyncio.get_running_loop().call_later(PAUSE_S, self._burst)
         if not self._queue and self._idle is not None:
             self._idle.set_result(None)
@@ -186,7 +186,7 @@ class Sockets:
         for _ in range(RECEIVED_AT_ONCE):
             try:
                 data, ancillary, _, source = opened.recvmsg(9000, 256)
-            except OSError:  # nothing left, or an ICMP error of something that was sent
+            except OSError:  # nothing left, or an ICMP error for a packet that was sent
                 return
             link, destination = _packet_info(family, ancillary)
             sender = source[0].partition("%")[0]
@@ -203,7 +203,7 @@ class Sockets:
             self._echoes.popitem(last=False)
 
     def _is_echo(self, link: int, sender: str, packet: bytes) -> bool:
-        """Tell an own packet that the kernel loops back; the same question of another process is none."""
+        """Return whether the kernel loops back a packet of ours; another process's equal question is not one."""
         if sender not in self._own or (count := self._echoes.get((link, packet), 0)) == 0:
             return False
         if count > 1:
@@ -237,7 +237,7 @@ def _open_ipv6(unicast: bool) -> socket.socket:
         opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL, 0)
         opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
         opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
-        # The group is bound by no scope: any interface's. Linux asks for a scope with link-local unicast alone.
+        # Bound without a scope, for every interface: Linux needs a scope for link-local unicast alone.
         opened.bind(("::" if unicast else GROUP[socket.AF_INET6], PORT))
     except OSError:
         opened.close()
@@ -248,7 +248,7 @@ def _open_ipv6(unicast: bool) -> socket.socket:
 def _prepare(opened: socket.socket) -> None:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-    with suppress(OSError):  # SO_RCVBUFFORCE asks for CAP_NET_ADMIN; without it, rmem_max bounds the buffer
+    with suppress(OSError):  # SO_RCVBUFFORCE needs CAP_NET_ADMIN; without it, rmem_max bounds the buffer
         opened.setsockopt(socket.SOL_SOCKET, 33, RECEIVE_BYTES)
 
 

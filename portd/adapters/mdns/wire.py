@@ -1,9 +1,10 @@
-"""The wire format of multicast DNS, on zeroconf's parts: the only room that knows them from inside.
+"""The wire format of multicast DNS, on zeroconf's reader, writer, record classes and cache.
 
-Pinned to zeroconf 0.154.0: `DNSOutgoing.write_name`, `names` and `size` are used below its public face, and
-tests/adapters/mdns/test_mdns_wire.py fails when they change. What is taken: the compiled reader and writer, the record
-classes and the cache. What is not: its sockets, its responder, its browser. This module must not know who sends what to
-whom.
+The only module that depends on zeroconf's internals: `_Message` overrides `DNSOutgoing.write_name`, which uses `names`
+and `size`, because zeroconf splits a name at every dot and so can't write an instance name that has dots. Hence the
+exact pin in pyproject.toml; tests/adapters/mdns/test_mdns_wire.py fails when these parts change. Both can go when
+zeroconf writes `Dr. Who._http._tcp.local.` with three labels before `local`. zeroconf's sockets, responder and browser
+are not used. This module must not know who sends what to whom.
 
 Names are written flat, as zeroconf reads them: `Dr. Who._http._tcp.local.`. Which dots part labels follows from the
 shape of a DNS-SD name (RFC 6763 section 4.3), so that an instance name with dots is one label on the wire.
@@ -14,14 +15,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from zeroconf._cache import DNSCache
-from zeroconf._dns import DNSAddress, DNSNsec, DNSPointer, DNSQuestion, DNSRecord, DNSService, DNSText
-from zeroconf._protocol.incoming import DNSIncoming
-from zeroconf._protocol.outgoing import DNSOutgoing
+from zeroconf import (  # type: ignore[attr-defined]  # not in its __all__, but without an underscore
+    DNSAddress,
+    DNSCache,
+    DNSIncoming,
+    DNSNsec,
+    DNSOutgoing,
+    DNSPointer,
+    DNSQuestion,
+    DNSRecord,
+    DNSService,
+    DNSText,
+)
 
 __all__ = ["DNSAddress", "DNSCache", "DNSIncoming", "DNSPointer", "DNSQuestion", "DNSRecord", "DNSService", "DNSText"]
 
-A, PTR, TXT, AAAA, SRV, ANY = 1, 12, 16, 28, 33, 255
+A, PTR, TXT, AAAA, SRV, NSEC, ANY = 1, 12, 16, 28, 33, 47, 255
+UNIQUE_TYPES = frozenset({A, TXT, AAAA, SRV})
+"""Types of records that one host alone may have under a name."""
 DOMAIN = "local."
 TYPES_NAME = "_services._dns-sd._udp.local."
 """The name whose PTRs are the types that anybody offers (RFC 6763 section 9)."""
@@ -30,7 +41,7 @@ HOST_TTL = 120
 """Seconds; records that hold a host name or an address (RFC 6762 section 10)."""
 OTHER_TTL = 4500
 LEGACY_TTL = 10
-"""Seconds; the most that a one-shot resolver may keep, since it hears no goodbye (RFC 6762 section 6.7)."""
+"""Seconds; the longest that a one-shot resolver may keep a record, since it gets no goodbye (RFC 6762 section 6.7)."""
 PROBED_PER_PACKET = 12
 """Names in one probe: with SRV and TXT they fit an Ethernet packet as long as TXT records are short."""
 
@@ -40,7 +51,7 @@ _INSTANCE = re.compile(r"(?P<instance>.+)\.(?P<type>_[^.]+\._(?:tcp|udp)\.local\
 
 
 def split_instance(name: str) -> tuple[str, str] | None:
-    """Take `Dr. Who._http._tcp.local.` apart into instance and type; None for any other name, subtypes included."""
+    """Split `Dr. Who._http._tcp.local.` into instance and type; None for any other name, subtypes included."""
     match = _INSTANCE.match(name)
     if match is None or match["instance"].lower().endswith("._sub"):
         return None
@@ -69,26 +80,27 @@ def address(name: str, packed: bytes) -> DNSRecord:
 
 def denial(name: str, types: Sequence[int]) -> DNSRecord:
     """Make the NSEC that says: of this name there are these types and no others (RFC 6762 section 6.1)."""
-    return DNSNsec(name, 47, _UNIQUE, HOST_TTL, name, list(types))
+    return DNSNsec(name, NSEC, _UNIQUE, HOST_TTL, name, list(types))
 
 
 def with_ttl(record: DNSRecord, ttl: int) -> DNSRecord:
-    """Copy a record with another TTL (seconds); 0 makes it a goodbye (RFC 6762 section 10.1)."""
-    class_ = _UNIQUE if record.unique else _IN
+    """Copy a record of one of the types above with another TTL (seconds); 0 makes it a goodbye (RFC 6762 10.1).
+
+    The copy was created when the record was. Raises TypeError for any other type.
+    """
+    head = record.name, record.type, _UNIQUE if record.unique else _IN, ttl
     match record:
         case DNSPointer():
-            return DNSPointer(record.name, record.type, class_, ttl, record.alias)
+            return DNSPointer(*head, record.alias, record.created)
         case DNSService():
-            return DNSService(
-                record.name, record.type, class_, ttl, record.priority, record.weight, record.port, record.server
-            )
+            return DNSService(*head, record.priority, record.weight, record.port, record.server, record.created)
         case DNSText():
-            return DNSText(record.name, record.type, class_, ttl, record.text)
+            return DNSText(*head, record.text, record.created)
         case DNSAddress():
-            return DNSAddress(record.name, record.type, class_, ttl, record.address)
+            return DNSAddress(*head, record.address, record.scope_id, record.created)
         case DNSNsec():
-            return DNSNsec(record.name, record.type, class_, ttl, record.next_name, record.rdtypes)
-    raise TypeError(f"{record!r} is no record that portd sends")
+            return DNSNsec(*head, record.next_name, record.rdtypes, record.created)
+    raise TypeError(f"portd does not use records like {record!r}")
 
 
 def rdata(record: DNSRecord) -> bytes:
@@ -98,15 +110,15 @@ def rdata(record: DNSRecord) -> bytes:
     return b"".join(out.data)
 
 
-def take_leave(cache: DNSCache, record: DNSRecord, now_ms: float) -> bool:
-    """Let a cached record go in a second, as a goodbye asks (section 10.1): somebody may contradict it till then.
+def apply_goodbye(cache: DNSCache, record: DNSRecord) -> bool:
+    """Expire a cached record after one second (section 10.1), so that another responder can rescue it.
 
-    Tells whether the record was there.
+    Returns whether the record was cached.
     """
-    known = cache.get(record)
-    if known is not None:
-        cache._async_set_created_ttl(known, now_ms, 1)
-    return known is not None
+    if cache.get(record) is None:
+        return False
+    cache.async_add_records([with_ttl(record, 1)])
+    return True
 
 
 def encode_txt(pairs: Iterable[tuple[str, str]]) -> bytes:
@@ -162,7 +174,7 @@ def encode_response(answers: Iterable[DNSRecord], additionals: Iterable[DNSRecor
 def encode_query(
     questions: Iterable[tuple[str, int]], known: Iterable[DNSRecord] = (), *, now_ms: float = 0.0, unicast: bool = False
 ) -> list[bytes]:
-    """Encode questions with what is known already, so that nobody says it again (RFC 6762 section 7.1, 7.2)."""
+    """Encode questions, with the known answers that nobody need repeat (RFC 6762 sections 7.1 and 7.2)."""
     out = _Message(_QUERY)
     for name, type_ in questions:
         out.add_question(DNSQuestion(name, type_, _UNIQUE if unicast else _IN))
@@ -171,10 +183,13 @@ def encode_query(
     return out.packets()
 
 
-def encode_legacy(query: DNSIncoming, answers: Iterable[DNSRecord], additionals: Iterable[DNSRecord]) -> bytes:
+def encode_legacy(
+    query: DNSIncoming, answers: Iterable[DNSRecord], additionals: Iterable[DNSRecord], *, is_cut: bool = False
+) -> bytes:
     """Encode the answer to a one-shot resolver: its id and questions again, short TTLs, no cache-flush (section 6.7).
 
-    One packet however many answers there are, with TC when it was cut: a forged question must not be amplified.
+    One packet however many answers there are, with TC if it does not hold all or if `is_cut`: more would make portd an
+    amplifier.
     """
     out = _Message(_RESPONSE, multicast=False, id_=query.id)
     for question in query.questions:
@@ -184,17 +199,17 @@ def encode_legacy(query: DNSIncoming, answers: Iterable[DNSRecord], additionals:
     for record in additionals:
         out.add_additional_answer(with_ttl(record, min(record.ttl, LEGACY_TTL)))
     first, *rest = out.packets()
-    return first if not rest else first[:2] + bytes([first[2] | _TRUNCATED]) + first[3:]
+    return first[:2] + bytes([first[2] | _TRUNCATED]) + first[3:] if rest or is_cut else first
 
 
 def decode(data: bytes, now_ms: float) -> DNSIncoming | None:
-    """Read a packet; None when it is none. `answers()` of the result holds all three record sections in order."""
+    """Decode a packet; None for what is no query or response. `answers()` holds all three record sections in order."""
     message = DNSIncoming(data, now=now_ms)
     return message if message.valid and not message.flags & 0x7800 else None
 
 
 class _Message(DNSOutgoing):
-    """zeroconf's writer, taught that an instance name is one label, whatever dots it holds."""
+    """zeroconf's writer, except that an instance name is one label, whatever dots it has."""
 
     def write_name(self, name: str) -> None:
         split = split_instance(name) if "." in name else None

@@ -1,6 +1,6 @@
-"""What this host says about itself: services and a host name as records, found by name and by type.
+"""The records of this host: services and a host name, found by name and by type.
 
-Pure: no sockets, no clock. A name is *claimed* before it is *owned*, and only what is owned is answered with.
+Pure: no socket, no clock. How a name comes to be this host's is `claims`'s; here it only shows as a claim's state.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from msgspec import Struct
 
 from portd.adapters.mdns import wire
 from portd.adapters.mdns.interfaces import Interface
-from portd.adapters.mdns.wire import DNSRecord
+from portd.adapters.mdns.wire import DNSPointer, DNSRecord
 from portd.core.announcing import NAME_BYTES, parse_type
 
 
 class Service(Struct, frozen=True, kw_only=True):
-    """A service to announce. `id` is its lease's; `name` is the wish; `address` is what the owner binds."""
+    """A service to announce. `id` is its lease's, `name` the requested one, `address` what its owner binds."""
 
     id: str
     type: str
@@ -29,27 +29,49 @@ class Service(Struct, frozen=True, kw_only=True):
     address: str = "0.0.0.0"
 
 
-class Standing(Enum):
-    """How far a name has come: on no interface yet, asked for, ours."""
+class State(Enum):
+    """How far the claim of a name has come; `claims` has the transitions."""
 
     WAITING = "waiting"
-    CLAIMED = "claimed"
+    """No interface that is up has the address."""
+    DEFERRED = "deferred"
+    """Probing begins later."""
+    PROBING = "probing"
+    """Other hosts are asked whether they have the name; it is not used yet."""
+    CHECKING = "checking"
+    """The name is in use; hosts on an interface that came up are asked whether they have it."""
+    ANNOUNCING = "announcing"
     OWNED = "owned"
+    GOODBYE = "goodbye"
+    """Withdrawn; other hosts are being notified. The claim is in no zone any more."""
+
+
+WON = frozenset({State.CHECKING, State.ANNOUNCING, State.OWNED})
+"""States in which the name is this host's, and queries for it are answered."""
 
 
 class Claim(ABC):
-    """A name that has to be this host's alone on its links before it is used.
+    """A name that has to be unique on this host's links before it is used.
 
-    `attempt` grows whenever probing starts afresh, so that a probe that is under way knows that it has been overtaken;
-    `was_asked` tells whether one has been sent in this attempt.
+    Everything but the name belongs to the state machine in `claims`: `step` counts the packets of the present state,
+    `due` is when its timer fires (None: never), `links` limits it to some interfaces (None: all), `conflict_count`
+    counts conflicts since the name was last owned.
     """
 
     def __init__(self, name: str) -> None:
-        self.wish = self.name = name
-        self.standing = Standing.WAITING
-        self.attempt = 0
-        self.was_asked = False
+        self.requested_name = self.name = name
+        self.state = State.WAITING
+        self.step = 0
+        self.due: float | None = None
+        self.links: frozenset[int] | None = None
         self.conflict_count = 0
+        self.announced_at = -1e9
+        self.published_as: str | None = None
+
+    @property
+    def is_won(self) -> bool:
+        """Return whether the name is this host's now."""
+        return self.state in WON
 
     @property
     @abstractmethod
@@ -63,15 +85,15 @@ class Claim(ABC):
 
     @abstractmethod
     def is_on(self, link: Interface) -> bool:
-        """Tell whether the name is used on this interface."""
+        """Return whether the name is used on this interface."""
 
     @abstractmethod
     def unique(self, link: Interface) -> list[DNSRecord]:
-        """Return the records that nobody else may have under this name."""
+        """Return the records that no other host may have under this name."""
 
     @abstractmethod
     def rename(self) -> None:
-        """Take the next name: after `Orders` comes `Orders (2)`; after `box-portd`, `box-portd-2`."""
+        """Switch to the next name: after `Orders` comes `Orders (2)`; after `box-portd`, `box-portd-2`."""
 
 
 class HostName(Claim):
@@ -92,7 +114,7 @@ class HostName(Claim):
         return [wire.address(self.full_name, address.ip.packed) for address in link.addresses]
 
     def rename(self) -> None:
-        self.name = f"{self.wish}-{_next_number(self.name, self.wish, '-')}"
+        self.name = f"{self.requested_name}-{_next_number(self.name, self.requested_name, '-')}"
 
 
 class Entry(Claim):
@@ -107,7 +129,9 @@ class Entry(Claim):
         self.service = service
         self.base = f"{parse_type(service.type).base}.{wire.DOMAIN}"
         self._host = host
-        self._records: tuple[str, str, Service, list[DNSRecord], list[DNSRecord]] | None = None
+        self._made_for: tuple[str, str, Service] | None = None
+        self._pointers: list[DNSRecord] = []
+        self._unique: list[DNSRecord] = []
 
     @property
     def full_name(self) -> str:
@@ -117,36 +141,39 @@ class Entry(Claim):
         return link.has(self.service.address)
 
     def unique(self, link: Interface) -> list[DNSRecord]:
-        return self._made()[4]
+        self._make()
+        return self._unique
 
     def records(self) -> list[DNSRecord]:
-        """Return all: what is announced, and what a goodbye takes back."""
-        return self.pointers() + self._made()[4]
+        """Return all: what is announced, and what a goodbye withdraws."""
+        self._make()
+        return self._pointers + self._unique
 
     def pointers(self) -> list[DNSRecord]:
         """Return the PTRs that lead here: from the type and, where there is one, from the subtype (section 7.1)."""
-        return self._made()[3]
+        self._make()
+        return self._pointers
 
     def rename(self) -> None:
-        number = _next_number(self.name, self.wish, " (")
-        suffix = f" ({number})"
-        kept = self.wish.encode()[: NAME_BYTES - len(suffix)].decode(errors="ignore")
+        suffix = f" ({_next_number(self.name, self.requested_name, ' (')})"
+        kept = self.requested_name.encode()[: NAME_BYTES - len(suffix)].decode(errors="ignore")
         self.name = kept.rstrip() + suffix
 
-    def _made(self) -> tuple[str, str, Service, list[DNSRecord], list[DNSRecord]]:
-        made = self._records
-        if made is None or made[0] != self.name or made[1] != self._host.name or made[2] is not self.service:
-            base, subtype = parse_type(self.service.type)
-            name = f"{self.name}.{base}.{wire.DOMAIN}"
-            pointers = [wire.pointer(f"{base}.{wire.DOMAIN}", name)]
-            if subtype is not None:
-                pointers.append(wire.pointer(f"{subtype}._sub.{base}.{wire.DOMAIN}", name))
-            unique = [
-                wire.service(name, self.service.port, self._host.full_name),
-                wire.text(name, wire.encode_txt(self.service.txt)),
-            ]
-            made = self._records = (self.name, self._host.name, self.service, pointers, unique)
-        return made
+    def _make(self) -> None:
+        """Make the records again if what they follow from has changed."""
+        made_for = (self.name, self._host.name, self.service)
+        if self._made_for == made_for:
+            return
+        self._made_for = made_for
+        base, subtype = parse_type(self.service.type)
+        name = f"{self.name}.{base}.{wire.DOMAIN}"
+        self._pointers = [wire.pointer(f"{base}.{wire.DOMAIN}", name)]
+        if subtype is not None:
+            self._pointers.append(wire.pointer(f"{subtype}._sub.{base}.{wire.DOMAIN}", name))
+        self._unique = [
+            wire.service(name, self.service.port, self._host.full_name),
+            wire.text(name, wire.encode_txt(self.service.txt)),
+        ]
 
 
 class Zone:
@@ -159,7 +186,7 @@ class Zone:
         self._by_pointer: dict[str, dict[str, Entry]] = {}
 
     def claim(self, key: str) -> Claim | None:
-        """Find who uses a name, claimed or owned: `key` is in lower case."""
+        """Find the claim of a name, won or not: `key` is in lower case."""
         return self._by_key.get(key)
 
     def pointed(self, key: str) -> Iterable[Entry]:
@@ -167,15 +194,26 @@ class Zone:
         return self._by_pointer.get(key, {}).values()
 
     def types(self) -> Iterator[str]:
-        """Yield the names of the types that something is announced of."""
-        yield from {entry.base for entry in self.entries.values() if entry.standing is Standing.OWNED}
+        """Yield the names of the types of which something is announced."""
+        yield from {entry.base for entry in self.entries.values() if entry.is_won}
+
+    def has(self, record: DNSRecord, link: Interface) -> bool:
+        """Return whether a record is still true on a link: its name won, its data as it was."""
+        if record.key == wire.TYPES_NAME and isinstance(record, DNSPointer):
+            return any(entry.is_won for entry in self.pointed(record.alias_key))
+        claim = self.claim(record.alias_key if isinstance(record, DNSPointer) else record.key)
+        if claim is None or not claim.is_won or not claim.is_on(link):
+            return False
+        if isinstance(record, DNSPointer):
+            return isinstance(claim, Entry) and record in claim.pointers()
+        return record.type == wire.NSEC or record in claim.unique(link)
 
     def is_free(self, key: str, claim: Claim) -> bool:
-        """Tell whether no other claim of this very host uses the name."""
+        """Return whether no other claim of this very host uses the name."""
         return self._by_key.get(key) in (None, claim)
 
     def add(self, entry: Entry) -> None:
-        """Put an entry in; its name has to be free here."""
+        """Add an entry; its name has to be free here."""
         self.entries[entry.service.id] = entry
         self.index(entry)
 
@@ -199,11 +237,11 @@ class Zone:
                     self._by_pointer.pop(record.key, None)
 
     def remove(self, entry: Entry) -> None:
-        """Take an entry out."""
+        """Remove an entry."""
         self.unindex(entry)
         self.entries.pop(entry.service.id, None)
 
 
-def _next_number(name: str, wish: str, before: str) -> int:
-    found = re.search(r"(\d+)\)?\Z", name.removeprefix(wish)) if name != wish else None
+def _next_number(name: str, requested_name: str, before: str) -> int:
+    found = re.search(r"(\d+)\)?\Z", name.removeprefix(requested_name)) if name != requested_name else None
     return int(found[1]) + 1 if found and before in name else 2

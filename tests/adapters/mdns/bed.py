@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -43,19 +43,6 @@ def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE
             return answer
         assert time.monotonic() < end, f"not within {deadline_s} s: {what} (last: {answer!r})"
         time.sleep(pause_s)
-
-
-async def until(condition: Callable[[], T | Awaitable[T]], what: str, deadline_s: float = DEADLINE_S) -> T:
-    """The same on an event loop; the condition may be a coroutine function."""
-    end = time.monotonic() + deadline_s
-    while True:
-        answer = condition()
-        if isinstance(answer, Awaitable):
-            answer = await answer
-        if answer:
-            return answer
-        assert time.monotonic() < end, f"not within {deadline_s} s: {what} (last: {answer!r})"
-        await asyncio.sleep(0.02)
 
 
 class Lan:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import pytest
 
 from portd.adapters.mdns import announcer
-from portd.adapters.mdns.announcer import _Wanted
-from portd.adapters.mdns.zone import Service
+from portd.adapters.mdns.announcer import Damping
 from tests.adapters.mdns.bed import Lan, wait_for
 from tests.adapters.mdns.station import Ear, Station, lease
 
 
 def test_the_first_withdrawal_is_forgiven_and_each_further_one_doubles_the_wait_up_to_a_minute() -> None:
-    wanted = _Wanted(Service(id="a", type="_http._tcp", name="a", port=1), "a")
+    damping = Damping()
     waits = []
     for now in range(10):
-        wanted.flap(float(now))
-        waits.append(max(0.0, wanted.damped_until - now))
+        damping.note_withdrawal(float(now))
+        waits.append(max(0.0, damping.until - now))
     assert waits == [0, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
 def test_after_a_calm_minute_a_withdrawal_is_the_first_again() -> None:
-    wanted = _Wanted(Service(id="a", type="_http._tcp", name="a", port=1), "a")
+    damping = Damping()
     for now in (0.0, 1.0, 2.0, 2.0 + announcer.CALM_S):
-        wanted.flap(now)
-    assert (wanted.flap_count, wanted.damped_until) == (1, 0.0)
+        damping.note_withdrawal(now)
+    assert (damping.flap_count, damping.until) == (1, 0.0)
 
 
 @pytest.mark.netns
@@ -43,13 +42,13 @@ def test_a_lease_that_flaps_is_announced_later_withdrawn_at_once_and_says_why(la
     station.change("a", "health", health="passing")
     announce = station.leases["a"].announce
     assert announce is not None
-    assert announce.problem == "it went 2 times within a short time: announced again in 2 s"
+    assert announce.problem == "withdrawn 2 times within a short time: announced again in 2 s"
     assert station.condition()["damped"] == 1
     station.change("a", "health", health="critical")
     station.change("a", "health", health="passing")
     announce = station.leases["a"].announce
     assert announce is not None
-    assert announce.problem == "it went 3 times within a short time: announced again in 4 s"
+    assert announce.problem == "withdrawn 3 times within a short time: announced again in 4 s"
     assert station.published("calm") == "calm"
     station.wait_published("a")
     assert station.leases["a"].announce.problem is None  # type: ignore[union-attr]

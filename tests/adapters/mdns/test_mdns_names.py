@@ -114,7 +114,7 @@ def test_a_name_that_avahi_has_is_not_taken_and_the_lease_says_which_one_is(lan:
     assert announce is not None
     assert (announce.published_as, announce.problem) == (
         "Orders (2)",
-        "'Orders' is taken on the LAN: published as 'Orders (2)'",
+        "'Orders' is in use on the LAN: published as 'Orders (2)'",
     )
     wait_for(lambda: peer.seen(WEB) == {"Orders", "Orders (2)"}, "both are seen")
     assert peer.browsed(WEB)["Orders"][0] == "h2.local"

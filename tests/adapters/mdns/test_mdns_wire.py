@@ -38,7 +38,6 @@ def test_the_parts_used_from_inside_are_as_they_were() -> None:
     out = wire._Message(0)
     assert (out.names, out.size, out.data) == ({}, 12, [])
     assert list(inspect.signature(wire.DNSOutgoing.write_name).parameters) == ["self", "name"]
-    assert list(inspect.signature(wire.DNSCache._async_set_created_ttl).parameters) == ["self", "record", "now", "ttl"]
     for method in (
         "async_add_records",
         "async_expire",
@@ -161,9 +160,9 @@ def test_garbage_is_no_packet_and_no_exception(data: bytes) -> None:
 
 def test_a_goodbye_lets_a_cached_record_live_a_second_more() -> None:
     cache, record = wire.DNSCache(), wire.pointer("_http._tcp.local.", DOTTED)
-    assert not wire.take_leave(cache, record, 0.0)
+    assert not wire.apply_goodbye(cache, record)
     cache.async_add_records([record])
     now_ms = record.created
-    assert wire.take_leave(cache, wire.with_ttl(record, 0), now_ms)
+    assert wire.apply_goodbye(cache, wire.with_ttl(record, 0))
     assert cache.async_expire(now_ms + 999) == []
     assert cache.async_expire(now_ms + 1000) == [record]

@@ -1,6 +1,6 @@
-"""The daemon's end of the guardian: starts it, keeps its ready-made goodbyes up to date, and bids it farewell.
+"""The daemon's end of the guardian process: starts it, keeps its encoded goodbyes up to date, and dismisses it.
 
-What it is given costs the daemon little: services share packets, and a change makes only its own packet anew.
+Services share packets, and a change encodes only its own packet again, so that keeping them costs the daemon little.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from portd.adapters.mdns.sockets import Sockets
 from portd.adapters.mdns.wire import DNSPointer, DNSRecord
 
 PER_PACKET = 16
-"""Services that share a goodbye."""
+"""Services whose goodbyes share a slot, and mostly a packet."""
 PACKETS_PER_SLOT = 24
-"""Packets that 16 services' records may need: their TXTs may hold 1.3 KB each."""
+"""Packets that the records of 16 services may need: a TXT has up to 1.3 KB."""
 FLUSH_S = 0.010
+"""Changes this close together are encoded together."""
 RESTARTS, RESTART_S = 5, 1.0
-"""A guardian that is killed is started again, but not for ever: then status says that there is none."""
-FAREWELL_S = 2.0
+"""A guardian that is killed is started again, but not for ever: then status shows none."""
+DISMISS_S = 2.0
+"""How long the guardian may take to exit once dismissed, before it is killed."""
 
 
-class Guard:
-    """The guardian's keeper. Without a guardian everything works, but a killed daemon says no goodbyes."""
+class GuardianClient:
+    """Runs the guardian. Without one everything works, but a killed daemon leaves its services on the LAN."""
 
     def __init__(self, sockets: Sockets) -> None:
         self._sockets = sockets
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._attending: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._slots: list[dict[str, Sequence[DNSRecord]]] = []
         self._slot_of: dict[str, int] = {}
         self._dirty: set[int] = set()
-        self._told: dict[tuple[bytes, int], int] = {}
+        self._packet_counts: dict[tuple[bytes, int], int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -76,28 +78,28 @@ class Guard:
                 ours.close()
                 raise
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._attending = asyncio.get_running_loop().create_task(self._attend(reader))
+        self._watching = asyncio.get_running_loop().create_task(self._watch(reader))
 
     async def close(self) -> None:
-        """Bid farewell: the guardian goes and says nothing. May be called twice."""
+        """Dismiss the guardian: it exits and sends nothing. May be called twice."""
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
         if self._writer is not None:
-            self._tell(b"D", 0, b"")
-        if self._attending is not None:
+            self._send(b"D", 0, b"")
+        if self._watching is not None:
             if self._process is None:
-                self._attending.cancel()
+                self._watching.cancel()
             with suppress(asyncio.TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(self._attending, FAREWELL_S)
-            self._attending = None
-        await self._part()
+                await asyncio.wait_for(self._watching, DISMISS_S)
+            self._watching = None
+        await self._reap()
 
     def keep(self, key: str, records: Sequence[DNSRecord]) -> None:
-        """Say goodbye to these records, should the daemon be killed."""
+        """Have goodbyes sent for these records if the daemon is killed."""
         slot = self._slot_of.get(key)
         if slot is None:
-            slot = next((number for number, taken in enumerate(self._slots) if len(taken) < PER_PACKET), -1)
+            slot = next((number for number, used in enumerate(self._slots) if len(used) < PER_PACKET), -1)
             if slot < 0:
                 slot = len(self._slots)
                 self._slots.append({})
@@ -107,15 +109,15 @@ class Guard:
             self._touch(slot)
 
     def drop(self, key: str) -> None:
-        """Say nothing of these any more; nothing happens when the key is unknown."""
+        """Have none sent for these any more; nothing happens when the key is unknown."""
         slot = self._slot_of.pop(key, None)
         if slot is not None:
             del self._slots[slot][key]
             self._touch(slot)
 
-    def aim(self) -> None:
-        """Tell the guardian where packets go now."""
-        self._tell(
+    def set_targets(self) -> None:
+        """Send the guardian the families and interfaces that packets go to now."""
+        self._send(
             b"T", 0, json.dumps([[int(target.family), target.link] for target in self._sockets.groups()]).encode()
         )
 
@@ -133,33 +135,33 @@ class Guard:
             (b"R", [record for record in records if not isinstance(record, DNSPointer)]),
         ):
             packets = wire.encode_response(some)[:PACKETS_PER_SLOT] if some else []
-            for number in range(max(len(packets), self._told.get((kind, slot), 0))):
-                self._tell(kind, slot * PACKETS_PER_SLOT + number, packets[number] if number < len(packets) else b"")
-            self._told[kind, slot] = len(packets)
+            for number in range(max(len(packets), self._packet_counts.get((kind, slot), 0))):
+                self._send(kind, slot * PACKETS_PER_SLOT + number, packets[number] if number < len(packets) else b"")
+            self._packet_counts[kind, slot] = len(packets)
         if self._dirty:
             self._timer = asyncio.get_running_loop().call_later(0, self._flush)
 
-    def _tell(self, kind: bytes, number: int, body: bytes) -> None:
+    def _send(self, kind: bytes, number: int, body: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(guardian.HEADER.pack(kind, number, len(body)) + body)
 
-    async def _attend(self, reader: asyncio.StreamReader) -> None:
-        """Wait for the guardian's end, and start another unless it was told to go."""
+    async def _watch(self, reader: asyncio.StreamReader) -> None:
+        """Wait for the guardian's end, and start another unless it was dismissed."""
         with suppress(OSError):
             await reader.read()
         if self._closing:
             return
-        await self._part()
+        await self._reap()
         for _ in range(RESTARTS):
             await asyncio.sleep(RESTART_S)
             with suppress(OSError):
                 await self.start()
-                self.aim()
+                self.set_targets()
                 for slot in range(len(self._slots)):
                     self._touch(slot)
                 return
 
-    async def _part(self) -> None:
+    async def _reap(self) -> None:
         """Close our end and reap the process."""
         if self._writer is not None:
             self._writer.close()
@@ -169,7 +171,7 @@ class Guard:
         process, self._process = self._process, None
         if process is not None:
             try:
-                await asyncio.to_thread(process.wait, FAREWELL_S)
+                await asyncio.to_thread(process.wait, DISMISS_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)

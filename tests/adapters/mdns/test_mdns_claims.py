@@ -1,0 +1,320 @@
+"""Each name ends with one owner, whatever happens: the state machine alone, with a clock that tests advance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portd.adapters.mdns import claims, wire
+from portd.adapters.mdns.claims import STEPS, STORM_CONFLICTS, STORM_S, TABLE
+from portd.adapters.mdns.wire import DNSPointer, DNSRecord
+from portd.adapters.mdns.zone import State
+from tests.adapters.mdns.net import LINK, Net, NetHost, service
+
+NAME = "Orders._http._tcp.local."
+
+
+def owners(net: Net, key: str) -> list[NetHost]:
+    """Return the hosts that answer for a name."""
+    return [host for host in net.hosts if (claim := host.zone.claim(key.lower())) is not None and claim.is_won]
+
+
+def goodbyes(net: Net) -> set[str]:
+    return {record.alias for record in net.records() if isinstance(record, DNSPointer) and record.ttl == 0}
+
+
+def contradict(host: NetHost) -> None:
+    """Have another host claim a name of the host's, with data of its own."""
+    entry = next(iter(host.zone.entries.values()))
+    host.claims.receive_response(host.net.now, LINK, [wire.service(entry.full_name, 9, "other.local.")])
+    host.settle()
+
+
+def owned(net: Net, *ids: str) -> NetHost:
+    """Return a host that owns the names of these services."""
+    host = net.host()
+    host.publish(*(service(id_) for id_ in ids))
+    net.run(10.0)
+    assert all(host.entry(id_).state is State.OWNED for id_ in ids)
+    return host
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    starts=st.lists(st.floats(0.0, 3.0), min_size=2, max_size=6),
+    are_clones=st.booleans(),
+    are_equal=st.booleans(),
+)
+def test_claimants_of_one_name_end_with_one_owner_each(
+    seed: int, starts: list[float], are_clones: bool, are_equal: bool
+) -> None:
+    net = Net(seed)
+    hosts = [net.host("clone" if are_clones else "") for _ in starts]
+    for number in sorted(range(len(starts)), key=starts.__getitem__):
+        net.run(1000.0 + starts[number] - net.now)
+        hosts[number].publish(service("a", "Orders", port=1 if are_equal else number + 1))
+    net.run(120.0)
+    expected = {"Orders", *(f"Orders ({number})" for number in range(2, len(hosts) + 1))}
+    assert {host.published("a") for host in hosts} == expected
+    assert all(len(owners(net, f"{name}._http._tcp.local.")) == 1 for name in expected)
+    assert len({host.zone.host.name for host in hosts}) == len(hosts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    steps=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["publish", "withdraw", "down", "up", "change", "wait"])),
+        max_size=30,
+    ),
+)
+def test_names_have_one_owner_after_any_history(seed: int, steps: list[tuple[int, str]]) -> None:
+    net = Net(seed)
+    hosts = [net.host("clone" if number % 2 else "") for number in range(4)]
+    for number, step in steps:
+        host = hosts[number]
+        match step:
+            case "publish":
+                host.publish(service("a", "Orders", port=number))
+            case "change" if "a" in host.zone.entries:
+                host.publish(service("a", "Orders", port=number, txt=(("t", str(net.now)),)))
+            case "withdraw":
+                host.withdraw("a")
+            case "down" | "up":
+                host.side = -1 - number if step == "down" else 0
+                host.set_link(up=step == "up")
+        net.run(net.random.uniform(0.0, 1.5))
+    for host in hosts:
+        host.side = 0
+        host.set_link(up=True)
+    net.run(120.0)
+    published = [name for host in hosts if (name := host.published("a")) is not None]
+    assert max(Counter(published).values(), default=1) == 1
+    assert len(published) == sum("a" in host.zone.entries for host in hosts)
+
+
+def test_a_joined_lan_ends_with_one_owner_once_somebody_asks() -> None:
+    net = Net()
+    hosts = [net.host(), net.host()]
+    hosts[1].side = 1
+    for number, host in enumerate(hosts):
+        host.publish(service("a", "Orders", port=number))
+    net.run(10.0)
+    assert [host.published("a") for host in hosts] == ["Orders", "Orders"]
+    hosts[1].side = 0
+    asker = net.host()
+    net.send(asker, net.sent[0][2], wire.encode_query([(NAME, wire.SRV)]))
+    net.run(20.0)
+    assert sorted(str(host.published("a")) for host in hosts) == ["Orders", "Orders (2)"]
+
+
+def test_an_owner_keeps_its_name_when_a_contradiction_was_a_mistake() -> None:
+    net = Net()
+    host = owned(net, "a")
+    contradict(host)
+    assert not host.entry("a").is_won
+    net.run(10.0)
+    assert (host.entry("a").state, host.published("a")) == (State.OWNED, "a")
+    assert host.reports == [("a", "a", None)], "its owner is not notified of a name that did not change"
+
+
+def test_a_contradiction_before_the_first_probe_costs_no_name() -> None:
+    net = Net()
+    host = owned(net, "a")
+    contradict(host)
+    contradict(host)
+    net.run(10.0)
+    assert host.published("a") == "a"
+
+
+def test_the_greater_proposal_wins_a_tie_and_the_other_waits() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(service("a", "Orders", port=5))
+    net.run(1.0, until=lambda: host.entry("a").state is State.PROBING)
+    question = wire.decode(wire.encode_query([(NAME, wire.ANY)])[0], 1.0)
+    assert question is not None
+    for port, state in ((4, State.PROBING), (6, State.DEFERRED)):
+        proposed = [
+            wire.service(NAME, port, host.zone.host.full_name),
+            host.entry("a").unique(host.link)[1],
+        ]
+        host.claims.receive_probe(net.now, LINK, question.questions, proposed)
+        assert host.entry("a").state is state
+    assert host.entry("a").due == pytest.approx(net.now + claims.DEFER_S)
+    assert host.entry("a").name == "Orders"
+
+
+def test_a_storm_of_conflicts_slows_probing_down() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(service("a", "Orders"))
+    started = []
+    for _ in range(STORM_CONFLICTS + 5):
+        net.run(30.0, until=lambda: host.entry("a").state is State.PROBING)
+        started.append(net.now)
+        contradict(host)
+    waits = [later - earlier for earlier, later in pairwise(started)]
+    assert max(waits[: STORM_CONFLICTS - 1]) < 1.0
+    assert min(waits[STORM_CONFLICTS:]) >= STORM_S
+    net.run(30.0)
+    assert host.entry("a").conflict_count == 0, "a name that was won starts afresh"
+
+
+def test_a_peer_that_always_contradicts_gets_a_bounded_number_of_packets() -> None:
+    """Two cloned machines that invalidated each other's records without end sent 350 packets a second."""
+    net = Net()
+    host = owned(net, "a")
+    net.sent.clear()
+    for _ in range(6000):
+        net.run(0.010)
+        contradict(host)
+    assert len(net.sent) / 60.0 < 8
+
+
+def test_probing_asks_three_times_and_announcing_says_it_twice() -> None:
+    net = Net()
+    owned(net, "a")
+    probes = [at for at, _, _, message in net.sent if message.is_probe()]
+    announcements = [at for at, _, _, message in net.sent if message.is_response()]
+    assert [round(later - earlier, 3) for earlier, later in pairwise(probes)] == [0.25, 0.25]
+    assert len(announcements) == 2
+    assert announcements[0] - probes[2] >= 0.25
+    assert announcements[1] - announcements[0] >= 1.0
+
+
+def test_services_that_come_together_share_packets() -> None:
+    net = Net()
+    owned(net, *(f"s{number}" for number in range(60)))
+    assert len([message for _, _, _, message in net.sent if message.is_probe()]) <= 3 * 6
+
+
+def test_a_service_that_was_only_probed_for_goes_in_silence() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(service("a"))
+    net.run(1.0, until=lambda: host.entry("a").state is State.PROBING)
+    host.withdraw("a")
+    net.run(10.0)
+    assert goodbyes(net) == set()
+
+
+def test_a_withdrawn_service_says_goodbye_twice_and_is_never_announced_again() -> None:
+    net = Net()
+    host = owned(net, "a", "b")
+    net.sent.clear()
+    host.withdraw("a")
+    net.run(30.0)
+    pointers = [record for record in net.records() if isinstance(record, DNSPointer)]
+    assert [(record.alias, record.ttl) for record in pointers] == [("a._http._tcp.local.", 0)] * 2
+
+
+def test_a_name_that_is_published_again_is_not_withdrawn_afterwards() -> None:
+    net = Net()
+    host = owned(net, "a")
+    host.withdraw("a")
+    host.publish(service("b", "a"))
+    net.run(0.1)
+    net.sent.clear()
+    net.run(10.0)
+    assert host.published("b") == "a"
+    assert goodbyes(net) == set()
+
+
+def test_a_goodbye_of_another_host_for_our_record_is_contradicted() -> None:
+    net = Net()
+    host = owned(net, "a")
+    net.sent.clear()
+    forged = [wire.with_ttl(record, 0) for record in host.entry("a").unique(host.link)]
+    for _ in range(500):
+        host.claims.receive_response(net.now, LINK, forged)
+        net.run(0.010)
+    announced = [record for record in net.records() if record.name == "a._http._tcp.local." and record.type == wire.SRV]
+    assert 1 <= len(announced) <= 6, "once a second at most"
+
+
+def test_changes_are_announced_once_a_second_at_most() -> None:
+    net = Net()
+    host = owned(net, "a")
+    net.sent.clear()
+    for number in range(500):
+        host.publish(service("a", txt=(("n", str(number)),)))
+        net.run(0.010)
+    net.run(2.0)
+    texts = [record for record in net.records() if record.type == wire.TXT]
+    assert 1 <= len(texts) <= 9
+    assert texts[-1] == host.entry("a").unique(host.link)[1]
+
+
+def test_a_lost_interface_is_reported_and_its_return_checks_the_names() -> None:
+    net = Net()
+    host = owned(net, "a")
+    host.set_link(up=False)
+    assert host.reports[-1] == ("a", None, claims.NO_LINK)
+    net.sent.clear()
+    host.set_link(up=True)
+    net.run(10.0)
+    assert host.published("a") == "a"
+    assert sum(message.is_probe() for _, _, _, message in net.sent) == 3
+
+
+def test_an_interrupted_interface_checks_names_that_stay_answered() -> None:
+    net = Net()
+    host = owned(net, "a")
+    host.set_link(up=True, interrupted=True)
+    assert (host.entry("a").state, host.entry("a").is_won) == (State.CHECKING, True)
+    net.run(10.0)
+    assert host.entry("a").state is State.OWNED
+
+
+def test_a_renamed_host_announces_its_services_with_the_new_name() -> None:
+    net = Net()
+    one = owned(net, "a")
+    two = net.host("box1")
+    two.publish(service("b"))
+    net.run(20.0)
+    assert (one.zone.host.name, two.zone.host.name) == ("box1-portd", "box1-portd-2")
+    services: list[DNSRecord] = [record for record in net.records() if record.name == "b._http._tcp.local."]
+    servers = {record.server for record in services if isinstance(record, wire.DNSService)}
+    assert servers == {"box1-portd.local.", "box1-portd-2.local."} or servers == {"box1-portd-2.local."}
+    assert services[-1].ttl > 0
+
+
+def test_a_stale_service_is_retracted_unless_its_name_is_in_use() -> None:
+    net = Net()
+    host = owned(net, "a")
+    for name in ("a", "old"):
+        host.claims.retract(net.now, service("x", name))
+    net.run(10.0)
+    assert goodbyes(net) == {"old._http._tcp.local."}
+
+
+def test_an_orderly_stop_withdraws_everything_and_then_has_nothing_to_do() -> None:
+    net = Net()
+    host = owned(net, *(f"s{number}" for number in range(200)))
+    host.claims.withdraw_all(net.now)
+    net.run(5.0)
+    assert len(goodbyes(net)) == 200
+    assert any(record.ttl == 0 and record.type == wire.A for record in net.records())
+    assert host.claims.deadline() is None
+
+
+def test_every_timed_state_ends() -> None:
+    for state in STEPS:
+        seen = set()
+        at: State | None = state
+        while at in STEPS:
+            assert at not in seen
+            seen.add(at)
+            at = STEPS[at].then
+        assert at in (State.OWNED, None)
+
+
+def test_the_table_never_leaves_goodbye_and_enters_states_that_time_or_a_link_ends() -> None:
+    assert all(state is not State.GOODBYE for state, _ in TABLE)
+    assert all(move.state in STEPS or move.state is State.WAITING for move in TABLE.values())
