@@ -18,6 +18,7 @@ from portd.adapters.http.server import HttpServer
 from portd.adapters.http.status import pool_status
 from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.mdns.announcer import Announcer
+from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Settings
 from portd.leasing.service import LeaseService
@@ -38,6 +39,7 @@ class Condition(NamedTuple):
     events: EventCalls
     announcer: Announcer
     dns: DnsServer
+    prober: Prober
 
     def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""
@@ -62,10 +64,15 @@ class Condition(NamedTuple):
 
     def warnings(self) -> list[str]:
         """Return what an operator should know, a sentence each."""
-        lost_s = self.clock.lost_s
-        if not lost_s:
-            return []
-        return [f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much"]
+        found = []
+        if lost_s := self.clock.lost_s:
+            found.append(f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much")
+        if self.prober.is_late:
+            found.append(
+                f"health checks are late: {self.prober.waiting_count} wait for a slot; fix or end services that do not "
+                "answer, or raise [health] concurrency"
+            )
+        return found
 
     def gauges(self) -> Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]]:
         """Return (name, help, label names, value by label values) of every gauge."""

@@ -129,7 +129,7 @@ def reconfigure(parts: Parts, settings: Settings) -> None:
     """Apply the settings that can change while the daemon runs: [leases], [services] and [health]."""
     parts.engine.service.granter.policy = policy(settings)
     parts.engine.service.allocator.cooldown_s = settings.leases.cooldown
-    parts.watchers.prober.concurrency = settings.health.concurrency
+    parts.watchers.prober.set_concurrency(settings.health.concurrency)
     parts.watchers.prober.allow_commands = settings.health.allow_commands
 
 
@@ -141,6 +141,7 @@ def policy(settings: Settings) -> Policy:
         settings.leases.hold,
         frozenset(settings.health.allow_commands),
         host_name(),
+        os.geteuid(),
     )
 
 
@@ -195,8 +196,10 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
         concurrency=settings.health.concurrency,
         allow_commands=settings.health.allow_commands,
         on_result=metrics.check,
+        find_endpoint=table.named,
     )
     service.report_to_probes = prober.reported
+    service.last_result = prober.last
     return Watchers(
         metrics,
         Feed(),
@@ -260,6 +263,7 @@ def _fronts(
         events,
         watchers.announcer,
         watchers.dns,
+        watchers.prober,
     )
     watchers.metrics.gauges = condition.gauges
     parts = (

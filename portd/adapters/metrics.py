@@ -68,7 +68,7 @@ class Metrics:
     def check(self, kind: str, result: str, seconds: float) -> None:
         """Count a health check."""
         self._checks.labels(kind, result).inc()
-        if result == "skipped":
+        if result in ("skipped", "late"):
             return
         self._check_time.labels(kind).observe(seconds)
 

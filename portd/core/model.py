@@ -7,7 +7,7 @@ This module must not know how nouns are stored, shown or sent. Wall times (`*_at
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,17 +71,70 @@ HeaderValue = Annotated[str, Meta(max_length=1024, pattern=r"^[\t\x20-\x7e]*\Z")
 HeaderName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z", max_length=128)]
 
 
+CHECK_TIMEOUT_MAX_S: Final = 60.0
+"""The longest time-out of a check, in seconds: a check that hangs occupies a slot of its user for as long."""
+
+
 class CheckTiming(Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What all checks have. `interval`, `timeout` and `start_period` are seconds; `rise` and `fall` count results."""
+    """What all checks have; `rise` and `fall` count results, all else is in seconds.
+
+    Until the first pass a check runs every `start_interval`, then less and less often, down to every `interval`.
+    """
 
     interval: Seconds = 10.0
-    timeout: Seconds = 2.0
+    timeout: Annotated[float, Meta(ge=0.05, le=CHECK_TIMEOUT_MAX_S)] = 2.0
     rise: Threshold = 2
     fall: Threshold = 3
     start_period: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+    start_interval: Seconds = 0.2
 
 
-class HttpCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="http"):
+ServerName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+\Z", max_length=253)]
+FilePath = Annotated[str, Meta(pattern=r"^/[^\x00-\x1f]*\Z", max_length=1024)]
+
+
+class Tls(Struct, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
+    """How a check speaks TLS. `server_name` is sent as SNI and must be in the certificate (None: the address is
+    checked, and nothing is sent); `ca` is a PEM file that is trusted instead of the host's own authorities; `cert` and
+    `key` are the client's. Files are read with the rights of the lease's user."""
+
+    server_name: ServerName | None = None
+    ca: FilePath | None = None
+    cert: FilePath | None = None
+    key: FilePath | None = None
+    verify: bool = True
+
+
+class ConnectCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True):
+    """A check that connects to the service: with TLS where `tls` is true or an object, whose fields may also stand
+    beside it; to another `endpoint` of the same instance where one is named."""
+
+    endpoint: Label | None = None
+    tls: bool | Tls = False
+    server_name: ServerName | None = None
+    ca: FilePath | None = None
+    cert: FilePath | None = None
+    key: FilePath | None = None
+    verify: bool = True
+
+    @property
+    def security(self) -> Tls | None:
+        """Return how to speak TLS, from both spellings; None for a plain connection."""
+        given = self.tls if isinstance(self.tls, Tls) else Tls()
+        return (
+            Tls(
+                server_name=given.server_name or self.server_name,
+                ca=given.ca or self.ca,
+                cert=given.cert or self.cert,
+                key=given.key or self.key,
+                verify=given.verify and self.verify,
+            )
+            if self.tls
+            else None
+        )
+
+
+class HttpCheck(ConnectCheck, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="http"):
     """GET (or `method`) `path` on the lease's own address and port: 2xx passes unless told otherwise, 429 warns."""
 
     path: Annotated[str, Meta(pattern=r"^/[\x21-\x7e]*\Z", max_length=2048)] = "/"
@@ -89,15 +142,14 @@ class HttpCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown
     headers: Annotated[dict[HeaderName, HeaderValue], Meta(max_length=32)] = {}
     expect_status: Annotated[tuple[Annotated[int, Meta(ge=100, le=599)], ...], Meta(max_length=32)] = ()
     expect_body: Annotated[str, Meta(max_length=1024)] | None = None
-    tls: bool = False
     tls_verify: bool = True
 
 
-class TcpCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="tcp"):
-    """The port accepts a connection."""
+class TcpCheck(ConnectCheck, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="tcp"):
+    """The port accepts a connection; with TLS, the handshake succeeds too."""
 
 
-class GrpcCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="grpc"):
+class GrpcCheck(ConnectCheck, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="grpc"):
     """The standard gRPC health protocol says SERVING for `service` ("" is the whole server)."""
 
     service: Annotated[str, Meta(max_length=256)] = ""
@@ -108,7 +160,7 @@ class ListenCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unkno
 
 
 class ReportCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="report"):
-    """The service reports by itself, at least once in `ttl` seconds; silence is critical. Its word counts at once."""
+    """The service reports by itself, at least once in `ttl` seconds; silence is critical. A report counts at once."""
 
     rise: Threshold = 1
     fall: Threshold = 1
@@ -150,10 +202,10 @@ class Elsewhere(Struct, frozen=True, gc=False):
 class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """The right of one owner to one (protocol, address, port) of this host.
 
-    `uid` is the user of the process at the grant: it never changes, and rights and quotas go by it. `owner` describes the
-    process as it is now: it may have changed its user and its program since. `listening` are the addresses at which its own
-    listeners are, `vouched_by` the rule that made them its own, `elsewhere` the other ports that the owner listens on
-    while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
+    `uid` is the user of the process at the grant: it never changes, and rights and quotas go by it. `owner` describes
+    the process as it is now: it may have changed its user and its program since. `listening` are the addresses at
+    which its own listeners are, `vouched_by` the rule that made them its own, `elsewhere` the other ports that the
+    owner listens on while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
 
     The fields below the line never leave the daemon: no view of a lease shows them. What has its default is not stored:
     a default never changes, or the leases of older stores would change with it.
@@ -260,12 +312,23 @@ def encode_lease(lease: Lease) -> bytes:
 def decode_lease(data: bytes) -> Lease:
     """Decode what `encode_lease` made; raises msgspec.DecodeError on anything else.
 
-    Stores written before leases had a uid of their own know the owner's only.
+    Stores written before leases had a uid of their own know the owner's only; in older ones checks may have a time-out
+    beyond CHECK_TIMEOUT_MAX_S, which is cut.
     """
-    lease = _lease_decoder.decode(data)
+    try:
+        lease = _lease_decoder.decode(data)
+    except msgspec.ValidationError:
+        lease = msgspec.convert(_with_timeout_cut(msgspec.msgpack.decode(data)), Lease)
     if lease.uid is None and lease.owner.uid is not None:
         return msgspec.structs.replace(lease, uid=lease.owner.uid)
     return lease
+
+
+def _with_timeout_cut(stored: Any) -> Any:
+    check = stored.get("check") if isinstance(stored, dict) else None
+    if isinstance(check, dict) and isinstance(timeout := check.get("timeout"), float | int):
+        check["timeout"] = min(timeout, CHECK_TIMEOUT_MAX_S)
+    return stored
 
 
 _lease_encoder = msgspec.msgpack.Encoder()

@@ -60,3 +60,8 @@ def sees_cmdline(caller: Caller, lease_uid: int | None) -> bool:
     """Tell whether the caller may read what may hold secrets of a process or lease of this uid: its command line, and
     the headers and query of its check."""
     return caller.admin or (caller.uid is not None and caller.uid == lease_uid)
+
+
+def can_run_as(daemon_uid: int, uid: int | None) -> bool:
+    """Tell whether the daemon can run a program with exactly the rights of a lease's user: root can become anybody."""
+    return uid is not None and daemon_uid in (0, uid)

@@ -117,11 +117,12 @@ def view_lease(
     cmdline: bool,
     renewed_at: float | None = None,
     expires_at: float | None = None,
+    health_note: str | None = None,
     checked_at: float | None = None,
     token: str | UnsetType = UNSET,
 ) -> LeaseView:
     """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease,
-    `checked_at` from the prober's last result."""
+    `health_note` and `checked_at` from the prober's last result, which is renewed without an event."""
     created_at: Any = moment(lease.created_at)
     return LeaseView(
         id=lease.id,
@@ -138,7 +139,7 @@ def view_lease(
         elsewhere=lease.elsewhere,
         state=lease.state,
         health=lease.health,
-        health_note=lease.health_note,
+        health_note=lease.health_note if health_note is None else health_note,
         health_since=moment(lease.health_since),
         checked_at=moment(checked_at),
         drain=lease.drain,

@@ -29,20 +29,17 @@ from portd.core.errors import (
     QuotaExceeded,
     Unauthenticated,
 )
+from portd.core.health import CheckPolicy, validate_check
 from portd.core.model import (
     OWN_ADDRESS,
     Check,
-    CommandCheck,
-    GrpcCheck,
     HoldKind,
-    HttpCheck,
     Lease,
     Lifetime,
     Now,
     Owner,
     ProcessId,
     Protocol,
-    TcpCheck,
 )
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
@@ -50,8 +47,8 @@ from portd.core.table import LeaseTable
 from portd.leasing.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
 
 TRIES_MAX: Final = 512
-"""Candidates that one grant tries: each costs a bind (10 µs), so a pool full of foreign processes blocks the loop for 5 ms at
-the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
+"""Candidates that one grant tries: each costs a bind (10 µs), so a pool full of foreign processes blocks the loop for
+5 ms at the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
 DEFAULT_ADDRESS: Final = "127.0.0.1"
 DEFAULT_PROTOCOL: Final = "tcp"
 """What a request binds that says nothing else; a static port's own address and protocol take their place."""
@@ -62,13 +59,15 @@ DRAWN_BYTES: Final = 4096
 
 
 class Policy(NamedTuple):
-    """What the configuration says about grants. `quota_per_uid` counts leases; `max_ttl_s` is in seconds."""
+    """What the configuration says about grants. `quota_per_uid` counts leases; `max_ttl_s` is in seconds;
+    `daemon_uid` is the user that the daemon runs as."""
 
     max_ttl_s: float
     quota_per_uid: int
     hold: HoldKind
     allow_commands: frozenset[str]
     host: str
+    daemon_uid: int = 0
 
 
 class Grant(NamedTuple):
@@ -146,6 +145,7 @@ class Granter:
         """
         self._check(request)
         owner, identity = self._owner(caller, process)
+        self.check_check(request.check, request.protocol, owner.uid)
         quota = self.policy.quota_per_uid
         if quota and self._table.count_of_uid(owner.uid) >= quota:
             raise QuotaExceeded(
@@ -321,18 +321,10 @@ class Granter:
                 f"there is no process {request_pid} in the caller's pid namespace that portd can see", pointer="/pid"
             ) from error
 
-    def check_check(self, check: Check | None, protocol: Protocol) -> None:
-        """Refuse a check that can't be made here; raises InvalidRequest."""
-        if check is None:
-            return
-        if isinstance(check, HttpCheck | TcpCheck | GrpcCheck) and protocol == "udp":
-            raise InvalidRequest(
-                "this check needs TCP: use 'listen', 'report' or 'command' for a udp lease", pointer="/check/kind"
-            )
-        if isinstance(check, CommandCheck) and check.command[0] not in self.policy.allow_commands:
-            raise InvalidRequest(
-                f"{check.command[0]} is not among allow_commands in the configuration", pointer="/check/command/0"
-            )
+    def check_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> None:
+        """Refuse a check that can't be made here for a lease of this user; raises InvalidRequest."""
+        if check is not None:
+            validate_check(check, protocol, uid, CheckPolicy(self.policy.daemon_uid, self.policy.allow_commands))
 
     # --- parts of a decision ---
 
@@ -347,7 +339,6 @@ class Granter:
             )
         if request.exact and request.port is None:
             raise InvalidRequest("'exact' needs a 'port'", pointer="/exact")
-        self.check_check(request.check, request.protocol)
 
     @staticmethod
     def _owner(caller: Caller, process: Process | None) -> tuple[Owner, ProcessId | None]:

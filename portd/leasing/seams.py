@@ -193,10 +193,21 @@ ApplyEvent = Callable[[Event], None]
 """A watcher: called on the event loop, in order of revision, after the event is true. It must not raise or wait."""
 
 ReportHealth = Callable[[str, Literal["passing", "warning", "critical"], str], None]
-"""How probes tell what they found: lease id, result, and a note of at most 4 KB."""
+"""How probes report a change of health: lease id, result, and a note of at most 4 KB."""
+
+
+class LastResult(NamedTuple):
+    """The newest result of a check: its reason, and when (epoch seconds)."""
+
+    note: str
+    at: float
+
+
+FindLastResult = Callable[[str], LastResult | None]
+"""Finds the newest result of a lease's check, by lease id; None where it has had none since the daemon started."""
 
 ReportState = Callable[[str, Literal["held", "bound", "conflict"], Owner | None], None]
-"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the foreign process
-in a conflict, or None)."""
+"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the foreign
+process in a conflict, or None)."""
 
 Sleep = Callable[[float], Awaitable[None]]

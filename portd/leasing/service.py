@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from portd.core import announcing
+from portd.core import announcing, health
 from portd.core.allocator import Allocator
 from portd.core.errors import (
     FILE_LIMIT,
@@ -34,7 +34,17 @@ from portd.core.transitions import Change
 from portd.core.views import LeaseView, view_lease
 from portd.leasing.deciding import Grant, Granter
 from portd.leasing.journal import Entry, Journal, end
-from portd.leasing.seams import Clock, Holds, LeaseStore, Loaded, Process, Processes, ProcessGone, ReportHealth
+from portd.leasing.seams import (
+    Clock,
+    FindLastResult,
+    Holds,
+    LeaseStore,
+    Loaded,
+    Process,
+    Processes,
+    ProcessGone,
+    ReportHealth,
+)
 from portd.leasing.timers import LeaseClocks
 
 logger = logging.getLogger(__name__)
@@ -87,6 +97,7 @@ class LeaseService:
         self._moving: dict[str, Lease] = {}
         self._exited: set[ProcessId] = set()
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
+        self.last_result: FindLastResult = lambda lease_id: None
         journal.subscribe(self._on_event)
 
     # --- granting ---
@@ -246,7 +257,8 @@ class LeaseService:
             raise Busy(f"lease {lease.id} is being moved from port {lease.port} already")
         moved = self.granter.move(lease, self.clock.now(), privileged=caller.admin or lease.own_address)
         self._moving[lease.id] = lease
-        change = Change(lease.id, "declined", {"port": moved.port, "health": "unknown", "foreign": None})
+        now = self.clock.now()
+        change = Change(lease.id, "declined", {"port": moved.port, "foreign": None, **health.when_moved(lease, now.at)})
         return await self._commit(change, undo=lambda: self._undo_move(lease, moved))
 
     async def drain(self, lease_id: str, caller: Caller, drain: bool) -> Lease:
@@ -265,10 +277,10 @@ class LeaseService:
         if patch.metadata is not UNSET:
             fields["metadata"] = patch.metadata
         if patch.check is not UNSET:
-            self.granter.check_check(patch.check, lease.protocol)
+            self.granter.check_check(patch.check, lease.protocol, lease.uid)
             fields["check"] = patch.check
             if patch.check != lease.check:
-                fields |= {"health": "unknown", "health_note": ""}
+                fields |= health.when_check_changes(lease, patch.check, self.clock.now().at)
         if patch.announce is not UNSET:
             fields["announce"] = announcing.resolve(
                 patch.announce,
@@ -302,11 +314,12 @@ class LeaseService:
 
     # --- what portd sees ---
 
-    def observe_health(self, lease_id: str, health: Literal["passing", "warning", "critical"], note: str) -> None:
-        """Take a check's result, where it changes anything."""
+    def observe_health(self, lease_id: str, result: Literal["passing", "warning", "critical"], note: str) -> None:
+        """Apply a check's result, where it changes anything."""
         lease = self.table.get(lease_id)
-        if lease is not None and (lease.health, lease.health_note) != (health, note):
-            self.journal.observe(Change(lease_id, "health", {"health": health, "health_note": note}))
+        if lease is not None and (lease.health, lease.health_note) != (result, note):
+            fields = health.changes(lease, result, note, self.clock.now().at)
+            self.journal.observe(Change(lease_id, "health", fields))
 
     def observe_state(self, lease_id: str, state: Literal["held", "bound", "conflict"], listener: Owner | None) -> None:
         """Take what the kernel says of a lease's port: who listens, or nobody."""
@@ -314,16 +327,15 @@ class LeaseService:
         if lease is None or lease.state == state:
             return
         if state == "conflict":
-            self.journal.observe(Change(lease_id, "conflict", {"foreign": listener}))
+            fields = {"foreign": listener, **health.when_in_conflict(lease, self.clock.now().at)}
+            self.journal.observe(Change(lease_id, "conflict", fields))
         elif state == "bound":
             owner = lease.owner
             if listener is not None and listener.pid == owner.pid:  # it may have become another program by exec
                 owner = replace(listener, known_by=owner.known_by)
             self.journal.observe(Change(lease_id, "bound", {"foreign": None, "owner": owner}))
         else:
-            fields: dict[str, Any] = {"foreign": None}
-            if lease.check is not None and not isinstance(lease.check, ReportCheck):
-                fields["health"] = "unknown"
+            fields = {"foreign": None, **health.when_unbound(lease, self.clock.now().at)}
             self.journal.observe(Change(lease_id, "unbound", fields))
 
     def observe_announcement(self, lease_id: str, published_as: str | None, problem: str | None) -> None:
@@ -368,11 +380,14 @@ class LeaseService:
     def view(self, lease: Lease, *, cmdline: bool, token: str | None = None) -> LeaseView:
         """Show a lease with its running clock."""
         renewed_at, expires_at = self._clocks.times(lease)
+        last = self.last_result(lease.id)
         return view_lease(
             lease,
             cmdline=cmdline,
             renewed_at=renewed_at,
             expires_at=expires_at,
+            health_note=None if last is None else last.note,
+            checked_at=None if last is None else last.at,
             token=UNSET if token is None else token,
         )
 

@@ -85,10 +85,9 @@ class Endpoint:
 
     @cached_property
     def txt(self) -> tuple[Record, ...]:
-        """Return the TXT record, if there is anything to say."""
-        # In the presentation format any octet may be written as its number (RFC 1035 section 5.1).
-        quoted = ['"' + "".join(f"\\{octet:03}" for octet in string) + '"' for string in txt_strings(self.lease)]
-        return (Record(_render(TXT, " ".join(quoted), self._ttl)),) if quoted else ()
+        """Return a TXT record for each tag and each key: Go's LookupTXT joins the strings of one record."""
+        strings = txt_strings(self.lease)
+        return tuple(Record(_packed(TXT, bytes((len(string),)) + string, self._ttl)) for string in strings)
 
     @cached_property
     def _addresses(self) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
@@ -185,6 +184,10 @@ def _render(rdtype: RdataType, text: str, ttl: int) -> bytes:
     """Render a record's data from its presentation format, behind its type, class, TTL and length."""
     wire = dns.rdata.from_text(IN, rdtype, text).to_wire()
     assert wire is not None  # it is None only where a file is given to write to
+    return _packed(rdtype, wire, ttl)
+
+
+def _packed(rdtype: RdataType, wire: bytes, ttl: int) -> bytes:
     return struct.pack("!HHIH", rdtype, IN, ttl, len(wire)) + wire
 
 

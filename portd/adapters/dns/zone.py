@@ -31,8 +31,8 @@ from portd.adapters.dns.records import (
     name_server,
     zone_name,
 )
-from portd.core.lookup import serving
 from portd.core.model import MAIN_ENDPOINT, Lease, Protocol
+from portd.core.visibility import serving
 
 HEADER_BYTES: Final = 12
 QUESTION_TAIL_BYTES: Final = 4
@@ -84,12 +84,14 @@ class Service(Source):
         found = self._serving.get(endpoint)
         if found is None:
             all_of_them = self._endpoints.get(endpoint, {})
-            leases = serving(each.lease for each in all_of_them.values())
-            found = self._serving[endpoint] = {lease.instance: all_of_them[lease.instance] for lease in leases}
+            leases = serving(each.lease for instances in self._endpoints.values() for each in instances.values())
+            found = self._serving[endpoint] = {
+                lease.instance: all_of_them[lease.instance] for lease in leases if lease.endpoint == endpoint
+            }
         return found
 
     def _change(self, endpoint: str) -> None:
-        self._serving.pop(endpoint, None)
+        self._serving.clear()
         self.version += 1
 
 

@@ -10,11 +10,11 @@ from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route
 from portd.core.announcing import LanService
-from portd.core.lookup import serving
 from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
 from portd.core.rights import sees_cmdline
 from portd.core.views import LeaseView, OwnerView, moment
+from portd.core.visibility import serving
 from portd.leasing.feed import Feed
 from portd.leasing.service import LeaseService
 
@@ -143,13 +143,14 @@ class ServiceCalls:
         return Answer(Instances(name, self._feed.revision, views))
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
-        leases = [
-            lease
-            for lease in self._service.table.of_service(name).values()
-            if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
-        ]
+        leases = list(self._service.table.of_service(name).values())
         if query.passing:
             leases = serving(leases)
+        leases = [
+            lease
+            for lease in leases
+            if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
+        ]
         return sorted(leases, key=lambda lease: (lease.instance, lease.id))
 
     async def targets(self, call: Call) -> Answer:

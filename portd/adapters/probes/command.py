@@ -1,22 +1,24 @@
 """The `command` check: a program that the configuration allows says by its exit status how a service is.
 
-0 is passing, 1 a warning, all else critical (as monitoring plugins do). There is no shell. The program runs with the
-rights of the lease's owner, never with more: who leases a port chooses its arguments. It gets no environment but the
-service's own, and it and all that it started in its session's group are killed when it exits or its time is out.
+0 is passing, 1 a warning, all else critical (as monitoring plugins do). There is no shell. The program runs as the user
+of the lease, with that user's groups, and with no privilege that the daemon has: whoever leases a port chooses its
+arguments. It gets no environment but the service's own, and it and all that it started in its session's group are
+killed when it exits or its time is out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import pwd
 import signal
 import subprocess
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
-from portd.adapters.probes.finding import NOTE_MAX_BYTES, Finding, ProbeFailed, describe, note, target
+from portd.adapters.probes.connection import Target
+from portd.adapters.probes.finding import NOTE_MAX_BYTES, Finding, ProbeFailed, describe, note
+from portd.adapters.probes.launching import Launcher, Rights, rights_of
 from portd.core.health import Result
 from portd.core.model import CommandCheck, Lease
 
@@ -27,16 +29,17 @@ READ_BYTES: Final = 64 * 1024
 DYING_S: Final = 1.0
 """How long a killed program keeps its check waiting: SIGKILL takes a millisecond, except in the kernel's hands."""
 PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-NO_GROUP: Final = 65534
 RESULTS: Final[dict[int, Result]] = {0: "passing", 1: "warning"}
 
 
-async def probe(lease: Lease, check: CommandCheck, allowed: Collection[str]) -> Finding:
+async def probe(
+    lease: Lease, target: Target, check: CommandCheck, allowed: Collection[str], launcher: Launcher
+) -> Finding:
     """Run the program once. Raises ProbeFailed when it may not or can't be run; the caller sets the time-out."""
     program = check.command[0]
     if program not in allowed:
         raise ProbeFailed(f"{note(program)} is not among allow_commands in the configuration")
-    async with Run(check.command, environment(lease), _rights(lease)) as run:
+    async with Run(check.command, environment(lease, target), rights_of(lease.uid), launcher) as run:
         status = await run.exit_status()
         said = note(run.output)
     if status in RESULTS:
@@ -46,22 +49,35 @@ async def probe(lease: Lease, check: CommandCheck, allowed: Collection[str]) -> 
 
 
 class Run:
-    """One run of a program: started on entry, killed with all its children on exit.
+    """One run of a program: started on entry, killed with all its children on exit. The first `kept_bytes` of its
+    output are kept.
 
-    Waited for by a pidfd, and not by asyncio's subprocesses: those of uvloop can't change the user.
+    Its exit is reported by a pidfd, and not by asyncio's subprocesses: those of uvloop can't change the user.
     """
 
-    def __init__(self, command: tuple[str, ...], environ: dict[str, str], rights: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        environ: dict[str, str],
+        rights: Rights,
+        launcher: Launcher,
+        kept_bytes: int = NOTE_MAX_BYTES,
+    ) -> None:
         self._command = command
         self._environ = environ
         self._rights = rights
+        self._launcher = launcher
+        self._kept_bytes = kept_bytes
         self._unread_bytes = OUTPUT_MAX_BYTES
         self.output = b""
 
     async def __aenter__(self) -> Run:
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
-        self._process = self._start()
+        try:
+            self._process = await self._launcher.start(self._command, self._environ, self._rights)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise ProbeFailed(f"{note(self._command[0])} can't be started: {describe(error)}") from error
         assert self._process.stdout is not None
         self._pipe = self._process.stdout
         os.set_blocking(self._pipe.fileno(), False)
@@ -85,22 +101,6 @@ class Run:
             raise ProbeFailed("the program's output does not end")
         return status
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                bufsize=0,
-                cwd="/",
-                env=self._environ,
-                start_new_session=True,
-                **self._rights,
-            )
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise ProbeFailed(f"{note(self._command[0])} can't be started: {describe(error)}") from error
-
     def _kill(self) -> None:
         """Kill the whole group. Only while its leader is not reaped: until then its number is nobody else's."""
         if not self._exited.done():
@@ -121,7 +121,7 @@ class Run:
         data = self._pipe.read(READ_BYTES)
         if data is None:  # nothing there now
             return
-        self.output = (self.output + data)[:NOTE_MAX_BYTES]
+        self.output = (self.output + data)[: self._kept_bytes]
         self._unread_bytes -= len(data)
         if self._unread_bytes < 0:
             self._kill()
@@ -134,28 +134,13 @@ class Run:
             self._pipe.close()
 
 
-def environment(lease: Lease) -> dict[str, str]:
+def environment(lease: Lease, target: Target) -> dict[str, str]:
     """Make a check's whole environment: of the daemon's own nothing goes in."""
-    host, port = target(lease)
     return {
         "PATH": PATH,
         "LANG": "C.UTF-8",
-        "HOST": host,
-        "PORT": str(port),
+        "HOST": target.host,
+        "PORT": str(target.port),
         "SERVICE": lease.service,
         "INSTANCE": lease.instance,
     }
-
-
-def _rights(lease: Lease) -> dict[str, Any]:
-    """Say as whom the program runs: as the owner where the daemon is root, else as the daemon."""
-    uid = lease.uid
-    if os.geteuid() != 0 or uid == 0:
-        return {}
-    if uid is None:
-        raise ProbeFailed("nobody knows which user owns this lease, and root runs no commands for it")
-    try:
-        user = pwd.getpwuid(uid)
-    except KeyError:  # a user without an account (a container's, a dynamic one)
-        return {"user": uid, "group": NO_GROUP, "extra_groups": []}
-    return {"user": uid, "group": user.pw_gid, "extra_groups": os.getgrouplist(user.pw_name, user.pw_gid)}

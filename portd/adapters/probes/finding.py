@@ -1,19 +1,16 @@
-"""What all kinds of check have in common: where they go, and what they bring back."""
+"""What every kind of check returns: a result and its reason, safe to show."""
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
 from portd import __version__
-from portd.core.bindings import ANY, ANY_V4
 from portd.core.health import Result
-from portd.core.model import Lease
 
 USER_AGENT: Final = f"portd/{__version__}"
 NOTE_MAX_BYTES: Final = 4096
 """A note stands in every view and event of its lease: enough for the first page of an error, not for a whole one."""
 
-_LOCAL: Final = {ANY_V4: "127.0.0.1", ANY: "::1"}
 _CONTROLS: Final = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"
 }
@@ -28,17 +25,6 @@ class Finding(NamedTuple):
 
 class ProbeFailed(Exception):
     """The check failed; the message is the note."""
-
-
-def target(lease: Lease) -> tuple[str, int]:
-    """Return where the lease's owner is reached: its own address and port, and never elsewhere."""
-    return _LOCAL.get(lease.address, lease.address), lease.port
-
-
-def authority(lease: Lease) -> str:
-    """Return the target as `host:port` (RFC 3986 section 3.2)."""
-    host, port = target(lease)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def note(text: str | bytes) -> str:

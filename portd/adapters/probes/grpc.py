@@ -7,7 +7,6 @@ Sources: doc/health-checking.md and doc/PROTOCOL-HTTP2.md of github.com/grpc/grp
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 from h2.config import H2Configuration
@@ -24,33 +23,31 @@ from h2.events import (
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
-from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, authority, note, target
-from portd.core.model import GrpcCheck, Lease
+from portd.adapters.probes.connection import Target, Trust, opened
+from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, note
+from portd.core.model import GrpcCheck
 
 PATH: Final = "/grpc.health.v1.Health/Check"
 SERVING: Final = 1
 STATUS_NAMES: Final = {0: "UNKNOWN", SERVING: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
 ANSWER_MAX_BYTES: Final = 64 * 1024
-"""A whole answer is 100 bytes, with settings and headers 500. Past this the server talks of something else."""
-READ_BYTES: Final = 16 * 1024
+"""A whole answer is 100 bytes, with settings and headers 500. Beyond this it is no health check's answer."""
 SETTINGS: Final = 4
 FRAME_TYPE_AT: Final = 3
 """A server's first frame is SETTINGS (RFC 9113 sections 3.4 and 4.1)."""
-NO_HTTP2: Final = "no HTTP/2 answer: is this a gRPC port, without TLS?"
+NO_HTTP2: Final = "no HTTP/2 answer: is this a gRPC port, and is TLS set as the server has it?"
 _CONFIG: Final = H2Configuration(client_side=True, header_encoding="utf-8")
 _STREAM: Final = 1
 
 
-async def probe(lease: Lease, check: GrpcCheck) -> Finding:
-    """Ask once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the time-out."""
-    host, port = target(lease)
-    reader, writer = await asyncio.open_connection(host, port)
-    call = HealthCall(authority(lease), check)
-    try:
+async def probe(target: Target, check: GrpcCheck, trust: Trust | None) -> Finding:
+    """Call once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the time-out."""
+    async with opened(target, trust) as connection:
+        call = HealthCall(target.authority, check, scheme="http" if trust is None else "https")
         received_bytes = 0
         while not call.is_over:
-            writer.write(call.data_to_send())
-            data = await reader.read(READ_BYTES)
+            connection.send(call.data_to_send())
+            data = await connection.receive()
             received_bytes += len(data)
             if not data:
                 raise ProbeFailed("the connection was closed without an answer")
@@ -58,14 +55,12 @@ async def probe(lease: Lease, check: GrpcCheck) -> Finding:
                 raise ProbeFailed("the answer is too large to be one")
             call.receive(data)
         return call.finding()
-    finally:
-        writer.transport.abort()  # nothing is left to be said; a close would wait for a peer that does not read
 
 
 class HealthCall:
     """One call of the health service on one connection, without its I/O."""
 
-    def __init__(self, peer: str, check: GrpcCheck) -> None:
+    def __init__(self, peer: str, check: GrpcCheck, *, scheme: str = "http") -> None:
         self._http2 = H2Connection(_CONFIG)
         self._http2.local_settings[SettingCodes.ENABLE_PUSH] = 0
         self._http2.initiate_connection()
@@ -73,7 +68,7 @@ class HealthCall:
             _STREAM,
             [
                 (":method", "POST"),
-                (":scheme", "http"),
+                (":scheme", scheme),
                 (":path", PATH),
                 (":authority", peer),
                 ("te", "trailers"),
@@ -89,11 +84,11 @@ class HealthCall:
         self.is_over = False
 
     def data_to_send(self) -> bytes:
-        """Take what is to be sent now."""
+        """Return the bytes to send now."""
         return self._http2.data_to_send()
 
     def receive(self, data: bytes) -> None:
-        """Take what the server sent; raises ProbeFailed when it is not HTTP/2."""
+        """Parse what the server sent; raises ProbeFailed when it is not HTTP/2."""
         if not self._is_open and len(data) > FRAME_TYPE_AT:
             if data[FRAME_TYPE_AT] != SETTINGS:  # h2 would wait for the rest of a frame that is none
                 raise ProbeFailed(NO_HTTP2)

@@ -1,14 +1,13 @@
-"""The prober: which checks run, when, how many at once, and what of their results is told.
+"""The prober: which checks run, when, how many at once, and which of their results are reported.
 
-A watcher of leases: a check runs while its lease is bound, asks the owner on its own port, and what is told is only a
-change of health by the rules of `core.health`. Three kinds differ. `listen` sends nothing: the lease's state is the
-kernel's word already, and needs no second one, so each change of it counts at once. `report` is the service's own
-word: it is taken from the grant on, and its silence counts from the first report or from the moment it is bound. A
+A watcher of leases: a check runs while its lease is bound, connects to the owner on its own port, and what is reported
+is only a change of health by the rules of `core.health`; the last result of each check stands in `last`. Three kinds
+differ. `listen` sends nothing: the lease's state is per the kernel, so each change of it counts at once. `report` is
+the service's own: it counts from the grant on, and its silence from the first report or from the moment it is bound. A
 lease whose port a foreign process holds is critical, whatever its check, and the foreign process is sent nothing.
 
-Turns come from one heap, looked at in steps of TICK_S; a turn takes one of `concurrency` slots for as long as its
-time-out at most. When all are taken it waits in line for the next one, once: a check whose next turn comes while it
-still waits or runs loses that turn, so that slow services cost others a delay and never pile up work.
+Turns come from one heap, polled in steps of TICK_S, and wait for a slot (`slots`). A check whose next turn comes while
+it still waits or runs loses that turn, so slow services cost others nothing and never pile up work.
 """
 
 from __future__ import annotations
@@ -17,21 +16,34 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from contextlib import suppress
 from typing import Final, Literal
 
 from msgspec.structs import replace
 
-from portd.adapters.probes import command, grpc, tcp
+from portd.adapters.probes import command, grpc, http, tcp
+from portd.adapters.probes.connection import Target
 from portd.adapters.probes.finding import Finding, ProbeFailed, describe
-from portd.adapters.probes.http import HttpProbe
+from portd.adapters.probes.launching import Launcher
+from portd.adapters.probes.slots import LINGER_S, Slots, program_shares, shares
+from portd.adapters.probes.trusting import TrustStore
 from portd.core.expiry import Deadlines
-from portd.core.health import Result, Tally, next_turn, silence, silent_at, take
+from portd.core.health import (
+    FOREIGN_NOTE,
+    Result,
+    Tally,
+    count,
+    next_turn,
+    resumed,
+    silence,
+    silent_at,
+    start_step,
+)
 from portd.core.model import (
     Check,
     CommandCheck,
+    ConnectCheck,
     Event,
     GrpcCheck,
     HttpCheck,
@@ -40,33 +52,63 @@ from portd.core.model import (
     ReportCheck,
     TcpCheck,
 )
-from portd.leasing.seams import Clock, ReportHealth
+from portd.core.visibility import reachable_at
+from portd.leasing.seams import Clock, LastResult, ReportHealth
 
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 0.1
-"""Turns are gathered in steps of this: at a hundred checks a second, waking up for each costs more than the check.
+"""Turns are batched in steps of this: at a hundred checks a second, waking up for each costs more than the check.
 It is the most that a check is late, and the shortest interval that is kept."""
 STOPPED_S: Final = 1.0
 """A probe over which the lease clock lost more than this says nothing: it was portd that did not run."""
-STRANGER: Final = "a foreign process holds the port"
+LATE_S: Final = 1.0
+"""A turn that waits for a slot longer than this and half its interval is late. Below it nobody notices."""
+LATE_KEPT_S: Final = 60.0
+"""For how long late turns are a warning."""
 
-OnResult = Callable[[str, Literal["passing", "warning", "critical", "skipped"], float], None]
-"""Is told of each result, for the metrics: kind, result, seconds. `skipped` is a turn that found no slot in time."""
+OnResult = Callable[[str, Literal["passing", "warning", "critical", "skipped", "late"], float], None]
+"""Called with each result, for the metrics: kind, result, seconds. `skipped` is a turn that came while the one before
+still waited or ran, `late` one that waited for a slot too long."""
+
+FindEndpoint = Callable[[str, str, str], Lease | None]
+"""Finds the live lease of a service, instance and endpoint."""
 
 
 class _Watched:
     """A check that runs."""
 
-    __slots__ = ("check", "is_in_line", "kind", "lease", "tally", "task")
+    __slots__ = (
+        "check",
+        "due",
+        "has_passed",
+        "is_slow",
+        "is_waiting",
+        "kind",
+        "last",
+        "lease",
+        "step_s",
+        "tally",
+        "task",
+    )
 
     def __init__(self, lease: Lease, check: Check, tally: Tally) -> None:
         self.lease = lease
         self.check = check
         self.kind = str(check.__struct_config__.tag)
         self.tally = tally
+        self.has_passed = not tally.is_first  # until it has, turns come in small steps
         self.task: asyncio.Task[None] | None = None
-        self.is_in_line = False
+        self.is_waiting = False
+        self.is_slow = True  # until it has answered in time
+        self.due = 0.0  # the tick of the turn that waits
+        self.step_s: float | None = None  # the last step of a check that has not passed yet
+        self.last: LastResult | None = None
+
+    @property
+    def user(self) -> Hashable:
+        """Return whose slots the check occupies."""
+        return self.lease.user
 
     def stands_for(self, lease: Lease) -> bool:
         """Tell whether the check is still the one that the lease has now."""
@@ -75,7 +117,7 @@ class _Watched:
 
 
 class Prober:
-    """All health checks of this host. `run` is its task; `apply` hears of every event, in order."""
+    """All health checks of this host. `run` is its task; `apply` is called with every event, in order."""
 
     def __init__(
         self,
@@ -85,18 +127,21 @@ class Prober:
         concurrency: int = 64,
         allow_commands: Collection[str] = (),
         on_result: OnResult | None = None,
+        find_endpoint: FindEndpoint | None = None,
     ) -> None:
-        self.concurrency = concurrency
         self.allow_commands = allow_commands
         self._clock = clock
         self._report = report
         self._on_result: OnResult = on_result or (lambda kind, result, seconds: None)
+        self._find_endpoint: FindEndpoint = find_endpoint or (lambda service, instance, endpoint: None)
         self._watched: dict[str, _Watched] = {}
         self._due: Deadlines[str] = Deadlines()
-        self._line: deque[_Watched] = deque()
-        self._running_count = 0
+        self._slots: Slots[_Watched] = Slots(shares(concurrency))
+        self._program_slots: Slots[_Watched] = Slots(program_shares(concurrency))
+        self._late_at = -math.inf
         self._wake = asyncio.Event()
-        self._http = HttpProbe()
+        self._launcher = Launcher()
+        self._trust = TrustStore(clock, self._launcher)
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
@@ -106,24 +151,49 @@ class Prober:
 
     @property
     def running_count(self) -> int:
-        """Return how many slots are taken."""
-        return self._running_count
+        """Return how many checks are under way."""
+        return self._slots.running_count + self._program_slots.running_count
 
     @property
     def waiting_count(self) -> int:
-        """Return how many checks wait in line for a slot."""
-        return len(self._line)
+        """Return how many checks wait for a slot."""
+        return self._slots.waiting_count + self._program_slots.waiting_count
+
+    @property
+    def is_late(self) -> bool:
+        """Tell whether a check waited too long for a slot within the last LATE_KEPT_S."""
+        return self._clock.now().tick - self._late_at < LATE_KEPT_S
+
+    def set_concurrency(self, concurrency: int) -> None:
+        """Change how many checks may be under way; those that are go on."""
+        self._slots.bounds = shares(concurrency)
+        self._program_slots.bounds = program_shares(concurrency)
+
+    def last(self, lease_id: str) -> LastResult | None:
+        """Return the newest result of a lease's check, or None where it has had none since the daemon started."""
+        watched = self._watched.get(lease_id)
+        return None if watched is None else watched.last
+
+    def oldest_result_ages(self) -> dict[str, float]:
+        """Return, for each kind of check that has turns, the seconds since the result that is oldest, for the
+        metrics."""
+        now = self._clock.now().at
+        ages: dict[str, float] = {}
+        for watched in self._watched.values():
+            if watched.last is not None and not isinstance(watched.check, ListenCheck):
+                ages[watched.kind] = max(ages.get(watched.kind, 0.0), now - watched.last.at)
+        return ages
 
     # --- what happens to leases ---
 
     def restore(self, leases: Iterable[Lease]) -> None:
-        """Take checks up after a restart. Their health stands as if it had just been found: that the daemon was away
-        is no news of a service, so `rise` and `fall` apply to the first result already."""
+        """Resume checks after a restart. Their health stands as if it had just been found: that the daemon was away is
+        no news of a service, so `rise` and `fall` apply to the first result already."""
         now = self._clock.now().tick
         for lease in leases:
             if _is_checked(lease):
-                watched = self._start(lease, Tally(now, lease.health))
-                if not isinstance(watched.check, ReportCheck | ListenCheck):
+                watched = self._start(lease, resumed(now, lease.health))
+                if not isinstance(watched.check, ReportCheck | ListenCheck) and not watched.tally.is_first:
                     self._arm(watched, next_turn(lease.id, watched.check.interval, now))
             elif lease.state == "conflict":
                 self._condemn(lease)
@@ -139,7 +209,7 @@ class Prober:
                 self._stop(watched)
                 watched = None
         if watched is None and _is_checked(lease):
-            self._start(lease, Tally(self._clock.now().tick))
+            self._start(lease, Tally(self._clock.now().tick, lease.health))
         elif watched is not None and event.type == "bound":
             self._await_report(watched)
         elif lease.state == "conflict" and event.type in ("conflict", "updated"):
@@ -149,17 +219,17 @@ class Prober:
             self._on_result("listen", "critical", 0.0)
 
     def reported(self, lease_id: str, status: Result, note: str) -> None:
-        """Take a service's own word for its health. Nothing happens where no report is expected."""
+        """Count a service's own report of its health. Nothing happens where no report is expected."""
         watched = self._watched.get(lease_id)
         if watched is not None and isinstance(watched.check, ReportCheck):
-            self._take(watched, Finding(status, note), 0.0)
+            self._count(watched, Finding(status, note), 0.0)
             self._arm(watched, silent_at(watched.tally, watched.check, self._clock.now().tick))
 
     def _start(self, lease: Lease, tally: Tally) -> _Watched:
         assert lease.check is not None
         watched = self._watched[lease.id] = _Watched(lease, lease.check, tally)
         if isinstance(watched.check, ListenCheck):
-            self._take(watched, Finding("passing", "its owner listens"), 0.0)
+            self._count(watched, Finding("passing", "its owner listens"), 0.0)
         elif not isinstance(watched.check, ReportCheck):
             self._arm(watched, tally.since)  # the first result is wanted at once, the others in their turns
         elif lease.state == "bound":
@@ -179,30 +249,31 @@ class Prober:
             watched.task.cancel()  # its connection too: the port may have become somebody else's
 
     def _condemn(self, lease: Lease) -> None:
-        if lease.check is not None and (lease.health, lease.health_note) != ("critical", STRANGER):
-            self._report(lease.id, "critical", STRANGER)
+        if lease.check is not None and (lease.health, lease.health_note) != ("critical", FOREIGN_NOTE):
+            self._report(lease.id, "critical", FOREIGN_NOTE)
 
     # --- turns ---
 
     async def run(self) -> None:
-        """Check for ever. When it is cancelled, what is under way is broken off, and nothing more is told."""
-        async with self._http:
+        """Check for ever. When it is cancelled, what is under way is broken off, and nothing more is reported."""
+        async with asyncio.TaskGroup() as self._tasks:
             try:
-                async with asyncio.TaskGroup() as self._tasks:
-                    while True:
-                        self.run_due()
-                        await self._next()
+                while True:
+                    self.run_due()
+                    await self._next()
             finally:
                 self.close()
+                self._launcher.close()
 
     def close(self) -> None:
-        """Start and tell nothing more; `run` is still to be cancelled. May be called twice."""
-        self._line.clear()
+        """Start and report nothing more; `run` is still to be cancelled. May be called twice."""
+        for slots in (self._slots, self._program_slots):
+            slots.clear()
         for watched in list(self._watched.values()):
             self._stop(watched)
 
     def run_due(self) -> None:
-        """Do what is due: begin turns, notice silence. May be called at any time while `run` runs."""
+        """Begin the turns that are due, and notice silence. May be called at any time while `run` runs."""
         now = self._clock.now().tick
         for lease_id in self._due.pop_due(now):
             watched = self._watched[lease_id]
@@ -210,8 +281,16 @@ class Prober:
                 self._settle(watched, silence(watched.tally), f"no report for {watched.check.ttl:g} s")
                 self._on_result("report", "critical", 0.0)
             else:
-                self._due.set(lease_id, next_turn(lease_id, watched.check.interval, now))
-                self._turn(watched)
+                self._due.set(lease_id, self._following(watched, now))
+                self._turn(watched, now)
+        self._begin_waiting()
+
+    def _following(self, watched: _Watched, now: float) -> float:
+        """Return the tick of the turn after this one."""
+        if watched.has_passed or watched.step_s == watched.check.interval:
+            return next_turn(watched.lease.id, watched.check.interval, now)
+        watched.step_s = start_step(watched.check, watched.step_s)
+        return now + watched.step_s
 
     async def _next(self) -> None:
         """Wait for the step in which the next turn comes."""
@@ -228,37 +307,63 @@ class Prober:
         if first is None or tick < first:
             self._wake.set()
 
-    def _turn(self, watched: _Watched) -> None:
-        if watched.task is not None or watched.is_in_line:
+    def _turn(self, watched: _Watched, now: float) -> None:
+        if watched.task is not None or watched.is_waiting:
             self._on_result(watched.kind, "skipped", 0.0)
-        elif self._running_count < self.concurrency:
-            self._begin(watched)
-        else:
-            watched.is_in_line = True
-            self._line.append(watched)
+            if watched.is_waiting:
+                self._note_lateness(watched, now)
+            return
+        watched.is_waiting = True
+        watched.due = now
+        self._slots_of(watched).add(watched)
 
-    def _begin(self, watched: _Watched) -> None:
-        assert self._tasks is not None, "turns are taken while run() runs"
-        self._running_count += 1
+    def _slots_of(self, watched: _Watched) -> Slots[_Watched]:
+        return self._program_slots if isinstance(watched.check, CommandCheck) else self._slots
+
+    def _begin_waiting(self) -> None:
+        for slots in (self._slots, self._program_slots):
+            while (watched := slots.next()) is not None:
+                watched.is_waiting = False
+                if self._watched.get(watched.lease.id) is watched:
+                    self._begin(watched, slots)
+                else:
+                    slots.end(watched)
+
+    def _begin(self, watched: _Watched, slots: Slots[_Watched]) -> None:
+        assert self._tasks is not None, "turns begin while run() runs"
+        self._note_lateness(watched, self._clock.now().tick)
         watched.task = self._tasks.create_task(self._probe(watched))
-        watched.task.add_done_callback(lambda task: self._end(watched))
+        began_s = time.monotonic()
+        lingers = None
+        if slots is self._slots:
+            lingers = asyncio.get_running_loop().call_later(LINGER_S, self._linger, watched)
 
-    def _end(self, watched: _Watched) -> None:
-        self._running_count -= 1
-        watched.task = None
-        while self._line and self._running_count < self.concurrency:
-            following = self._line.popleft()
-            following.is_in_line = False
-            if self._watched.get(following.lease.id) is following:
-                self._begin(following)
+        def end(task: asyncio.Task[None]) -> None:
+            if lingers is not None:
+                lingers.cancel()
+            slots.end(watched)
+            watched.task = None
+            watched.is_slow = time.monotonic() - began_s > LINGER_S
+            self._begin_waiting()
+
+        watched.task.add_done_callback(end)
+
+    def _linger(self, watched: _Watched) -> None:
+        self._slots.linger(watched)
+        self._begin_waiting()
+
+    def _note_lateness(self, watched: _Watched, now: float) -> None:
+        if now - watched.due > max(LATE_S, watched.check.interval / 2):
+            self._late_at = now
+            self._on_result(watched.kind, "late", 0.0)
 
     # --- results ---
 
     async def _probe(self, watched: _Watched) -> None:
-        began_s, began_tick = time.monotonic(), self._clock.now().tick  # the loop's own time stands still in a turn
+        began_s, began_tick = time.monotonic(), self._clock.now().tick  # the loop's own time is that of its last turn
         try:
             async with asyncio.timeout(watched.check.timeout):
-                finding = await self._ask(watched.lease, watched.check)
+                finding = await self._perform(watched.lease, watched.check)
         except TimeoutError:
             finding = Finding("critical", f"no answer within {watched.check.timeout:g} s")
         except (ProbeFailed, OSError) as error:
@@ -269,31 +374,61 @@ class Prober:
         took_s = time.monotonic() - began_s
         lost_s = took_s - (self._clock.now().tick - began_tick)
         if lost_s < STOPPED_S and self._watched.get(watched.lease.id) is watched:
-            self._take(watched, finding, took_s)
+            had_passed = watched.has_passed
+            self._count(watched, finding, took_s)
+            if finding.result == "passing" and not had_passed:
+                self._reschedule(watched)
 
-    async def _ask(self, lease: Lease, check: Check) -> Finding:
+    async def _perform(self, lease: Lease, check: Check) -> Finding:
+        target = self._target(lease, check)
         match check:
             case HttpCheck():
-                return await self._http.probe(lease, check)
+                return await http.probe(target, check, await self._trust.find(lease, check))
             case TcpCheck():
-                return await tcp.probe(lease)
+                return await tcp.probe(target, await self._trust.find(lease, check))
             case GrpcCheck():
-                return await grpc.probe(lease, check)
+                return await grpc.probe(target, check, await self._trust.find(lease, check, ("h2",)))
             case CommandCheck():
-                return await command.probe(lease, check, self.allow_commands)
+                return await command.probe(lease, target, check, self.allow_commands, self._launcher)
             case ListenCheck() | ReportCheck():
                 raise AssertionError(f"a check of kind {check.__struct_config__.tag} has no turns")
 
-    def _take(self, watched: _Watched, finding: Finding, took_s: float) -> None:
+    def _target(self, lease: Lease, check: Check) -> Target:
+        """Return where a check goes: the lease's own port, or another endpoint's of its own instance, at an address
+        that is listened on. Raises ProbeFailed where there is none."""
+        checked = lease
+        if isinstance(check, ConnectCheck) and check.endpoint not in (None, lease.endpoint):
+            other = self._find_endpoint(lease.service, lease.instance, str(check.endpoint))
+            if other is None or other.state != "bound" or other.user != lease.user:
+                raise ProbeFailed(f"nothing of {lease.instance} listens on its endpoint {check.endpoint}")
+            if other.protocol == "udp":
+                raise ProbeFailed(f"endpoint {check.endpoint} of {lease.instance} is not tcp")
+            checked = other
+        addresses = reachable_at(checked)
+        if not addresses:
+            raise ProbeFailed(f"{lease.instance} listens on no address that portd can connect to")
+        return Target(addresses[0], checked.port)
+
+    def _reschedule(self, watched: _Watched) -> None:
+        """Put the next turn of a starting service that passes: in its interval, or soon where `rise` wants more
+        passes."""
+        watched.step_s = None
+        self._arm(watched, self._following(watched, self._clock.now().tick))
+
+    def _count(self, watched: _Watched, finding: Finding, took_s: float) -> None:
         self._on_result(watched.kind, finding.result, took_s)
-        self._settle(watched, take(watched.tally, watched.check, finding.result, self._clock.now().tick), finding.note)
+        tally = count(watched.tally, watched.check, finding.result, self._clock.now().tick)
+        self._settle(watched, tally, finding.note)
 
     def _settle(self, watched: _Watched, tally: Tally, note: str) -> None:
-        """Take the new tally, and tell of it where the health is another one. A note alone is no news."""
-        before, health = watched.tally.health, tally.health
+        """Keep the new tally, and report the health where it is another one. A note alone makes no event."""
+        before = watched.tally
         watched.tally = tally
-        if health != before and health != "unknown":
-            self._report(watched.lease.id, health, note)
+        watched.last = LastResult(note, self._clock.now().at)
+        watched.has_passed = watched.has_passed or (tally.health == "passing" and not tally.is_first)
+        is_news = tally.health != before.health or before.is_first != tally.is_first
+        if is_news and tally.health != "unknown":
+            self._report(watched.lease.id, tally.health, note)
 
 
 def _is_checked(lease: Lease) -> bool:

@@ -34,6 +34,7 @@ def lease(service: str = "orders", number: int = 1, endpoint: str = "main", **mo
         "port": 20000 + number,
         "pool": "default",
         "hold": "shared",
+        "state": "bound",
         "lifetime": "process",
         "owner": Owner(known_by="peercred"),
         "host": "here",

@@ -25,13 +25,16 @@ TYPES = ("A", "AAAA", "SRV", "TXT")
 
 
 def shown(leases: list[Lease], service: str, endpoint: str) -> list[Lease]:
-    of_it = [
+    of_it = [each for each in leases if each.service == service and each.state == "bound"]
+    out = {each.instance for each in of_it if each.drain}
+    out |= {each.instance for each in of_it if each.endpoint == "main" and each.check and each.health == "critical"}
+    return [
         each
-        for each in leases
-        if (each.service, each.endpoint) == (service, endpoint) and each.state != "conflict" and not each.drain
+        for each in of_it
+        if each.endpoint == endpoint
+        and each.instance not in out
+        and (each.check is None or each.health in ("passing", "warning"))
     ]
-    with_check = any(each.check for each in of_it)
-    return [each for each in of_it if each.health == "passing" or not with_check]
 
 
 def addresses(each: Lease) -> set[str]:
@@ -43,9 +46,9 @@ def host_of(each: Lease) -> str:
     return f"{endpoint}{each.instance}.{each.service}"
 
 
-def texts(each: Lease) -> str:
+def texts(each: Lease) -> set[str]:
     strings = [*(f"tag={tag}" for tag in each.tags), *(f"{key}={value}" for key, value in each.metadata.items())]
-    return " ".join(f'"{escaped(text)}"' for text in strings)
+    return {f'"{escaped(text)}"' for text in strings}
 
 
 def escaped(text: str) -> str:
@@ -78,7 +81,7 @@ def model(leases: list[Lease]) -> dict[str, dict[str, set[str]]]:
             for address in addresses(each):
                 names[name].setdefault("AAAA" if ":" in address else "A", set()).add(address)
             if texts(each):
-                names[name].setdefault("TXT", set()).add(texts(each))
+                names[name].setdefault("TXT", set()).update(texts(each))
         for name in [host_of(each), *ports]:
             names[name].setdefault("SRV", set()).add(srv)
     return names

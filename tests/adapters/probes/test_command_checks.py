@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from portd.adapters.probes.finding import ProbeFailed
+from portd.adapters.probes.launching import rights_of
 from portd.core.model import CommandCheck, Owner
 
 SHELL = "/bin/sh"
@@ -149,9 +153,55 @@ def test_root_runs_no_command_for_an_owner_whom_nobody_knows(run: Any, bed: Any)
         async with bed(allow_commands=[SHELL]) as prober:
             result, note = await prober.result(sh("id"), 4711, owner=Owner(known_by="token"))
             assert result == "critical"
-            assert "nobody knows which user" in note
+            assert "only as the user of the lease" in note
 
     run(scenario())
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can change its user")
+def test_program_has_no_privilege_of_the_daemon(run: Any, bed: Any) -> None:
+    async def scenario() -> None:
+        async with bed(allow_commands=[SHELL]) as prober:
+            script = sh("grep -E '^(Uid|Gid|Groups|NoNewPrivs|Cap(Inh|Prm|Eff|Amb)):' /proc/self/status")
+            result, note = await prober.result(script, 4711, owner=Owner(uid=65534, known_by="peercred"))
+            assert result == "passing", note
+            status = dict(line.split(":", 1) for line in note.splitlines())
+            assert status["NoNewPrivs"].split() == ["1"]
+            assert set(status["Uid"].split()) == {"65534"}
+            assert "0" not in status["Groups"].split()
+            assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")} == {0}
+
+    run(scenario())
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give capabilities")
+def test_program_of_an_unprivileged_daemon_has_no_ambient_capability() -> None:
+    program = (
+        "import asyncio\n"
+        "from portd.adapters.probes.launching import Launcher, Rights\n"
+        "async def main():\n"
+        "    process = await Launcher().start(['/bin/cat', '/proc/self/status'], {}, Rights())\n"
+        "    print(process.stdout.read().decode())\n"
+        "    print('daemon', open('/proc/self/status').read())\n"
+        "asyncio.run(main())\n"
+    )
+    changed = ["--reuid=65534", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    told = subprocess.run(
+        ["setpriv", *changed, sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    if told.returncode and "Permission denied" in told.stderr:
+        pytest.skip("another user can't read this Python")
+    child, daemon = told.stdout.split("daemon")
+    capabilities = re.findall(r"Cap(?:Inh|Prm|Eff|Amb):\s+(\w+)", child)
+    assert {int(each, 16) for each in capabilities} == {0}
+    assert "CapAmb:\t0000000000000004" in daemon  # what the thread gave up, the daemon still has
+
+
+@pytest.mark.parametrize("uid", [None, 4242])
+def test_daemon_runs_nothing_for_a_user_that_it_cannot_become(uid: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1004)
+    with pytest.raises(ProbeFailed, match="only as the user of the lease"):
+        rights_of(uid)
 
 
 def test_output_is_cut_at_4_kb(run: Any, bed: Any) -> None:

@@ -136,6 +136,62 @@ def test_no_answer_of_a_server_does_more_than_fail_the_check(bed: Any, service: 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("start", "piece", "note"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "interim answers"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", "interim answers"),
+        (b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", "too many pieces"),
+        (b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;" + b"x" * 5000, ""),
+        (b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Trailer: y\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", "no HTTP answer"),
+    ],
+)
+def test_every_flood_ends_its_check_within_bounds(
+    run: Any, bed: Any, service: Any, start: bytes, piece: bytes, note: str
+) -> None:
+    sent_bytes = 0
+    cut_off = asyncio.Event()
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent_bytes
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(start)
+        block = piece * (4096 // len(piece) + 1)
+        try:
+            while True:
+                writer.write(block)
+                await writer.drain()
+                sent_bytes += len(block)
+        finally:
+            cut_off.set()
+
+    async def scenario() -> None:
+        async with service(flood) as port, bed() as prober:
+            result, said = await prober.result(HttpCheck(timeout=60, interval=60), port)
+            assert result == "critical"
+            assert note in said
+            await cut_off.wait()
+
+    run(scenario())
+    assert sent_bytes < 8_000_000  # what the check read, and what the kernel's buffers hold
+
+
+def test_stream_without_an_end_passes_by_its_status(run: Any, bed: Any, service: Any) -> None:
+    async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\nfirst\n")
+        await reader.read()
+
+    async def scenario() -> None:
+        async with service(stream) as port, bed() as prober:
+            assert await prober.result(HttpCheck(timeout=0.4), port) == ("passing", "200 OK")
+            result = await prober.result(HttpCheck(timeout=0.4, expect_body="second"), port)
+            assert result == ("critical", "no answer within 0.4 s")
+
+    run(scenario())
+
+
 def test_a_server_that_answers_by_the_byte_runs_into_the_time_out(run: Any, bed: Any, service: Any) -> None:
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from portd.adapters.probes.prober import STRANGER, Prober
+from portd.adapters.probes.prober import Prober
+from portd.core.health import FOREIGN_NOTE
 from portd.core.model import (
     Check,
     CommandCheck,
@@ -165,8 +166,8 @@ def test_a_stranger_s_port_is_critical_at_once_and_checked_again_when_bound_agai
             lease = prober.bind(HttpCheck(rise=5), port)
             await prober.until(lambda: prober.health == ["passing"])
             lease = prober.tell("conflict", lease, state="conflict", foreign=Owner(uid=1, known_by="socket"))
-            assert prober.told[1:] == [("lease-1", "critical", STRANGER)]
-            lease = prober.tell("health", lease, health="critical", health_note=STRANGER)
+            assert prober.told[1:] == [("lease-1", "critical", FOREIGN_NOTE)]
+            lease = prober.tell("health", lease, health="critical", health_note=FOREIGN_NOTE)
             lease = prober.tell("updated", lease, tags=("a",))
             prober.clock.advance(100)
             prober.prober.run_due()
@@ -185,7 +186,7 @@ def test_a_check_that_is_given_while_a_stranger_holds_the_port_is_critical(run: 
             prober.prober.restore(
                 [prober.lease(TcpCheck(), 9, state="conflict"), prober.lease(None, 9, state="conflict")]
             )
-            assert prober.told == [("lease-1", "critical", STRANGER), ("lease-2", "critical", STRANGER)]
+            assert prober.told == [("lease-1", "critical", FOREIGN_NOTE), ("lease-2", "critical", FOREIGN_NOTE)]
 
     run(scenario())
 
@@ -209,7 +210,7 @@ def test_a_replaced_check_starts_anew_and_a_removed_one_ends(run: Any, bed: Any,
 def test_turns_are_spread_over_the_interval(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
         async with service(mood) as port, bed() as prober:
-            prober.prober.restore([prober.lease(HttpCheck(), port) for _ in range(40)])
+            prober.prober.restore([prober.lease(HttpCheck(), port, health="passing") for _ in range(40)])
             counts = []
             for _ in range(10):
                 before = len(prober.results)
@@ -217,6 +218,91 @@ def test_turns_are_spread_over_the_interval(run: Any, bed: Any, service: Any, mo
                 counts.append(len(prober.results) - before)
             assert sum(counts) == 40
             assert max(counts) <= 10
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("interval", [1.0, 12.0])
+def test_starting_service_is_found_before_half_again_its_start(
+    run: Any, bed: Any, service: Any, mood: Mood, interval: float
+) -> None:
+    async def scenario() -> None:
+        async with service(mood) as port, bed() as prober:
+            mood.status = "503 No"
+            prober.bind(HttpCheck(interval=interval), port)
+            began = prober.clock.now().tick
+            while prober.health[-1:] != ["passing"]:
+                if prober.clock.now().tick - began >= 2.0:
+                    mood.status = "200 OK"
+                await prober.turn(0.1)
+                assert prober.clock.now().tick - began < 3.6
+            assert prober.health == ["critical", "passing"]
+            before = mood.visits
+            for _ in range(int(interval * 10)):  # from now on once in its interval
+                await prober.turn(0.1)
+            assert mood.visits - before in (1, 2)
+
+    run(scenario())
+
+
+def test_changed_check_keeps_health_until_its_first_result(run: Any, bed: Any, service: Any, mood: Mood) -> None:
+    async def scenario() -> None:
+        async with service(mood) as port, bed() as prober:
+            lease = prober.bind(HttpCheck(), port)
+            await prober.until(lambda: prober.health == ["passing"])
+            mood.status = "503 No"
+            prober.tell("updated", lease, health="passing", check=HttpCheck(fall=5))
+            assert prober.health == ["passing"]
+            await prober.until(lambda: prober.health == ["passing", "critical"])  # its first result counts at once
+
+    run(scenario())
+
+
+def test_reason_is_renewed_at_each_check_without_a_report(run: Any, bed: Any, service: Any, answers: Any) -> None:
+    bodies = [b"gone", b"full", b"late"]
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = bodies.pop(0) if len(bodies) > 1 else bodies[0]
+        writer.write(b"HTTP/1.1 503 No\r\nContent-Length: 4\r\n\r\n" + body)
+        await writer.drain()
+
+    async def scenario() -> None:
+        async with service(refuse) as port, bed() as prober:
+            lease = prober.bind(HttpCheck(), port)
+            seen = set()
+            for _ in range(3):
+                await prober.turn()
+                last = prober.prober.last(lease.id)
+                seen.add((last.note[-4:], last.at))
+            assert [note for note, _ in sorted(seen, key=lambda one: one[1])][-1] == "late"
+            assert len({at for _, at in seen}) == 3
+            assert prober.health == ["critical"]
+
+    run(scenario())
+
+
+def test_check_of_another_endpoint_connects_to_that_one(run: Any, bed: Any, service: Any, mood: Mood) -> None:
+    async def scenario() -> None:
+        async with service(mood) as port, bed() as prober:
+            admin = prober.lease(None, port, instance="orders-9", endpoint="admin")
+            found = {("orders", "orders-9", "admin"): admin}
+            prober.prober._find_endpoint = lambda *name: found.get(name)
+            check = HttpCheck(endpoint="admin")
+            assert (await prober.result(check, 1, instance="orders-9"))[0] == "passing"
+            found.clear()
+            result, note = await prober.result(check, port, instance="orders-9")
+            assert (result, "endpoint admin" in note) == ("critical", True)
+            assert mood.visits == 1
+
+    run(scenario())
+
+
+def test_check_goes_to_an_address_that_is_listened_on(run: Any, bed: Any, service: Any, mood: Mood) -> None:
+    async def scenario() -> None:
+        async with service(mood, host="127.0.0.9") as port, bed() as prober:
+            result = await prober.result(HttpCheck(), port, address="0.0.0.0", listening=("127.0.0.9",))
+            assert result[0] == "passing"
 
     run(scenario())
 

@@ -1,0 +1,89 @@
+"""Who is given to callers, and at which address: one rule for HTTP, DNS, mDNS, Prometheus, the gateway and the cluster.
+
+An instance counts for itself: nothing that another one does or lacks takes it out. Its endpoints are one thing: a
+drained one, or a critical check of `main`, takes all of them out. This module must not know how callers ask.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final, Literal
+
+from portd.core.bindings import ANY, ANY_V4
+from portd.core.model import MAIN_ENDPOINT, Lease
+
+WhenAllCritical = Literal["none", "all"]
+"""What is given when no instance of a service serves and some are critical: nothing, or the critical ones (Envoy's
+panic routing): a wrong check then costs no outage."""
+
+SERVING_HEALTH: Final = frozenset({"passing", "warning"})
+LOCALHOST: Final = "localhost"
+LOOPBACK_V4, LOOPBACK_V6 = "127.0.0.1", "::1"
+_LOCAL: Final[dict[str, tuple[str, ...]]] = {
+    ANY_V4: (LOOPBACK_V4,),
+    ANY: (LOOPBACK_V6, LOOPBACK_V4),
+    LOCALHOST: (LOOPBACK_V4, LOOPBACK_V6),
+}
+
+
+def serving(leases: Iterable[Lease], when_all_critical: WhenAllCritical = "none") -> list[Lease]:
+    """Pick, from all leases of one service, those that callers are given.
+
+    A lease is given if it is bound, none of its instance's endpoints drains, and its check, if it has one, is
+    `passing` or `warning`; a critical check of `main` counts for all endpoints of its instance. `when_all_critical`
+    applies to each endpoint name for itself.
+    """
+    present = [lease for lease in leases if lease.state == "bound"]
+    draining: set[str] = set()
+    critical: set[str] = set()
+    for lease in present:
+        if lease.drain:
+            draining.add(lease.instance)
+        if lease.endpoint == MAIN_ENDPOINT and _is_critical(lease):
+            critical.add(lease.instance)
+    undrained = [lease for lease in present if lease.instance not in draining] if draining else present
+    found = [lease for lease in undrained if lease.instance not in critical and is_healthy(lease)]
+    if when_all_critical == "all" and len(found) < len(undrained):
+        served = {lease.endpoint for lease in found}
+        found += [
+            lease
+            for lease in undrained
+            if lease.endpoint not in served and (lease.instance in critical or _is_critical(lease))
+        ]
+    return found
+
+
+def is_healthy(lease: Lease) -> bool:
+    """Tell whether the lease's own check, if it has one, lets callers in. A check without a result yet does not."""
+    return lease.check is None or lease.health in SERVING_HEALTH
+
+
+def _is_critical(lease: Lease) -> bool:
+    return lease.check is not None and lease.health == "critical"
+
+
+def reachable_at(lease: Lease, asked_at: str | None = None) -> tuple[str, ...]:
+    """Return the addresses at which a caller reaches the lease, the best one first; none where it can't be reached.
+
+    `asked_at` None is a caller on this host; else it is the address of the interface at which a caller on another host
+    asked: where the lease listens on all addresses, that one is certain to be reachable. Loopback addresses are never
+    given to another host.
+    """
+    found: list[str] = []
+    for address in lease.listening or (lease.address,):
+        if asked_at is None:
+            found += _LOCAL.get(address, (address,))
+        elif address == ANY or (address == ANY_V4 and ":" not in asked_at):
+            found.append(asked_at)
+        elif address != ANY_V4 and not is_loopback(address):
+            found.append(address)
+    best = lease.address if asked_at is None else asked_at
+    return tuple(sorted(dict.fromkeys(found), key=lambda address: address != best))
+
+
+@lru_cache(maxsize=1024)
+def is_loopback(address: str) -> bool:
+    """Tell whether an address (or `localhost`) is reached from this host alone."""
+    return address == LOCALHOST or ipaddress.ip_address(address).is_loopback
