@@ -240,13 +240,14 @@ def responders(
     ports: Sequence[Mapping[str, Any]], status: Mapping[str, Any] | None, settings: Settings, paths: Paths
 ) -> Iterator[Finding]:
     """Other mDNS responders on port 5353 (RFC 6762 section 15: one a host)."""
-    own = status["pid"] if status is not None else None
+    # The guardian, which sends goodbyes for a killed daemon, has the daemon's own sockets.
+    own = {status["pid"], (status.get("mdns") or {}).get("guardian")} if status is not None else set()
     others = {
         listener["pid"]: printing.owner(listener)
         for view in ports
         if view["port"] == 5353 and view["protocol"] == "udp"
         for listener in view["listeners"]
-        if listener["pid"] is None or listener["pid"] != own
+        if listener["pid"] is None or listener["pid"] not in own
     }
     names = sorted(set(others.values()))
     if not names or (all(name.startswith(AVAHI) for name in names) and settings.mdns.responder != "embedded"):

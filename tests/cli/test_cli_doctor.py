@@ -92,6 +92,13 @@ def test_another_mdns_responder_is_told_but_neither_the_daemon_itself_nor_an_ava
     assert told([avahi], responder="embedded")
 
 
+def test_the_daemons_own_guardian_is_no_other_responder() -> None:
+    guardian = view(5353, "udp", "unmanaged", "/usr/bin/python3")
+    for guardian_pid, is_other in ((7, False), (8, True), (None, True)):
+        status = {"pid": 1, "mdns": {"guardian": guardian_pid}}
+        assert bool(list(doctor.responders([guardian], status, Settings(), system_paths()))) is is_other
+
+
 @pytest.mark.parametrize(
     "forwarders", ["[Resolve]\nDNS=127.0.0.1:8600\nDomains=~portd.internal", "server=/portd.internal/127.0.0.1#8600"]
 )

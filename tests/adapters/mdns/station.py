@@ -187,15 +187,29 @@ async def _ask_all(queries: tuple[tuple[str, bytes], ...]) -> list[list[bytes]]:
 
 
 async def _ask(server: str, query: bytes) -> list[bytes]:
-    answers: list[bytes] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
         asking.bind(("", 0))
         asking.sendto(query, (server, 5353))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                while True:
-                    answers.append(await asyncio.get_running_loop().sock_recv(asking, 65535))
+        return await _replies(asking)
+
+
+async def _replies(asking: socket.socket) -> list[bytes]:
+    answers: list[bytes] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            while True:
+                answers.append(await asyncio.get_running_loop().sock_recv(asking, 65535))
     return answers
+
+
+async def ask_the_group(source: str, interface: str, query: bytes, port: int = 5353) -> list[bytes]:
+    """Multicast a query from any address of the host; returns what is sent to that address within a second."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(interface))
+        asking.bind((source, port))
+        asking.sendto(query, ("224.0.0.251", 5353))
+        return await _replies(asking)
 
 
 def legacy_query(name: str, type_: int, number: int = 4711) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from portd.adapters.mdns import wire
 from tests.adapters.mdns.bed import Host, Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, ask_directly, lease, legacy_query
+from tests.adapters.mdns.station import Ear, Station, ask_directly, ask_the_group, lease, legacy_query
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
@@ -192,6 +192,21 @@ def test_a_resolver_that_knows_no_multicast_gets_one_packet_however_many_service
     assert [(record.server, record.port) for record in message.answers() if isinstance(record, wire.DNSService)] == [
         ("box-portd.local.", 20000)
     ]
+
+
+def test_a_forged_source_of_another_network_gets_no_packet(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    here.ip("route", "add", "default", "via", peer.address)
+    peer.ip("address", "add", "203.0.113.9/32", "dev", "eth0")
+    station = Station(here, "box").start()
+    names = [f"s{number}" for number in range(50)]
+    station.put(*(lease(name) for name in names))
+    station.wait_published(*names)
+    ear = Ear(peer)
+    query = wire.encode_query([("_http._tcp.local.", wire.PTR)], unicast=True)[0]
+    replies = peer.call(ask_the_group("203.0.113.9", peer.address, query))
+    assert replies == []
+    wait_for(lambda: any(record.name == "_http._tcp.local." for record in ear.responses()), "the group gets the answer")
 
 
 def test_what_is_known_is_not_said_again(lan: Lan) -> None:
