@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from portd.core import announcing
 from portd.core.errors import AnnounceUnreachable, InvalidRequest
-from portd.core.model import Announcement, HttpCheck, Lease, Owner, TcpCheck
+from portd.core.model import Announcement, HttpCheck, TcpCheck
 from portd.core.requests import AnnounceRequest
 
 FACTS: dict[str, Any] = {
@@ -177,41 +177,6 @@ def test_what_is_asked_for_is_announced() -> None:
     assert (announcement.type, announcement.name, announcement.txt["path"]) == ("_http._tcp", "Orders", "/")
     assert announcing.resolve(None, **FACTS) is None
     assert announcing.resolve(False, **FACTS) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "yes"),
-    [
-        ({}, True),
-        ({"health": "passing"}, True),
-        ({"health": "warning"}, True),
-        ({"health": "critical"}, False),
-        ({"drain": True}, False),
-        ({"state": "held"}, False),
-        ({"state": "conflict"}, False),
-        ({"state": "ended"}, False),
-        ({"announce": None}, False),
-    ],
-)
-def test_a_lease_is_on_the_lan_while_bound_not_critical_and_not_draining(change: dict[str, Any], yes: bool) -> None:
-    facts: dict[str, Any] = {
-        "id": "a",
-        "service": "orders",
-        "instance": "orders-1",
-        "endpoint": "main",
-        "protocol": "tcp",
-        "address": "0.0.0.0",
-        "port": 20000,
-        "pool": "default",
-        "hold": "shared",
-        "state": "bound",
-        "lifetime": "process",
-        "owner": Owner(known_by="peercred"),
-        "host": "here",
-        "created_at": 0.0,
-        "announce": Announcement(type="_http._tcp", name="Orders"),
-    }
-    assert announcing.is_announceable(Lease(**(facts | change))) is yes
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from portd.adapters.mdns.embedded import EmbeddedResponder
 from portd.adapters.mdns.lan import LanDirectory
 from portd.adapters.mdns.responder import Responder
 from portd.adapters.mdns.zone import Service
-from portd.core.announcing import LanService, is_announceable
+from portd.core.announcing import LanService
 from portd.core.model import Event, Lease
+from portd.core.visibility import serving
 
 ReportAnnounced = Callable[[str, str | None, str | None], None]
 """Reports what became of an announcement: lease id, name it is published as (None: it is not), a problem or None."""
@@ -57,6 +58,7 @@ class Announcer:
         self._choice = responder
         self._interfaces = interfaces
         self._bus = AvahiBus(bus_address, self._on_presence)
+        self._instances: dict[tuple[str, str], dict[str, Lease]] = {}
         self._desired: dict[str, _Desired] = {}
         self._stale: list[Service] = []
         self._responder: Responder | None = None
@@ -70,6 +72,9 @@ class Announcer:
 
     def restore(self, leases: Iterable[Lease]) -> None:
         """Announce the leases that were live before a restart, under the names they had won."""
+        leases = list(leases)
+        for lease in leases:  # all of an instance first: its endpoints serve together
+            self._instances.setdefault((lease.service, lease.instance), {})[lease.id] = lease
         for lease in leases:
             self._update(lease)
 
@@ -121,17 +126,43 @@ class Announcer:
 
     def _update(self, lease: Lease) -> None:
         try:
-            self._reconcile(lease)
+            for changed, is_serving in self._affected(lease):
+                self._reconcile(changed, is_serving)
         except Exception as error:
             log.exception("can't announce %s", lease.id)
             self._problem = f"announcing {lease.instance} failed: {error!r}"
 
-    def _reconcile(self, lease: Lease) -> None:
+    def _affected(self, lease: Lease) -> list[tuple[Lease, bool]]:
+        """Return the lease, the other leases of its instance that appear or disappear with it, and whether they serve.
+
+        Which do is `core.visibility`'s rule: one that drains, or a critical check of `main`, takes all of them out.
+        """
+        key = lease.service, lease.instance
+        leases = self._instances.setdefault(key, {})
+        leases[lease.id] = lease
+        is_announced = any(one.announce is not None or one.id in self._desired for one in leases.values())
+        served = {one.id for one in serving(leases.values())} if is_announced else set()
+        others = [
+            (one, one.id in served)
+            for one in leases.values()
+            if one is not lease and one.announce is not None and (one.id in served) != self._is_due(one.id)
+        ]
+        if lease.state == "ended":
+            del leases[lease.id]
+            if not leases:
+                del self._instances[key]
+        return [(lease, lease.id in served), *others] if is_announced else []
+
+    def _is_due(self, lease_id: str) -> bool:
+        desired = self._desired.get(lease_id)
+        return desired is not None and desired.is_due
+
+    def _reconcile(self, lease: Lease, is_serving: bool) -> None:
         """Compare what is published with what the lease wants now."""
         desired = self._desired.get(lease.id)
         if desired is None and lease.announce is None:
             return
-        if is_announceable(lease):
+        if is_serving and lease.announce is not None:
             self._desire(lease, desired)
         elif lease.state == "ended" or lease.announce is None:
             self._forget(lease, desired)

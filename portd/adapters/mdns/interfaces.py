@@ -1,6 +1,6 @@
-"""The host's network interfaces, as the kernel tells them over rtnetlink(7): which to use, and when they change.
+"""The host's network interfaces, as the kernel reports them by rtnetlink(7): which to use, and when they change.
 
-Knows nothing of DNS. A burst of changes (an interface coming up is five messages) becomes one call.
+A burst of changes (an interface that comes up sends five messages) becomes one call. DNS must not be known here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ipaddress import IPv4Interface, IPv6Interface
 from msgspec import Struct
 
 SETTLE_S = 0.25
-"""How long the kernel must be quiet before a change is acted upon: shorter announces half-configured interfaces."""
+"""How long the kernel must be quiet before a change counts: shorter announces half-configured interfaces."""
 
 _GETLINK, _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _GETADDR = 18, 16, 17, 20, 21, 22
 _DONE, _ERROR = 3, 2
@@ -29,9 +29,9 @@ _UP, _LOOPBACK, _RUNNING, _MULTICAST = 0x1, 0x8, 0x40, 0x1000
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_SLAVE_KIND = 3, 18, 4
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _UNUSABLE_ADDRESS = 0x01 | 0x08 | 0x20 | 0x40
-"""IFA_F_TEMPORARY, DADFAILED, DEPRECATED, TENTATIVE: not ours for long, or not ours yet (IPv6)."""
+"""IFA_F_TEMPORARY, DADFAILED, DEPRECATED, TENTATIVE: not this host's for long, or not yet (IPv6)."""
 _CONTAINERS = re.compile(r"(docker\d+|br-[0-9a-f]{12}|podman\d+|cni\d*|cni-podman\d+)\Z")
-"""Bridges that container engines make: their networks are not the LAN."""
+"""Bridges of container engines: their networks are not the LAN."""
 
 _HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
@@ -40,7 +40,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 
 class Interface(Struct, frozen=True):
-    """An interface that mDNS runs on. IPv6 addresses are global ones, or link-local where there is no other."""
+    """An interface that mDNS runs on. IPv6 addresses are global ones, or link-local ones if there is no other."""
 
     index: int
     name: str
@@ -53,7 +53,7 @@ class Interface(Struct, frozen=True):
         return (*self.ipv4, *self.ipv6)
 
     def has(self, address: str) -> bool:
-        """Tell whether what binds `address` is reached here: a wildcard where its family has an address."""
+        """Return whether a socket bound to `address` is reached here: a wildcard if its family has an address."""
         if address == "0.0.0.0":
             return bool(self.ipv4)
         return address == "::" or any(str(own.ip) == address for own in self.addresses)
@@ -63,9 +63,9 @@ Interfaces = dict[int, Interface]
 
 
 def list_interfaces(wanted: Sequence[str] = ()) -> Interfaces:
-    """List the interfaces to use: those that match `wanted` (shell patterns), by default what leads to a LAN.
+    """List the interfaces to use: those that match `wanted` (shell patterns), by default those that lead to a LAN.
 
-    By default loopback, container engines' bridges and ports of bridges are left out. Raises OSError.
+    The default excludes loopback, bridges of container engines and ports of bridges. Raises OSError.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
         kernel.settimeout(2.0)
@@ -78,7 +78,7 @@ def list_interfaces(wanted: Sequence[str] = ()) -> Interfaces:
 
 
 class InterfaceWatch:
-    """Follows the interfaces. `on_change` gets all of them, and the indexes whose link was down in between."""
+    """Watches the interfaces. `on_change` gets all of them, and the indexes of those that were down in between."""
 
     def __init__(self, wanted: Sequence[str], on_change: Callable[[Interfaces, frozenset[int]], None]) -> None:
         self._wanted = wanted
@@ -89,14 +89,14 @@ class InterfaceWatch:
         self.current: Interfaces = {}
 
     def start(self) -> None:
-        """Subscribe first, then list: nothing between the two is missed. Raises OSError."""
+        """Subscribe, then list, so that no change in between is missed. Raises OSError."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._socket.bind((0, _GROUPS))
         asyncio.get_running_loop().add_reader(self._socket, self._read)
         self.current = list_interfaces(self._wanted)
 
     def close(self) -> None:
-        """Stop following; may be called twice."""
+        """Stop watching; may be called twice."""
         if self._timer is not None:
             self._timer.cancel()
         if self._socket is not None:
@@ -106,7 +106,7 @@ class InterfaceWatch:
 
     def _read(self) -> None:
         assert self._socket is not None
-        with suppress(BlockingIOError, OSError):  # ENOBUFS: messages were lost, but the list is read anew anyway
+        with suppress(BlockingIOError, OSError):  # ENOBUFS: messages were lost, but all interfaces are listed again
             for _ in range(64):
                 for kind, body in _messages(self._socket.recv(65536)):
                     if kind in (_NEWLINK, _DELLINK):
@@ -177,7 +177,7 @@ def _dump(kernel: socket.socket, kind: int, request: bytes) -> Iterator[bytes]:
                 return
             if answer == _ERROR:
                 code = -struct.unpack_from("=i", body)[0]
-                raise OSError(code, "rtnetlink refused a dump")
+                raise OSError(code, "rtnetlink refused to list interfaces")
             yield body
 
 

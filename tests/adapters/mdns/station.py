@@ -17,7 +17,7 @@ from portd.adapters.mdns.interfaces import list_interfaces
 from portd.adapters.mdns.sockets import Arrival, Sockets
 from portd.adapters.mdns.wire import DNSIncoming, DNSRecord
 from portd.core.announcing import LanService
-from portd.core.model import Announcement, Event, EventType, Lease, Owner
+from portd.core.model import Announcement, Event, EventType, Lease, Owner, TcpCheck
 from tests.adapters.mdns.bed import Host, wait_for
 
 LEASE = Lease(
@@ -32,6 +32,7 @@ LEASE = Lease(
     hold="shared",
     state="bound",
     health="passing",
+    check=TcpCheck(),
     lifetime="process",
     owner=Owner(known_by="peercred"),
     host="here",
@@ -51,7 +52,7 @@ def lease(
 ) -> Lease:
     """Make a lease that belongs on the LAN."""
     announce = Announcement(type=type_, name=name or lease_id, txt=txt or {}, published_as=published_as)
-    return replace(LEASE, id=lease_id, instance=lease_id, port=port, announce=announce, **fields)
+    return replace(LEASE, **{"id": lease_id, "instance": lease_id, "port": port, "announce": announce, **fields})
 
 
 class Station:

@@ -57,6 +57,33 @@ def test_what_turns_critical_drains_or_ends_disappears_and_what_recovers_returns
     wait_for(lambda: peer.seen(WEB) == {"staying", "critical"}, "what recovered is back")
 
 
+def test_endpoints_of_an_instance_appear_and_disappear_together(lan: Lan) -> None:
+    here, peer = lan.host(), lan.host()
+    ear = Ear(peer)
+    station = Station(here).start()
+    main = lease("main", instance="orders-1", announce=None)
+    admin = lease("Admin", instance="orders-1", endpoint="admin", check=None)
+    other = lease("Other", instance="orders-2")
+    station.put(main, admin, other)
+    station.wait_published("Admin", "Other")
+    station.change("main", "health", health="critical")
+    wait_for(lambda: ear.goodbyes() == {"Admin._http._tcp.local."}, "a critical main endpoint takes the others out")
+    station.change("main", "health", health="warning")
+    station.wait_published("Admin")
+    station.change("main", "draining", drain=True)
+    wait_for(lambda: station.published("Admin") is None, "so does a drained one")
+    assert station.published("Other") == "Other"
+
+
+def test_a_service_appears_only_once_its_check_has_passed(lan: Lan) -> None:
+    station = Station(lan.host()).start()
+    station.put(lease("unknown", health="unknown"), lease("held", state="held"), lease("serving"))
+    station.wait_published("serving")
+    assert {lease_id for lease_id, _, _ in station.reports} == {"serving"}
+    station.change("unknown", "health", health="passing")
+    station.wait_published("unknown")
+
+
 def test_port_and_txt_change_in_place_without_a_goodbye(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
