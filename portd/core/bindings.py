@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Final, NamedTuple
 
-from portd.core.model import Lease, Protocol
+from portd.core.model import Lease, Listener, Protocol
 
+LOCALHOST: Final = "localhost"
+"""The address of a lease on both loopback addresses: programs resolve the name to either."""
+LOCALHOST_ADDRESSES: Final = ("127.0.0.1", "::1")
 ANY_V4: Final = "0.0.0.0"
 ANY: Final = "::"
 """Dual-stack, as servers bind it: it excludes every address of both families."""
@@ -24,6 +29,8 @@ def overlaps(a: str, b: str, *, v6only: bool = False) -> bool:
 
     `v6only` says that `a` was bound with IPV6_V6ONLY: as `::` it then leaves IPv4 alone (RFC 3493 section 5.3).
     """
+    if LOCALHOST in (a, b):
+        return any(overlaps(one, other, v6only=v6only) for one in addresses_of(a) for other in addresses_of(b))
     if a == ANY and v6only:
         return ":" in b
     if a == b or ANY in (a, b):
@@ -31,12 +38,28 @@ def overlaps(a: str, b: str, *, v6only: bool = False) -> bool:
     return ANY_V4 in (a, b) and ":" not in a + b
 
 
+def addresses_of(address: str) -> tuple[str, ...]:
+    """Return the addresses that a lease's address stands for: two for `localhost`, else itself."""
+    return LOCALHOST_ADDRESSES if address == LOCALHOST else (address,)
+
+
+@lru_cache(maxsize=4096)
+def is_loopback(address: str) -> bool:
+    """Tell whether an address is one of this host's loopback addresses, or `localhost`."""
+    return address == LOCALHOST or ip_address(address).is_loopback
+
+
+def conflicts_at(listener: Listener, lease: Lease) -> bool:
+    """Tell whether a listener is at the lease's own protocol and address; both are on the same number."""
+    return listener.protocol in lease.protocols and overlaps(listener.address, lease.address, v6only=listener.v6only)
+
+
 def binding_of(lease: Lease) -> Binding:
-    """Return the place that a lease is on."""
+    """Return the binding of a lease."""
     return Binding(lease.protocol, lease.address, lease.port)
 
 
 def conflicts(a: Binding, b: Binding) -> bool:
-    """Tell whether two places exclude each other in the kernel."""
-    protocols_meet = "both" in (a.protocol, b.protocol) or a.protocol == b.protocol
-    return a.port == b.port and protocols_meet and overlaps(a.address, b.address)
+    """Tell whether two bindings exclude each other in the kernel."""
+    same_protocol = "both" in (a.protocol, b.protocol) or a.protocol == b.protocol
+    return a.port == b.port and same_protocol and overlaps(a.address, b.address)

@@ -53,7 +53,11 @@ class ProcessId(Struct, frozen=True, gc=False):
 
 
 class Owner(Struct, frozen=True, gc=False, kw_only=True):
-    """The process that a lease belongs to, as far as the kernel lets portd see it: what it hides is None."""
+    """The process that a lease belongs to, as far as the kernel lets portd see it: what it hides is None.
+
+    `unit_path` is the control group of its systemd unit: a user's own unit may have the name of the system's. No view
+    shows it.
+    """
 
     pid: int | None = None
     uid: int | None = None
@@ -63,6 +67,7 @@ class Owner(Struct, frozen=True, gc=False, kw_only=True):
     unit: str | None = None
     started_at: float | None = None
     known_by: KnownBy
+    unit_path: str | None = None
 
 
 Seconds = Annotated[float, Meta(ge=0.05, le=86400)]
@@ -207,7 +212,8 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     which its own listeners are, `vouched_by` the rule that made them its own, `elsewhere` the other ports that the
     owner listens on while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
 
-    The fields below the line never leave the daemon: no view of a lease shows them. What has its default is not stored:
+    The fields below the line never leave the daemon: no view of a lease shows them. `kin` are processes that are known
+    to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`. What has its default is not stored:
     a default never changes, or the leases of older stores would change with it.
     """
 
@@ -251,6 +257,8 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     own_address: bool = False
     token_name: str | None = None
     foreign: Owner | None = None
+    kin: tuple[tuple[int, int], ...] = ()
+    passed_from: Owner | None = None
 
     @property
     def name(self) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from hashlib import sha256
 
 from msgspec import Struct
 
@@ -33,6 +34,11 @@ class Caller(Struct, frozen=True, gc=False, kw_only=True):
     def user(self) -> int | str | None:
         """Return the user for names and quotas: a uid, or `token:NAME` for a token of the configuration."""
         return self.uid if self.token_name is None or self.uid is not None else f"token:{self.token_name}"
+
+
+def hash_token(token: str) -> bytes:
+    """Hash a token for storing and comparing; it is long and random, so a fast hash is a safe one."""
+    return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def check_change(caller: Caller, lease: Lease) -> None:

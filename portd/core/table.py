@@ -143,11 +143,16 @@ class LeaseTable:
         self.revision = event.revision
         lease = event.lease
         before = self._live.get(lease.id)
-        if lease.state == "ended" or event.type in ("declined", "updated"):
+        if lease.state == "ended" or event.type in ("declined", "updated") or self._is_passed(event, before):
             self._move(before, lease)
         else:
             self._put(lease)  # the same name, place and owner: the common case
         return before
+
+    @staticmethod
+    def _is_passed(event: Event, before: Lease | None) -> bool:
+        """Tell whether a live lease passed to another process; one that is taken up again was claimed, as a grant is."""
+        return event.type == "passed" and before is not None
 
     def restore(self, leases: Iterable[Lease], revision: int) -> None:
         """Fill an empty table with what was live, at this revision."""
