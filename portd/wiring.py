@@ -44,8 +44,9 @@ from portd.config import Paths, Settings, dns_addresses, http_addresses, pool_po
 from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import ConfigError
 from portd.core.model import Event, Lease
+from portd.core.rights import hash_token
 from portd.core.table import LeaseTable
-from portd.leasing.deciding import Granter, Policy, hash_token
+from portd.leasing.deciding import Granter, Policy
 from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
 from portd.leasing.seams import Loaded
@@ -200,10 +201,20 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
     )
     service.report_to_probes = prober.reported
     service.last_result = prober.last
+    states = StateWatch(
+        engine.sockets,
+        table.on_port,
+        lambda: len(table),
+        service.observe_state,
+        service.observe_exit,
+        service.observe_owner,
+        cooldown_s=settings.leases.cooldown,
+    )
+    service.passing.find_successors = states.succession.owners_exited
     return Watchers(
         metrics,
         Feed(),
-        StateWatch(engine.sockets, table.on_port, lambda: len(table), service.observe_state),
+        states,
         prober,
         Announcer(
             host_name(),
@@ -219,15 +230,11 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
 def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
     """Have the watchers called with every event; the order here is the order of the calls."""
 
-    def poll_new_port(event: Event) -> None:
-        if event.type in ("granted", "declined"):
-            watchers.states.wake()
-
     subscribed: list[Callable[[Event], None]] = [
         watchers.metrics.apply,
         watchers.feed.apply,
         watchers.prober.apply,
-        poll_new_port,
+        watchers.states.apply,
         watchers.log.apply,
     ]
     if settings.dns.listen:

@@ -11,7 +11,6 @@ import os
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from hashlib import sha256
 from typing import Final, NamedTuple
 
 import msgspec
@@ -42,7 +41,7 @@ from portd.core.model import (
     Protocol,
 )
 from portd.core.requests import LeaseRequest
-from portd.core.rights import Caller
+from portd.core.rights import Caller, hash_token
 from portd.core.table import LeaseTable
 from portd.leasing.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
 
@@ -107,11 +106,6 @@ def new_id(at: float) -> str:
 def new_token() -> str:
     """Make a token: 192 bits of chance."""
     return urlsafe_b64encode(_chance.take(24)).decode("ascii")
-
-
-def hash_token(token: str) -> bytes:
-    """Hash a token for storing and comparing; it is long and random, so a fast hash is a safe one."""
-    return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 class Granter:

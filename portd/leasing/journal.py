@@ -277,7 +277,7 @@ class Journal:
         try:
             while self._observed:
                 change = self._observed.popleft()
-                lease = self._table.get(change.lease_id)
+                lease = change.lease or self._table.get(change.lease_id)
                 if lease is None or not is_legal(lease, change.type):
                     continue
                 event = self._event(change, None, self._clock.now().at)

@@ -10,8 +10,9 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final, Literal, NamedTuple, Protocol
 
-from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId
+from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId, VouchedBy
 from portd.core.model import Protocol as LeaseProtocol
+from portd.core.ownership import ProcessKey, Seen
 
 
 class Clock(Protocol):
@@ -206,8 +207,30 @@ class LastResult(NamedTuple):
 FindLastResult = Callable[[str], LastResult | None]
 """Finds the newest result of a lease's check, by lease id; None where it has had none since the daemon started."""
 
-ReportState = Callable[[str, Literal["held", "bound", "conflict"], Owner | None], None]
-"""How the state watch tells what it saw: lease id, state, and who listens (the owner's newest description, the foreign
-process in a conflict, or None)."""
+State = Literal["held", "bound", "conflict"]
+ReportState = Callable[[str, State, Owner | None, Seen], None]
+"""How the state watch reports a lease: its id, its state, who listens (the owner's newest description, the foreign
+process in a conflict, or None), and the addresses, rule and processes of its own listeners."""
+
+ReportOwner = Callable[[ProcessId, Owner], None]
+"""How a process is reported that has become another program or user (exec, setuid)."""
+
+
+class Successor(NamedTuple):
+    """The process that a lease passes to after its owner exited: one that listens and is the lease's own."""
+
+    pid: int
+    start_ticks: int
+    vouched_by: VouchedBy
+    listening: tuple[str, ...]
+    kin: tuple[ProcessKey, ...]
+
+
+FindSuccessors = Callable[[Sequence[Lease]], None]
+"""How the service has the successors of an exited owner's leases found; each is answered through ObserveExit."""
+
+ObserveExit = Callable[[Lease, Successor | None], None]
+"""How a lease of an exited owner is reported: with the process that it passes to, or None where nobody of its own
+listens. An ended lease is reported once more where its successor appears within the cooldown."""
 
 Sleep = Callable[[float], Awaitable[None]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -26,7 +26,8 @@ from portd.core.errors import (
     PortTaken,
     Refusal,
 )
-from portd.core.model import Event, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
+from portd.core.model import Event, EventType, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
+from portd.core.ownership import Seen
 from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
 from portd.core.rights import Caller, check_change
 from portd.core.table import LeaseTable
@@ -34,6 +35,7 @@ from portd.core.transitions import Change
 from portd.core.views import LeaseView, view_lease
 from portd.leasing.deciding import Grant, Granter
 from portd.leasing.journal import Entry, Journal, end
+from portd.leasing.passing import Passing
 from portd.leasing.seams import (
     Clock,
     FindLastResult,
@@ -44,10 +46,14 @@ from portd.leasing.seams import (
     Processes,
     ProcessGone,
     ReportHealth,
+    State,
+    Successor,
 )
 from portd.leasing.timers import LeaseClocks
 
 logger = logging.getLogger(__name__)
+
+NOTHING_SEEN: Final = Seen()
 
 
 class Granted(NamedTuple):
@@ -93,6 +99,9 @@ class LeaseService:
         self._processes = processes
         self.clock = clock
         self._clocks = LeaseClocks(table, allocator, journal, holds, clock)
+        self.passing = Passing(
+            table, allocator, journal, processes, self._clocks, clock, self._watch, self._forget_process
+        )
         self._granting: dict[str, Entry] = {}
         self._moving: dict[str, Lease] = {}
         self._exited: set[ProcessId] = set()
@@ -321,22 +330,38 @@ class LeaseService:
             fields = health.changes(lease, result, note, self.clock.now().at)
             self.journal.observe(Change(lease_id, "health", fields))
 
-    def observe_state(self, lease_id: str, state: Literal["held", "bound", "conflict"], listener: Owner | None) -> None:
-        """Take what the kernel says of a lease's port: who listens, or nobody."""
+    def observe_state(self, lease_id: str, state: State, listener: Owner | None, seen: Seen = NOTHING_SEEN) -> None:
+        """Apply what the kernel shows of a lease's port: who listens, or nobody."""
         lease = self.table.get(lease_id)
-        if lease is None or lease.state == state:
+        if lease is None:
             return
-        if state == "conflict":
-            fields = {"foreign": listener, **health.when_in_conflict(lease, self.clock.now().at)}
-            self.journal.observe(Change(lease_id, "conflict", fields))
-        elif state == "bound":
-            owner = lease.owner
-            if listener is not None and listener.pid == owner.pid:  # it may have become another program by exec
-                owner = replace(listener, known_by=owner.known_by)
-            self.journal.observe(Change(lease_id, "bound", {"foreign": None, "owner": owner}))
-        else:
-            fields = {"foreign": None, **health.when_unbound(lease, self.clock.now().at)}
-            self.journal.observe(Change(lease_id, "unbound", fields))
+        fields: dict[str, Any] = dict(zip(seen._fields, seen, strict=True))
+        fields["foreign"] = listener if state == "conflict" else None
+        if state == "bound" and listener is not None and listener.pid == lease.owner.pid:
+            fields["owner"] = replace(listener, known_by=lease.owner.known_by)  # it may have become another program
+        if state == lease.state:
+            self._update_observed(lease, fields)
+            return
+        if state == "held":
+            fields |= health.when_unbound(lease, self.clock.now().at)
+        elif state == "conflict":
+            fields |= health.when_in_conflict(lease, self.clock.now().at)
+        event_type: EventType = "unbound" if state == "held" else state
+        self.journal.observe(Change(lease_id, event_type, fields))
+
+    def observe_owner(self, process: ProcessId, owner: Owner) -> None:
+        """Apply what a process has become by exec or a change of user: its leases show it as it is now."""
+        for lease in self.table.of_process(process):
+            self._update_observed(lease, {"owner": replace(owner, known_by=lease.owner.known_by)})
+
+    def observe_exit(self, lease: Lease, successor: Successor | None) -> None:
+        """Apply who listens on an exited owner's lease: it passes to that process, or ends."""
+        self.passing.observe_exit(lease, successor)
+
+    def _update_observed(self, lease: Lease, fields: dict[str, Any]) -> None:
+        changed = {name: value for name, value in fields.items() if getattr(lease, name) != value}
+        if changed and self.table.get(lease.id) is not None:
+            self.journal.observe(Change(lease.id, "updated", changed))
 
     def observe_announcement(self, lease_id: str, published_as: str | None, problem: str | None) -> None:
         """Take what became of an announcement on the LAN."""
@@ -348,12 +373,13 @@ class LeaseService:
             self.journal.observe(Change(lease_id, "announced", {"announce": announce}))
 
     def _on_exit(self, process: ProcessId) -> None:
-        at = self.clock.now().at
+        exited: list[Lease] = []
         for lease in self.table.of_process(process):
             if lease.id in self._granting:
                 self._exited.add(process)  # it ends as soon as its grant has landed
-            elif lease.lifetime != "ttl":
-                self.journal.observe(end(lease.id, "owner_exited", at))
+            elif lease.lifetime != "ttl" and self.table.get(lease.id) is not None:
+                exited.append(lease)
+        self.passing.owners_exited(exited)
 
     def _on_event(self, event: Event) -> None:
         lease = event.lease
@@ -362,7 +388,9 @@ class LeaseService:
             if lease.ttl is not None:
                 self._clocks.restart(lease, self.clock.now())
             elif lease.process in self._exited:
-                self.journal.observe(end(lease.id, "owner_exited", event.at))
+                self.passing.owners_exited([lease])
+        elif event.type == "passed":
+            self.passing.on_passed(event)
         elif event.type == "declined":
             self.allocator.vacate(self._moving.pop(lease.id))
             self._clocks.has_moved(lease.id)
@@ -420,15 +448,13 @@ class LeaseService:
         elif lease.process is None or lease.process.boot_id != boot_id:
             self.journal.observe(end(lease.id, "host_rebooted", now.at))
             return
-        elif not self._processes.is_alive(lease.process):
-            self.journal.observe(end(lease.id, "owner_exited", now.at))
-            return
         else:
             try:
                 self._watch(lease.process)
-            except InvalidRequest:
-                self.journal.observe(end(lease.id, "owner_exited", now.at))
-                return
+            except InvalidRequest:  # it has exited meanwhile
+                self.passing.owners_exited([lease])
+                if self.table.get(lease.id) is None:
+                    return
             except Busy as error:  # rather leak the port until the next start than end a living owner's lease
                 logger.error("the exit of %s can't be waited for: %s", describe(lease.owner), error.detail)
         self._clocks.hold_again(lease)

@@ -18,8 +18,7 @@ from portd.core.errors import (
     Unauthenticated,
 )
 from portd.core.requests import LeaseRequest
-from portd.core.rights import Caller
-from portd.leasing.deciding import hash_token
+from portd.core.rights import Caller, hash_token
 from portd.testing.world import in_world
 
 

@@ -16,6 +16,7 @@ from typing import Final
 from portd.adapters.kernel import procfs
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.model import Listener, Owner
+from portd.core.ownership import Holder
 
 DESCENDANTS_MAX: Final = 1024
 """Children of likely processes that are looked at before all others: more, and all of /proc is as near."""
@@ -23,6 +24,10 @@ REMEMBERED_MAX: Final = 65_536
 """Sockets whose process is remembered, 10 MB; then all are forgotten, which costs one walk of /proc."""
 KEEPERS: Final = frozenset({1, os.getpid()})
 """Init and portd open sockets for others (socket activation, handoff): they have one only where nobody else does."""
+
+
+HIDDEN: Final = Holder(None)
+"""A process that the kernel does not show: another user's, without CAP_SYS_PTRACE."""
 
 
 class KernelSocketTable:
@@ -48,18 +53,43 @@ class KernelSocketTable:
         async with self._searching:  # who waits here finds the answers of the walk that it waited for
             return await asyncio.to_thread(self._find, frozenset(inodes), likely_pids)
 
+    async def holders(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Holder]:
+        """Find the process of each socket as `owners` does, with what tells whose listener it is. Raises OSError."""
+        if not inodes:
+            return {}
+        async with self._searching:
+            return await asyncio.to_thread(self._find_holders, frozenset(inodes), likely_pids)
+
     def _find(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Owner]:
-        # Each guess is made only when those before it left something to look for.
+        found = self._find_pids(inodes, likely_pids)
+        owners = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
+        return {inode: owner for inode, pid in found.items() if (owner := owners[pid]) is not None}
+
+    def _find_holders(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Holder]:
+        found = self._find_pids(inodes, likely_pids)
+        holders = {pid: _holder(pid) for pid in set(found.values())}
+        return {inode: holders[found[inode]] if inode in found else HIDDEN for inode in inodes}
+
+    def _find_pids(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, int]:
+        # Each guess is made only when those before it left something to search for.
         guesses = chain(likely_pids, _descendants(likely_pids), self._who_had(inodes), _everybody())
         found = _search(guesses, inodes)
-        owners = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
         if len(self._remembered) > REMEMBERED_MAX:
             self._remembered.clear()
         self._remembered |= {inode: pid for inode, pid in found.items() if pid not in KEEPERS}
-        return {inode: owner for inode, pid in found.items() if (owner := owners[pid]) is not None}
+        return found
 
     def _who_had(self, inodes: frozenset[int]) -> Iterator[int]:
         yield from sorted({self._remembered[inode] for inode in inodes if inode in self._remembered})
+
+
+def _holder(pid: int) -> Holder:
+    """Describe the process that has a socket open; one that has exited meanwhile is as good as hidden."""
+    owner = procfs.describe(pid, "socket")
+    if owner is None:
+        return HIDDEN
+    is_portd = pid == os.getpid()
+    return Holder(owner, procfs.ancestors(pid), () if is_portd else procfs.credentials(pid), is_portd)
 
 
 def _search(pids: Iterable[int], inodes: frozenset[int]) -> dict[int, int]:

@@ -15,12 +15,20 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from portd.core.model import KnownBy, Owner
+from portd.core.ownership import Credential, ProcessKey
+from portd.core.rights import hash_token
 
 ROOT: Final = "/proc"
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 """The unit of start times in /proc/PID/stat: 10 ms on every Linux that portd runs on."""
 READ_BYTES: Final = 4096
 """Enough for stat and cgroup; a command line is cut there."""
+ENVIRON_BYTES: Final = 1 << 18
+"""Enough for any environment that a person sets; what is longer is cut."""
+CREDENTIALS_MAX: Final = 64
+"""Leases that one environment may name: endpoints of a service."""
+ANCESTORS_MAX: Final = 32
+"""How far up a process' parents are followed: shells, supervisors and a few forks."""
 ARGUMENTS_MAX: Final = 64
 """Arguments that are kept of a command line: a lease is no place for a megabyte of them."""
 UNIT_KINDS: Final = (".service", ".scope", ".socket", ".mount", ".swap")
@@ -44,8 +52,15 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(fields[0].decode("ascii"), int(fields[1]), int(fields[19]))
 
 
+class Unit(NamedTuple):
+    """A systemd unit: its name, and the path of its control group, which no other unit of the host has."""
+
+    name: str
+    path: str
+
+
 @functools.lru_cache(maxsize=256)
-def parse_unit(text: bytes) -> str | None:
+def parse_unit(text: bytes) -> Unit | None:
     """Return the systemd unit of /proc/PID/cgroup, by the unified tree or else systemd's own: the innermost one.
 
     A user's unit lies within the service of the user's manager: `user@1000.service/app.slice/web.service` is
@@ -59,10 +74,28 @@ def parse_unit(text: bytes) -> str | None:
         if number == "0" or controllers == "name=systemd":
             paths[number] = path.removesuffix(" (deleted)")
     for _, path in sorted(paths.items()):  # "0", the unified tree, comes first
-        for part in reversed(path.split("/")):
-            if part.endswith(UNIT_KINDS):
-                return part.removeprefix("_")  # systemd's escape of names that look like a controller's file
+        parts = path.split("/")
+        for index in reversed(range(len(parts))):
+            if parts[index].endswith(UNIT_KINDS):  # the underscore escapes names that look like a controller's file
+                return Unit(parts[index].removeprefix("_"), "/".join(parts[: index + 1]))
     return None
+
+
+def parse_credentials(text: bytes) -> tuple[Credential, ...]:
+    """Return the leases whose id and token are in an environment (environ in proc(5)): PORTD_LEASE with PORTD_TOKEN,
+    and for other endpoints PORTD_LEASE_NAME with PORTD_TOKEN_NAME."""
+    ids: dict[bytes, bytes] = {}
+    tokens: dict[bytes, bytes] = {}
+    for variable in text.split(b"\0"):
+        name, _, value = variable.partition(b"=")
+        for prefix, values in ((b"PORTD_LEASE", ids), (b"PORTD_TOKEN", tokens)):
+            if name.startswith(prefix):
+                values[name[len(prefix) :]] = value
+    return tuple(
+        Credential(lease_id.decode("utf-8", "replace"), hash_token(tokens[suffix].decode("utf-8", "surrogateescape")))
+        for suffix, lease_id in ids.items()
+        if tokens.get(suffix)
+    )[:CREDENTIALS_MAX]
 
 
 def parse_arguments(text: bytes) -> tuple[str, ...] | None:
@@ -129,16 +162,37 @@ def describe(pid: int, known_by: KnownBy, known: Stat | None = None, root: str =
         ticks = (known or stat(pid, root)).start_ticks
     except OSError:
         return None
+    unit = _unit(pid, root)
     return Owner(
         pid=pid,
         uid=user_id,
         user=user_name(user_id),
         exe=_exe(pid, root),
         cmdline=cmdline(pid, root),
-        unit=_unit(pid, root),
+        unit=None if unit is None else unit.name,
         started_at=started_at(ticks),
         known_by=known_by,
+        unit_path=None if unit is None or unit.path == _own_unit_path() else unit.path,
     )
+
+
+def credentials(pid: int, root: str = ROOT) -> tuple[Credential, ...]:
+    """Return the leases whose id and token are in a process' environment; none where the kernel hides it."""
+    try:
+        return parse_credentials(_read(f"{root}/{pid}/environ", ENVIRON_BYTES))
+    except OSError:
+        return ()
+
+
+def ancestors(pid: int, root: str = ROOT) -> tuple[ProcessKey, ...]:
+    """Return a process and those that it comes from, nearest first; what has exited ends the line."""
+    line: list[ProcessKey] = []
+    with suppress(OSError):
+        while pid > 0 and len(line) < ANCESTORS_MAX:
+            read = stat(pid, root)
+            line.append((pid, read.start_ticks))
+            pid = read.parent
+    return tuple(line)
 
 
 def started_at(ticks: int) -> float:
@@ -237,6 +291,13 @@ def pid_namespace(pid: int, root: str = ROOT) -> str | None:
         return None
 
 
+@functools.cache
+def _own_unit_path() -> str | None:
+    """Return the control group of the unit that portd was started in: the others in it are nobody's in particular."""
+    unit = _unit(os.getpid(), ROOT)
+    return None if unit is None else unit.path
+
+
 def _exe(pid: int, root: str) -> str | None:
     try:
         path = os.readlink(f"{root}/{pid}/exe")
@@ -245,17 +306,17 @@ def _exe(pid: int, root: str) -> str | None:
     return path.encode("utf-8", "replace").decode()  # a path may be any bytes, and this one goes into JSON
 
 
-def _unit(pid: int, root: str) -> str | None:
+def _unit(pid: int, root: str) -> Unit | None:
     try:
         return parse_unit(_read(f"{root}/{pid}/cgroup"))
     except OSError:
         return None
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, size: int = READ_BYTES) -> bytes:
     """Read the beginning of a file of /proc in one go; raises OSError (ESRCH when the process ended meanwhile)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(descriptor, READ_BYTES)
+        return os.read(descriptor, size)
     finally:
         os.close(descriptor)

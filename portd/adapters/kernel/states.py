@@ -1,75 +1,59 @@
-"""The state watch: makes what the lease table says of a port true, by what the kernel says.
+"""The state watch: polls the kernel's listeners and reports each lease whose state differs.
 
-The kernel tells nobody when a socket begins to listen, so the table of listeners is read a few times a second. That
-costs by the number of listeners on this host, 1.4 µs each, and not by the number of leases; only a socket that is new
-on a leased port is attributed to a process, which is the dear part.
+The kernel notifies nobody when a socket begins to listen, so the table of listeners is read a few times a second. That
+costs by the number of listeners on this host, 1.4 µs each, and not by the number of leases; only a new socket is
+attributed to a process, which is the expensive part. Whose listener it is, is judged by `core.ownership`.
 
-Judging is synchronous and always on a table that was read this moment: nobody is called a foreign process for what was true
-before somebody else's lease began.
+Judging is synchronous and always on a table that was read this moment: nobody is reported as a foreign process for
+what was true before somebody else's lease began.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from portd.adapters.kernel import procfs
-from portd.core.bindings import overlaps
-from portd.core.model import Lease, Listener, Owner
-from portd.leasing.seams import ReportState, SocketTable
+from portd.adapters.kernel.attribution import Attribution, HolderTable
+from portd.adapters.kernel.owners import OwnerWatch
+from portd.adapters.kernel.succession import Succession
+from portd.core.model import Elsewhere, Event, Lease, Listener, Owner
+from portd.core.ownership import Holder, Judgement, ProcessKey, Seen, judge, key_of, kin_of
+from portd.leasing.seams import ObserveExit, ReportOwner, ReportState
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
-"""Between two looks: a state is true within this time, and the time that one attribution takes."""
+"""Between two polls: a state is true within this time, and the time that one attribution costs."""
 EAGER_S: Final = (0.03, 0.07)
-"""Between looks after a grant: somebody is about to listen, and `bound` should feel immediate."""
+"""Between polls after a grant: somebody is about to listen, and `bound` should feel immediate."""
 COST_FACTOR: Final = 10
-"""The pause after a look is at least this much longer than reading the table took: a tenth of the loop at the most."""
-FRESH_MAX: Final = 1024
-"""Sockets that are attributed in one go; the rest in the next."""
-AGAIN_S: Final = 0.25
-AGAIN_MAX_S: Final = 30.0
-"""When a socket that is not the owner's is attributed again, after pauses that double: it may have been passed on since
-(SCM_RIGHTS), or be on its way from portd."""
-ANCESTORS_MAX: Final = 32
-"""How far up a listener's parents are followed to its owner: shells, supervisors and a few forks."""
+"""The pause after a poll is at least this much longer than reading the table: a tenth of the loop at most."""
+ELSEWHERE_PAUSE_S: Final = 1.0
+"""Between two attributions of sockets that are on no leased port: where the kernel hides them, each walks /proc."""
 
 LeasesOn = Callable[[int], Sequence[Lease]]
-Verdict = tuple[Literal["held", "bound", "conflict"], Owner | None]
-
-
-class Holder(NamedTuple):
-    """Who has a socket. `owner` None: hidden from portd; `line` is the process and its ancestors when the socket was
-    new, as (pid, start ticks): parents may exit later. `again_at` and `wait_s` are loop seconds."""
-
-    owner: Owner | None
-    line: frozenset[tuple[int, int]]
-    again_at: float
-    wait_s: float
-
-    @property
-    def is_portd(self) -> bool:
-        """Tell whether only portd has it: it is on its way to its owner (handoff), and nobody listens yet."""
-        return self.owner is not None and self.owner.pid == os.getpid()
+State = Literal["held", "bound", "conflict"]
+NOTHING: Final = Seen()
 
 
 class StateWatch:
-    """Compares listeners with leases, and reports each lease whose state is not what the kernel says."""
+    """Compares listeners with leases, and reports each lease whose state is not what the kernel shows."""
 
     def __init__(
         self,
-        sockets: SocketTable,
+        sockets: HolderTable,
         leases_on: LeasesOn,
         live_count: Callable[[], int],
         report: ReportState,
+        observe_exit: ObserveExit = lambda lease, successor: None,
+        report_owner: ReportOwner = lambda process, owner: None,
+        *,
+        cooldown_s: float = 0.0,
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._sockets = sockets
@@ -77,23 +61,41 @@ class StateWatch:
         self._live_count = live_count
         self._report = report
         self._interval_s = interval_s
-        self._holders: dict[int, Holder] = {}
+        self._attribution = Attribution(sockets)
+        self.succession = Succession(sockets, self._attribution, leases_on, observe_exit, cooldown_s)
+        self.owners = OwnerWatch(report_owner)
         self._occupied: dict[str, int] = {}
+        self._settled: dict[int, tuple[tuple[int, ...], list[Lease]]] = {}
+        self._waiting: dict[ProcessKey, dict[str, int]] = {}
+        self._waiting_for: dict[str, ProcessKey] = {}
+        self._elsewhere_at = 0.0
         self._eager: list[float] = []
         self._due = 0.0
         self._woken = asyncio.Event()
         self._cost_s = 0.0
         self.problem: str | None = None
-        """Why states stand still, None while they don't."""
+        """Why states are not updated, None while they are."""
 
     def restore(self, leases: Iterable[Lease]) -> None:
-        """Take up which leases were listened on before a restart: that may have ended meanwhile."""
-        self._occupied = {lease.id: lease.port for lease in leases if lease.state != "held"}
+        """Start from the leases of the last run: who listened may have stopped meanwhile."""
+        for lease in leases:
+            if lease.state != "held" or lease.listening or lease.elsewhere:
+                self._occupied[lease.id] = lease.port
+            self._await(lease)
+            self.owners.follow(lease)
+
+    def apply(self, event: Event) -> None:
+        """Follow an event: which owners have yet to listen, and which have exited before they did."""
+        self._await(event.lease)
+        self.owners.follow(event.lease)
+        self.succession.apply(event)
+        if event.type in ("granted", "declined", "passed") or self.succession.is_waiting:
+            self.wake()
 
     def wake(self) -> None:
-        """Look soon: somebody was granted a port and will listen on it. Cheap, however often it is called."""
+        """Poll soon: somebody was granted a port and will listen on it. Cheap, however often it is called."""
         if len(self._eager) == len(EAGER_S) - 1:
-            return  # nudged since the last look: the next one comes no later for it
+            return  # woken since the last poll: the next one comes no later for it
         self._eager = list(EAGER_S[1:])
         due = asyncio.get_running_loop().time() + max(EAGER_S[0], COST_FACTOR * self._cost_s)
         if due < self._due:
@@ -101,12 +103,14 @@ class StateWatch:
             self._woken.set()
 
     async def run(self) -> None:
-        """Look for ever; asleep while there is no lease."""
+        """Poll for ever; asleep while there is no lease."""
         loop = asyncio.get_running_loop()
         while True:
-            await self.look()
+            await self.poll()
+            self.owners.check_due()
             pause_s = self._eager.pop(0) if self._eager else self._interval_s
-            pause_s = max(pause_s, COST_FACTOR * self._cost_s) if self._live_count() else math.inf
+            is_busy = self._live_count() or self.succession.is_waiting
+            pause_s = max(pause_s, COST_FACTOR * self._cost_s) if is_busy else math.inf
             self._due = loop.time() + pause_s
             while (left_s := self._due - loop.time()) > 0:
                 self._woken.clear()
@@ -116,15 +120,15 @@ class StateWatch:
                 except TimeoutError:
                     break
 
-    async def look(self) -> None:
-        """Look once, and once more when new sockets had to be attributed. A failure is told once and stands in
-        `problem`; the next look tries again."""
+    async def poll(self) -> None:
+        """Poll once, and once more when new sockets had to be attributed. A failure is logged once and stands in
+        `problem`; the next poll tries again."""
         try:
             for _ in range(2):
-                fresh = self._judge(self._read())
+                fresh, likely = self._judge(self._read())
                 if not fresh:
                     break
-                await self._attribute(fresh)
+                await self._attribution.refresh(fresh, likely)
         except OSError as error:
             if self.problem is None:
                 logger.error("the kernel's socket table can't be read, states of leases stand still: %s", error)
@@ -140,126 +144,167 @@ class StateWatch:
 
     # --- judging ---
 
-    def _judge(self, listeners: list[Listener]) -> dict[int, set[int]]:
-        """Report what has changed; returns the sockets that must be attributed first, with their likely pids."""
-        listened = self._listened(listeners)
-        seen = {listener.inode for _, theirs in listened.values() for listener in theirs}
-        self._holders = {inode: holder for inode, holder in self._holders.items() if inode in seen}
+    def _judge(self, listeners: list[Listener]) -> tuple[list[int], set[int]]:
+        """Report what has changed; returns the sockets that must be attributed first, and the pids that may have them."""
+        self._attribution.keep({listener.inode for listener in listeners})
         now = asyncio.get_running_loop().time()
-        fresh: dict[int, set[int]] = {}
-        for lease, theirs in listened.values():
-            verdict = self._verdict(lease, theirs)
-            if verdict is None or verdict[0] != "bound":
-                likely = () if lease.process is None else (lease.process.pid,)
-                for listener in theirs:
-                    holder = self._holders.get(listener.inode)
-                    if holder is None or holder.again_at <= now:
-                        fresh.setdefault(listener.inode, set()).update(likely)
-            if verdict is not None and verdict[0] != lease.state:
-                self._report(lease.id, *verdict)
-        self._leave(listened.keys())
-        self._occupied |= {lease.id: lease.port for lease, _ in listened.values()}
-        return fresh
-
-    def _listened(self, listeners: list[Listener]) -> dict[str, tuple[Lease, list[Listener]]]:
-        """Find the leases that somebody listens on."""
-        listened: dict[str, tuple[Lease, list[Listener]]] = {}
+        by_port: dict[int, list[Listener]] = {}
+        elsewhere: list[Listener] = []
         for listener in listeners:
-            for lease in self._leases_on(listener.port):
-                if listener.protocol in lease.protocols and overlaps(
-                    listener.address, lease.address, v6only=listener.v6only
-                ):
-                    listened.setdefault(lease.id, (lease, []))[1].append(listener)
-        return listened
+            if self._leases_on(listener.port) or self.succession.is_expected_on(listener.port):
+                by_port.setdefault(listener.port, []).append(listener)
+            elif self._waiting:
+                elsewhere.append(listener)
+        fresh: dict[int, None] = {}
+        likely: set[int] = set()
+        occupied: dict[str, int] = {}
+        for port, on_port in by_port.items():
+            self._judge_port(port, on_port, now, fresh, likely, occupied)
+            fresh.update(dict.fromkeys(self.succession.judge_port(port, on_port)))
+        for port in self._settled.keys() - by_port.keys():
+            del self._settled[port]
+        self._judge_elsewhere(elsewhere, now, fresh, likely, occupied)
+        self._leave(occupied)
+        return list(fresh), likely
 
-    def _verdict(self, lease: Lease, listeners: list[Listener]) -> Verdict | None:
-        """Judge a lease by those who listen on it: its owner, beside others too; a foreign process; None: not known yet."""
-        foreign: list[Owner] = []
+    def _judge_port(
+        self,
+        port: int,
+        listeners: list[Listener],
+        now: float,
+        fresh: dict[int, None],
+        likely: set[int],
+        occupied: dict[str, int],
+    ) -> None:
+        """Judge the leases of a port that somebody listens on; a port that is as it was costs one comparison."""
+        leases = list(self._leases_on(port))
+        inodes = tuple(listener.inode for listener in listeners)
+        if self._settled.get(port) == (inodes, leases):
+            occupied.update({lease.id: port for lease in leases})
+            return
+        is_settled = True
+        for lease in leases:
+            judgement = judge(lease, listeners, self._attribution.holders, others=leases)
+            verdict = _verdict(judgement)
+            if not judgement.inodes:
+                continue  # nobody listens where this lease is
+            if judgement.own or judgement.foreign or not judgement.is_complete:
+                occupied[lease.id] = port
+            if verdict != "bound" or not judgement.is_complete:
+                is_settled = False
+                due = [inode for inode in judgement.inodes if self._attribution.is_due(inode, now)]
+                fresh.update(dict.fromkeys(due))
+                likely.update(() if lease.process is None or not due else (lease.process.pid,))
+            if verdict is not None:
+                self._report_change(lease, verdict, judgement)
+        if is_settled:
+            self._settled[port] = inodes, list(self._leases_on(port))
+        else:
+            self._settled.pop(port, None)
+
+    def _report_change(self, lease: Lease, state: State, judgement: Judgement) -> None:
+        """Report a lease whose state, addresses, rule or foreign process has changed."""
+        vouched_by = judgement.own[0].vouched_by if judgement.own else None
+        kin = lease.kin
+        known = set(kin) if lease.process is None else {*kin, key_of(lease.process)}
+        if any(own.holder.ancestors and own.holder.ancestors[0] not in known for own in judgement.own):
+            kin = kin_of(lease, judgement.own)
+        seen = Seen(judgement.listening, vouched_by, (), kin)
+        who = _describe(*judgement.foreign[0]) if state == "conflict" else _owner_among(lease, judgement)
+        is_foreign_same = state != "conflict" or _pid(who) == _pid(lease.foreign)
+        if state != lease.state or seen != seen_of(lease) or not is_foreign_same:
+            self._report(lease.id, state, who, seen)
+
+    def _judge_elsewhere(
+        self,
+        listeners: list[Listener],
+        now: float,
+        fresh: dict[int, None],
+        likely: set[int],
+        occupied: dict[str, int],
+    ) -> None:
+        """Find the ports that owners listen on while they do not listen on the leased one."""
+        if not self._waiting:
+            return
+        holders = self._attribution.holders
+        unknown = [listener.inode for listener in listeners if listener.inode not in holders]
+        if unknown and now >= self._elsewhere_at:
+            self._elsewhere_at = now + ELSEWHERE_PAUSE_S
+            fresh.update(dict.fromkeys(unknown))
+            likely.update(pid for pid, _ in self._waiting)
+        found: dict[str, set[Elsewhere]] = {}
         for listener in listeners:
-            holder = self._holders.get(listener.inode)
-            if holder is None:
+            holder = holders.get(listener.inode)
+            for key in () if holder is None or holder.is_portd else holder.ancestors:
+                for lease_id in self._waiting.get(key, ()):
+                    found.setdefault(lease_id, set()).add(Elsewhere(listener.address, listener.port))
+        for lease_id, places in found.items():
+            port = self._waiting[self._waiting_for[lease_id]][lease_id]
+            lease = self._live(lease_id, port)
+            if lease is None or lease.state != "held" or lease_id in occupied:
                 continue
-            if belongs(listener, holder, lease):
-                return "bound", holder.owner
-            if not holder.is_portd:
-                foreign.append(holder.owner or hidden(listener))
-        if any(listener.inode not in self._holders for listener in listeners):
-            return None
-        return ("conflict", foreign[0]) if foreign else ("held", None)
+            occupied[lease_id] = port
+            seen = NOTHING._replace(kin=lease.kin, elsewhere=_sorted(places))
+            if seen != seen_of(lease):
+                self._report(lease_id, "held", None, seen)
 
-    def _leave(self, listened: Iterable[str]) -> None:
-        """Report the leases that nobody listens on any more; keeps those whose report has not come true yet."""
-        kept: dict[str, int] = {}
+    def _leave(self, occupied: dict[str, int]) -> None:
+        """Report the leases that nobody listens on any more; keeps those whose report has not been applied yet."""
         for lease_id, port in self._occupied.items():
-            if lease_id not in listened:
-                lease = next((lease for lease in self._leases_on(port) if lease.id == lease_id), None)
-                if lease is not None and lease.state != "held":
-                    kept[lease_id] = port
-                    self._report(lease_id, "held", None)
-        self._occupied = kept
+            if lease_id not in occupied:
+                lease = self._live(lease_id, port)
+                if lease is not None and (lease.state != "held" or seen_of(lease) != NOTHING._replace(kin=lease.kin)):
+                    occupied[lease_id] = port
+                    self._report(lease_id, "held", None, NOTHING._replace(kin=lease.kin))
+        self._occupied = occupied
 
-    # --- attributing ---
+    # --- parts ---
 
-    async def _attribute(self, fresh: dict[int, set[int]]) -> None:
-        """Find the processes of sockets, and where those come from."""
-        inodes = list(fresh)[:FRESH_MAX]
-        owners = await self._sockets.owners(inodes, sorted(set().union(*(fresh[inode] for inode in inodes))))
-        pids = {owner.pid for owner in owners.values() if owner.pid is not None}
-        lines = await asyncio.to_thread(lambda: {pid: lineage(pid) for pid in pids})
-        now = asyncio.get_running_loop().time()
-        for inode in inodes:
-            owner, before = owners.get(inode), self._holders.get(inode)
-            line = lines[owner.pid] if owner is not None and owner.pid is not None else frozenset()
-            wait_s = AGAIN_S if before is None else min(2 * before.wait_s, AGAIN_MAX_S)
-            self._holders[inode] = Holder(owner, line, now + wait_s, wait_s)
+    def _live(self, lease_id: str, port: int) -> Lease | None:
+        return next((lease for lease in self._leases_on(port) if lease.id == lease_id), None)
 
-
-def belongs(listener: Listener, holder: Holder, lease: Lease) -> bool:
-    """Tell whether a listener is the lease's: its owner's, a descendant's, or its service's.
-
-    Where the kernel hides the listener's process, or the lease has none any more (a token's; a ttl lease of a command
-    that has exited), the socket's uid must do; where the lease has no uid either, anybody is taken for its owner.
-    """
-    process, owner = lease.process, lease.owner
-    if holder.is_portd:
-        return False
-    if process is not None and holder.owner is not None:
-        if (process.pid, process.start_ticks) in holder.line:
-            return True
-        if vouches(owner.unit) and owner.unit == holder.owner.unit and lease.uid in (0, holder.owner.uid):
-            return True
-        if lease.lifetime == "process" or procfs.start_ticks(process.pid) == process.start_ticks:
-            return False
-    return lease.uid in (None, listener.uid)
+    def _await(self, lease: Lease) -> None:
+        """Keep track of the owners that have a lease and do not listen on it (yet)."""
+        key = self._waiting_for.pop(lease.id, None)
+        if key is not None:
+            self._waiting[key].pop(lease.id, None)
+            if not self._waiting[key]:
+                del self._waiting[key]
+        if lease.state == "held" and lease.process is not None:
+            key = self._waiting_for[lease.id] = key_of(lease.process)
+            self._waiting.setdefault(key, {})[lease.id] = lease.port
 
 
-def vouches(unit: str | None) -> bool:
-    """Tell whether all processes of a systemd unit are one service.
-
-    A scope is not: it is a login session, a terminal or a container, with whatever was started there. Nor is the
-    user's manager, nor the unit that portd itself was started in together with others.
-    """
-    return unit is not None and unit.endswith(".service") and not unit.startswith("user@") and unit != own_unit()
+def seen_of(lease: Lease) -> Seen:
+    """Return what was last reported of a lease."""
+    return Seen(lease.listening, lease.vouched_by, lease.elsewhere, lease.kin)
 
 
-@functools.cache
-def own_unit() -> str | None:
-    """Return the unit that portd runs in."""
-    own = procfs.describe(os.getpid(), "socket")
-    return None if own is None else own.unit
+def _verdict(judgement: Judgement) -> State | None:
+    """Return the state that a judgement means; None where it takes another attribution to know."""
+    if judgement.own:
+        return "conflict" if judgement.foreign else "bound"
+    if not judgement.is_complete:
+        return None
+    return "conflict" if judgement.foreign else "held"
 
 
-def hidden(listener: Listener) -> Owner:
-    """Describe a listener whose process portd may not see: its uid is all there is."""
+def _owner_among(lease: Lease, judgement: Judgement) -> Owner | None:
+    """Return the newest description of the lease's owner where it listens itself, else of another process of its own."""
+    owners = [own.holder.owner for own in judgement.own if own.holder.owner is not None]
+    return next((owner for owner in owners if owner.pid == lease.owner.pid), owners[0] if owners else None)
+
+
+def _describe(listener: Listener, holder: Holder) -> Owner:
+    """Describe a foreign listener; of one whose process is hidden from portd only the uid is known."""
+    if holder.owner is not None:
+        return holder.owner
     return Owner(uid=listener.uid, user=procfs.user_name(listener.uid), known_by="socket")
 
 
-def lineage(pid: int) -> frozenset[tuple[int, int]]:
-    """Return a process and its ancestors, as (pid, start ticks)."""
-    line: set[tuple[int, int]] = set()
-    with suppress(OSError):  # it is gone, and what it came from can't be known any more
-        while pid > 0 and len(line) < ANCESTORS_MAX:
-            stat = procfs.stat(pid)
-            line.add((pid, stat.start_ticks))
-            pid = stat.parent
-    return frozenset(line)
+def _pid(owner: Owner | None) -> tuple[int | None, int | None] | None:
+    return None if owner is None else (owner.pid, owner.uid)
+
+
+def _sorted(places: Iterable[Elsewhere]) -> tuple[Elsewhere, ...]:
+    return tuple(sorted(places, key=lambda each: (each.port, each.address)))

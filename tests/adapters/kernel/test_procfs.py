@@ -49,7 +49,8 @@ def test_a_stat_is_read_whatever_the_process_calls_itself(name):
     ],
 )
 def test_the_unit_is_the_innermost_one_of_the_cgroup(text, unit):
-    assert procfs.parse_unit(text) == unit
+    parsed = procfs.parse_unit(text)
+    assert (parsed and parsed.name) == unit
 
 
 @pytest.mark.parametrize(

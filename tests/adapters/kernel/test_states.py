@@ -12,13 +12,16 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from portd.adapters.kernel import procfs, states
+from portd.adapters.kernel import attribution, procfs
 from portd.adapters.kernel.listeners import KernelSocketTable
 from portd.adapters.kernel.netlink import SocketDiag
-from portd.adapters.kernel.states import Holder, StateWatch, belongs
+from portd.adapters.kernel.states import StateWatch
 from portd.core.model import Lease, Listener, Owner, ProcessId
+from portd.core.ownership import Seen
 
 DEADLINE_S = 20.0
+NEVER = 1e12
+"""A grant that no process was started after: the uid alone makes nobody its owner."""
 NOBODY = 65534
 
 SERVER = """
@@ -93,7 +96,7 @@ class Leases:
             owner=Owner(pid=owner, uid=uid, known_by="peercred"),
             uid=uid,
             host="here",
-            created_at=0.0,
+            created_at=fields.pop("created_at", NEVER),
             process=process,
             **fields,
         )
@@ -102,9 +105,10 @@ class Leases:
     def on_port(self, port: int) -> list[Lease]:
         return [lease for lease in self.live.values() if lease.port == port]
 
-    def report(self, lease_id: str, state: str, owner: Owner | None) -> None:
+    def report(self, lease_id: str, state: str, owner: Owner | None, seen: Seen) -> None:
         self.reports.append((lease_id, state, owner))
-        self.live[lease_id] = replace(self.live[lease_id], state=state)
+        foreign = owner if state == "conflict" else None
+        self.live[lease_id] = replace(self.live[lease_id], state=state, foreign=foreign, **seen._asdict())
 
     def told(self) -> list[tuple[str, int | None]]:
         """Return what was reported since the last time: state, and the pid of who listens."""
@@ -128,9 +132,9 @@ class CountingTable(KernelSocketTable):
             raise self.failure
         return super().listeners(port)
 
-    async def owners(self, inodes, likely_pids=()):
+    async def holders(self, inodes, likely_pids=()):
         self.attributed += inodes
-        found = await super().owners(inodes, likely_pids)
+        found = await super().holders(inodes, likely_pids)
         self.while_attributing()
         return found
 
@@ -146,12 +150,12 @@ def scenario(body) -> None:
     asyncio.run(run())
 
 
-async def look_until(watch: StateWatch, condition: Callable[[], object]) -> None:
+async def poll_until(watch: StateWatch, condition: Callable[[], object]) -> None:
     """Look until something is true; fails at the deadline."""
     async with asyncio.timeout(DEADLINE_S):
         while not condition():
             await asyncio.sleep(0.005)
-            await watch.look()
+            await watch.poll()
 
 
 @pytest.fixture
@@ -176,14 +180,14 @@ def test_a_lease_is_bound_while_its_owner_listens_and_held_when_it_stops(serve):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid)
-        await watch.look()
+        await watch.poll()
         [(_, state, owner)] = leases.reports
         assert (state, owner.pid, owner.exe) == ("bound", server.pid, os.path.realpath(f"/proc/{server.pid}/exe"))
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("bound", server.pid)]
         stop(server)
-        await watch.look()
-        await watch.look()
+        await watch.poll()
+        await watch.poll()
         assert leases.told() == [("held", None)]
 
     scenario(body)
@@ -194,17 +198,17 @@ def test_a_stranger_is_a_conflict_with_its_name_and_the_owner_is_bound_after_it(
         foreign, port = serve()
         owner = spawn(python="import sys; sys.stdin.read()")
         leases.grant(port, owner.pid)
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("conflict", foreign.pid)]
         foreign.kill()
         foreign.wait()
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("held", None)]
         heir, _ = serve(port=port)
         leases.live["lease-0"] = replace(
             leases.live["lease-0"], process=ProcessId(heir.pid, procfs.start_ticks(heir.pid), procfs.boot_id())
         )
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("bound", heir.pid)]
 
     scenario(body)
@@ -223,14 +227,14 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
             env={**os.environ, "LEAVE": str(stays)},
         )
         leases.grant(int(launcher.stdout.readline()), launcher.pid)
-        await watch.look()
+        await watch.poll()
         [(_, state, owner)] = leases.reports
         assert (state, owner.pid != launcher.pid) == ("bound", True)
         os.close(leave)
         os.close(stays)
         assert launcher.stdout.readline() == "middle is gone\n"
         leases.live["lease-0"] = replace(leases.live["lease-0"], state="conflict")  # so that it must be judged anew
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("bound", owner.pid)] * 2
 
     scenario(body)
@@ -243,8 +247,12 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
         ("0.0.0.0", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
         ("::", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
         ("::1", "SOCK_STREAM", "::", "tcp", "bound"),
-        ("127.0.0.2", "SOCK_STREAM", "127.0.0.1", "tcp", "held"),
-        ("::1", "SOCK_STREAM", "127.0.0.1", "tcp", "held"),
+        ("127.0.0.2", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
+        ("::1", "SOCK_STREAM", "127.0.0.1", "tcp", "bound"),
+        ("127.0.0.1", "SOCK_STREAM", "::1", "tcp", "bound"),
+        ("::1", "SOCK_STREAM", "localhost", "tcp", "bound"),
+        ("127.0.0.1", "SOCK_STREAM", "localhost", "tcp", "bound"),
+        ("127.0.0.1", "SOCK_STREAM", "192.0.2.1", "tcp", "held"),
         ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "udp", "bound"),
         ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "tcp", "held"),
         ("127.0.0.1", "SOCK_STREAM", "127.0.0.1", "udp", "held"),
@@ -252,26 +260,26 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
         ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "both", "bound"),
     ],
 )
-def test_only_a_listener_in_the_leases_own_place_counts(serve, listens, kind, leased, protocol, state):
+def test_an_owner_is_bound_where_callers_of_the_lease_reach_it(serve, listens, kind, leased, protocol, state):
     async def body(leases, watch, table):
         server, port = serve(listens, kind=kind)
         leases.grant(port, server.pid, address=leased, protocol=protocol)
-        await watch.look()
+        await watch.poll()
         assert leases.live["lease-0"].state == state
 
     scenario(body)
 
 
-@pytest.mark.parametrize(("uid", "state"), [(0, "bound"), (NOBODY, "conflict"), (None, "bound")])
+@pytest.mark.parametrize(("uid", "state"), [(0, "bound"), (NOBODY, "conflict"), (None, "conflict")])
 def test_a_lease_without_a_process_is_its_users(serve, as_root, uid, state):
     async def body(leases, watch, table):
         server, port = serve()
         exited = serve()[0]
         exited.kill()
         exited.wait()
-        leases.grant(port, None, uid=uid, lifetime="ttl")
-        leases.grant(port, exited.pid, uid=uid, lifetime="ttl")
-        await watch.look()
+        leases.grant(port, None, uid=uid, lifetime="ttl", created_at=0.0)
+        leases.grant(port, exited.pid, uid=uid, lifetime="ttl", created_at=0.0)
+        await watch.poll()
         assert leases.told() == [(state, server.pid)] * 2
 
     scenario(body)
@@ -283,7 +291,7 @@ def test_where_the_process_is_hidden_its_uid_decides(serve, as_nobody, uid, stat
         server, port = serve()
         leases.grant(port, server.pid, uid=uid)
         with as_nobody():
-            await watch.look()
+            await watch.poll()
         assert [(told, owner and (owner.pid, owner.uid)) for _, told, owner in leases.reports] == [
             (state, None if state == "bound" else (None, 0))
         ]
@@ -294,13 +302,13 @@ def test_where_the_process_is_hidden_its_uid_decides(serve, as_nobody, uid, stat
 def test_what_was_listened_on_before_a_restart_is_held_when_nobody_listens_any_more(serve):
     async def body(leases, watch, table):
         server, port = serve()
-        leases.grant(port, server.pid, state="bound")
+        leases.grant(port, server.pid, state="bound", listening=("127.0.0.1",), vouched_by="owner")
         leases.grant(port + 1 if port < 65535 else 1024, None, address="127.9.9.9", state="conflict", lifetime="ttl")
         watch.restore(leases.live.values())
-        await watch.look()
+        await watch.poll()
         assert [report[:2] for report in leases.reports] == [("lease-1", "held")]
         stop(server)
-        await watch.look()
+        await watch.poll()
         assert [report[:2] for report in leases.reports] == [("lease-1", "held"), ("lease-0", "held")]
 
     scenario(body)
@@ -314,7 +322,7 @@ def test_a_report_that_did_not_come_true_is_made_again(serve):
         stop(server)
         for _ in range(3):
             leases.live["lease-0"] = replace(leases.live["lease-0"], state="bound")
-            await watch.look()
+            await watch.poll()
         assert leases.told() == [("held", None)] * 3
 
     scenario(body)
@@ -326,22 +334,22 @@ def test_a_socket_is_attributed_once_and_never_where_no_lease_is(serve):
         serve()
         leases.grant(port, server.pid)
         for _ in range(5):
-            await watch.look()
+            await watch.poll()
         assert len(table.attributed) == 1
 
     scenario(body)
 
 
 def test_however_many_sockets_are_new_a_look_attributes_a_bounded_number(serve, monkeypatch):
-    monkeypatch.setattr(states, "FRESH_MAX", 2)
+    monkeypatch.setattr(attribution, "BATCH_MAX", 2)
 
     async def body(leases, watch, table):
         for _ in range(5):
             server, port = serve()
             leases.grant(port, server.pid)
-        await watch.look()
+        await watch.poll()
         assert len(leases.reports) < len(leases.live)
-        await look_until(watch, lambda: len(leases.reports) == len(leases.live))
+        await poll_until(watch, lambda: len(leases.reports) == len(leases.live))
         assert {state for _, state, _ in leases.reports} == {"bound"}
 
     scenario(body)
@@ -354,13 +362,15 @@ def test_a_socket_on_its_way_from_portd_to_its_owner_is_nobodys_until_it_arrives
             owner = spawn(str(theirs.fileno()), python=RECEIVER, pass_fds=[theirs.fileno()])
             port = handed.getsockname()[1]
             leases.grant(port, owner.pid)
-            leases.grant(port, None, lifetime="ttl")  # by uid alone portd itself would pass for its owner
-            await watch.look()
+            leases.grant(
+                port, None, lifetime="ttl", created_at=0.0
+            )  # by uid alone portd itself would pass for its owner
+            await watch.poll()
             assert table.attributed
             assert leases.reports == []
             socket.send_fds(ours, [b"."], [handed.fileno()])
             owner.stdout.readline()
-            await look_until(watch, lambda: len(leases.reports) == 2)
+            await poll_until(watch, lambda: len(leases.reports) == 2)
             assert leases.told() == [("bound", owner.pid)] * 2
 
     scenario(body)
@@ -373,11 +383,11 @@ def test_a_stranger_that_passes_its_socket_to_the_owner_ends_the_conflict(spawn,
             foreign = spawn(python="import sys; sys.stdin.read()", pass_fds=[passed.fileno()])
             owner = spawn(str(theirs.fileno()), python=RECEIVER, pass_fds=[theirs.fileno()])
             leases.grant(passed.getsockname()[1], owner.pid)
-            await watch.look()
+            await watch.poll()
             assert leases.told() == [("conflict", foreign.pid)]
             socket.send_fds(ours, [b"."], [passed.fileno()])
             owner.stdout.readline()
-            await look_until(watch, lambda: leases.reports)
+            await poll_until(watch, lambda: leases.reports)
             assert leases.told() == [("bound", owner.pid)]
 
     scenario(body)
@@ -388,7 +398,7 @@ def test_nobody_is_called_a_stranger_for_a_socket_that_was_closed_meanwhile(serv
         server, port = serve()
         leases.grant(port, spawn("sleep", "60").pid)
         table.while_attributing = lambda: stop(server)
-        await watch.look()
+        await watch.poll()
         assert table.attributed
         assert leases.reports == []
 
@@ -401,10 +411,10 @@ def test_a_socket_table_that_cannot_be_read_is_told_once_and_tried_again(serve, 
         leases.grant(port, server.pid)
         table.failure = PermissionError(1, "not permitted")
         for _ in range(3):
-            await watch.look()
+            await watch.poll()
         assert "not permitted" in watch.problem
         table.failure = None
-        await watch.look()
+        await watch.poll()
         assert watch.problem is None
         assert leases.told() == [("bound", server.pid)]
 
@@ -417,14 +427,14 @@ def test_at_the_file_limit_nothing_is_reported_that_is_not_so_and_the_truth_come
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid)
-        await watch.look()
+        await watch.poll()
         leases.told()
         with no_descriptor_left():
             for _ in range(3):
-                await watch.look()
+                await watch.poll()
         assert leases.told() == []
         stop(server)
-        await watch.look()
+        await watch.poll()
         assert leases.told() == [("held", None)]
 
     scenario(body)
@@ -435,8 +445,8 @@ def test_the_watch_sleeps_without_leases_and_a_nudge_wakes_it(serve, run):
         with contextlib.closing(SocketDiag()) as diag:
             leases, table, reported = Leases(), CountingTable(diag), asyncio.Event()
 
-            def report(lease_id, state, owner):
-                leases.report(lease_id, state, owner)
+            def report(lease_id, state, owner, seen):
+                leases.report(lease_id, state, owner, seen)
                 reported.set()
 
             watch = StateWatch(table, leases.on_port, lambda: len(leases.live), report, interval_s=0.001)
@@ -464,8 +474,8 @@ def test_a_nudge_does_not_wait_for_the_interval(serve, run):
             leases, table, reported = Leases(), CountingTable(diag), asyncio.Event()
             leases.grant(9, None, lifetime="ttl")  # discard: nobody listens there on this host
 
-            def report(lease_id, state, owner):
-                leases.report(lease_id, state, owner)
+            def report(lease_id, state, owner, seen):
+                leases.report(lease_id, state, owner, seen)
                 reported.set()
 
             watch = StateWatch(table, leases.on_port, lambda: len(leases.live), report, interval_s=3600)
@@ -480,46 +490,3 @@ def test_a_nudge_does_not_wait_for_the_interval(serve, run):
                 running.cancel()
 
     run(main())
-
-
-def holder(uid: int, unit: str | None, pid: int | None = 4711) -> Holder:
-    owner = Owner(pid=pid, uid=uid, unit=unit, known_by="socket")
-    return Holder(owner, frozenset({(4711, 1)}), 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("owner_uid", "unit", "listener_uid", "listener_unit", "expected"),
-    [
-        (1000, "web.service", 1000, "web.service", True),
-        (0, "web.service", 33, "web.service", True),  # a master that is root, workers that are not
-        (1000, "web.service", 1001, "web.service", False),  # two users' managers each have a web.service
-        (1000, "web.service", 1000, "db.service", False),
-        (1000, None, 1000, None, False),
-        (1000, "session-3.scope", 1000, "session-3.scope", False),  # whatever was started in that login
-        (1000, "user@1000.service", 1000, "user@1000.service", False),
-        (1000, "init.scope", 1000, "init.scope", False),
-    ],
-)
-def test_a_service_vouches_for_its_processes_and_a_session_does_not(
-    owner_uid, unit, listener_uid, listener_unit, expected
-):
-    leases = Leases()
-    lease = leases.live[leases.grant(80, os.getpid(), uid=owner_uid)]
-    lease = replace(lease, owner=replace(lease.owner, unit=unit))
-    listener = Listener("tcp", "127.0.0.1", 80, listener_uid, 1)
-    assert belongs(listener, holder(listener_uid, listener_unit), lease) is expected
-
-
-def test_the_unit_that_portd_shares_with_others_vouches_for_nobody(monkeypatch):
-    monkeypatch.setattr(states, "own_unit", lambda: "containerd.service")
-    lease = Leases()
-    shared = lease.live[lease.grant(80, os.getpid())]
-    shared = replace(shared, owner=replace(shared.owner, unit="containerd.service"))
-    assert not belongs(Listener("tcp", "127.0.0.1", 80, 0, 1), holder(0, "containerd.service"), shared)
-
-
-def test_a_process_that_got_the_owners_pid_after_it_is_a_stranger():
-    leases = Leases()
-    lease = leases.live[leases.grant(80, os.getpid())]
-    lease = replace(lease, process=ProcessId(4711, 2, procfs.boot_id()))
-    assert not belongs(Listener("tcp", "127.0.0.1", 80, 0, 1), holder(0, None), lease)

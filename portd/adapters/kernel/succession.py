@@ -1,0 +1,163 @@
+"""Who has a lease's port after its owner exited: a process of its own that still listens, or one that soon will.
+
+Two cases. At the exit an own listener is left (a server that put itself into the background after it had bound, an
+upgrade that passed its socket on): the lease passes to that process. Or nothing of the lease's own had listened yet (a
+server that forks first): then an own listener that appears within the cooldown takes the ended lease up again.
+
+All exits of one turn of the event loop are answered by one read of the socket table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from portd.adapters.kernel.attribution import Attribution, HolderTable
+from portd.core.bindings import conflicts_at
+from portd.core.model import Event, Lease, Listener
+from portd.core.ownership import Judgement, judge, kin_of, may_stand_in
+from portd.leasing.seams import ObserveExit, Successor
+
+logger = logging.getLogger(__name__)
+
+LeasesOn = Callable[[int], Sequence[Lease]]
+PORT_QUERIES_MAX: Final = 1
+"""Exits in one turn of the loop that are answered by a query for their port; the next one reads the whole table."""
+
+
+class Succession:
+    """Finds the successors of exited owners, and reports each lease with its successor or None."""
+
+    def __init__(
+        self,
+        sockets: HolderTable,
+        attribution: Attribution,
+        leases_on: LeasesOn,
+        observe_exit: ObserveExit,
+        cooldown_s: float,
+    ) -> None:
+        self._sockets = sockets
+        self._attribution = attribution
+        self._leases_on = leases_on
+        self._observe_exit = observe_exit
+        self._cooldown_s = cooldown_s
+        self._table: dict[int, list[Listener]] | None = None
+        self._query_count = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lapsed: dict[int, dict[str, tuple[Lease, float]]] = {}
+
+    # --- at the exit ---
+
+    def owners_exited(self, leases: Sequence[Lease]) -> None:
+        """Find out who listens on the leases of an owner that has exited. A lease on whose port nobody does is reported
+        before this returns."""
+        undecided: list[tuple[Lease, list[Listener]]] = []
+        for lease in leases:
+            others = self._leases_on(lease.port)
+            candidates = [
+                listener
+                for listener in self._listeners(lease.port)
+                if conflicts_at(listener, lease) or may_stand_in(listener, lease, others)
+            ]
+            if candidates:
+                undecided.append((lease, candidates))
+            else:
+                self._observe_exit(lease, None)
+        if undecided:
+            task = asyncio.get_running_loop().create_task(self._decide(undecided))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _listeners(self, port: int) -> list[Listener]:
+        """List the listeners of a port; one read of the table serves all calls of this turn of the loop."""
+        if self._table is None:
+            if not self._query_count:
+                asyncio.get_running_loop().call_soon(self._forget_table)
+            self._query_count += 1
+            try:
+                if self._query_count <= PORT_QUERIES_MAX:
+                    return self._sockets.listeners(port)
+                self._table = {}
+                for listener in self._sockets.listeners():
+                    self._table.setdefault(listener.port, []).append(listener)
+            except OSError as error:
+                logger.error("the kernel's socket table can't be read, leases of exited owners end: %s", error)
+                return []
+        return self._table.get(port, [])
+
+    def _forget_table(self) -> None:
+        self._table = None
+        self._query_count = 0
+
+    async def _decide(self, undecided: list[tuple[Lease, list[Listener]]]) -> None:
+        inodes = {listener.inode for _, candidates in undecided for listener in candidates}
+        likely = {pid for lease, _ in undecided for pid, _ in lease.kin}
+        try:
+            await self._attribution.refresh_all(inodes, likely)
+        except OSError as error:
+            logger.error("who has the ports of exited owners can't be read, their leases end: %s", error)
+        for lease, candidates in undecided:
+            others = self._leases_on(lease.port)
+            self._observe_exit(
+                lease, successor(lease, judge(lease, candidates, self._attribution.holders, others=others))
+            )
+
+    # --- within the cooldown ---
+
+    def apply(self, event: Event) -> None:
+        """Follow an event: an owner that exited before it listened may have left a process that will."""
+        lease = event.lease
+        if lease.state != "ended":
+            self._forget_lapsed(lease)
+        elif lease.ended_because == "owner_exited" and lease.lifetime != "ttl" and not lease.kin and self._cooldown_s:
+            until = asyncio.get_running_loop().time() + self._cooldown_s
+            self._lapsed.setdefault(lease.port, {})[lease.id] = lease, until
+
+    @property
+    def is_waiting(self) -> bool:
+        """Tell whether an ended lease may still be taken up again."""
+        now = asyncio.get_running_loop().time()
+        for port, lapsed in list(self._lapsed.items()):
+            for lease_id, (_, until) in list(lapsed.items()):
+                if until <= now:
+                    del lapsed[lease_id]
+            if not lapsed:
+                del self._lapsed[port]
+        return bool(self._lapsed)
+
+    def is_expected_on(self, port: int) -> bool:
+        """Tell whether an ended lease of this port may still be taken up again."""
+        return port in self._lapsed
+
+    def judge_port(self, port: int, listeners: Sequence[Listener]) -> list[int]:
+        """Report the ended leases of a port that an own listener has appeared for; returns the sockets that must be
+        attributed first."""
+        unknown: list[int] = []
+        holders = self._attribution.holders
+        for lease, _ in list(self._lapsed.get(port, {}).values()):
+            judgement = judge(lease, listeners, holders, others=self._leases_on(port))
+            if judgement.own and not judgement.foreign:
+                self._forget_lapsed(lease)
+                self._observe_exit(lease, successor(lease, judgement))
+            elif not judgement.is_complete:
+                unknown += [listener.inode for listener in listeners if listener.inode not in holders]
+        return unknown
+
+    def _forget_lapsed(self, lease: Lease) -> None:
+        lapsed = self._lapsed.get(lease.port)
+        if lapsed is not None:
+            for lease_id in [each.id for each, _ in lapsed.values() if each.id == lease.id or each.name == lease.name]:
+                del lapsed[lease_id]
+            if not lapsed:
+                del self._lapsed[lease.port]
+
+
+def successor(lease: Lease, judgement: Judgement) -> Successor | None:
+    """Return the process that a lease passes to: the first of its own listeners that the kernel shows, or None."""
+    for own in judgement.own:
+        if own.holder.ancestors:
+            pid, start_ticks = own.holder.ancestors[0]
+            return Successor(pid, start_ticks, own.vouched_by, judgement.listening, kin_of(lease, judgement.own))
+    return None
