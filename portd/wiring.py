@@ -25,6 +25,7 @@ from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.openapi import openapi_route
 from portd.adapters.http.ports import PortCalls
 from portd.adapters.http.problems import render_problem
+from portd.adapters.http.revisions import Revisions
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.services import ServiceCalls
 from portd.adapters.http.status import StatusCalls
@@ -257,7 +258,8 @@ def _fronts(
     service = engine.service
     authenticator = _authenticator(settings, paths, engine)
     http = HttpServer(authenticator, lambda: engine.table.revision, store_id)
-    events = EventCalls(watchers.feed)
+    revisions = Revisions(store_id)
+    events = EventCalls(watchers.feed, revisions)
     leases = LeaseCalls(service)
     condition = Condition(
         settings,
@@ -275,7 +277,7 @@ def _fronts(
     watchers.metrics.gauges = condition.gauges
     parts = (
         leases,
-        ServiceCalls(service, watchers.feed, watchers.announcer.lan),
+        ServiceCalls(service, watchers.feed, watchers.announcer.lan, revisions),
         events,
         PortCalls(service, engine.sockets),
         LanCalls(watchers.announcer.lan),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import signal
 import threading
 import time
@@ -227,3 +228,26 @@ def test_a_follower_that_goes_while_it_is_told_the_past_is_no_fault(own_daemon: 
         with Stream(own_daemon, "?after=0") as stream:
             assert next(iter(stream)).type == "granted"
     wait_for(lambda: own_daemon.get("/v1/status")["counts"]["followers"] == 0, "nobody follows any more")
+
+
+def test_a_revision_of_another_store_is_gone_at_once(daemon: Daemon) -> None:
+    headers = daemon.call("GET", "/v1/leases").headers
+    store, revision = headers["x-portd-store"], headers["x-portd-revision"]
+    for path in ("/v1/events?after=", "/v1/services/orders?wait=60&after="):
+        reply = daemon.call("GET", f"{path}0123456789abcdef:{revision}")
+        assert (reply.status, reply.code) == (410, "revision_gone"), path
+    with Stream(daemon, f"?after={store}:{revision}&service=followed") as stream:
+        lease = daemon.lease("followed", ttl=60)
+        assert next(iter(stream)).type == "granted"
+    daemon.call("DELETE", f"/v1/leases/{lease['id']}")
+
+
+def test_a_browsers_event_source_gets_its_refusal_as_an_event(daemon: Daemon) -> None:
+    browser = {"Accept": "text/event-stream", "Sec-Fetch-Mode": "cors", "Last-Event-ID": str(2**50)}
+    reply = daemon.call("GET", "/v1/events", **browser)
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/event-stream")
+    event, data = reply.body.strip().split("\n")
+    assert event == "event: gone"
+    assert json.loads(data.removeprefix("data: "))["code"] == "revision_gone"
+    del browser["Sec-Fetch-Mode"]
+    assert daemon.call("GET", "/v1/events", **browser).status == 410

@@ -21,6 +21,45 @@ APART = {
 """Addresses on which one port number can be two leases: the kernel lets both be bound (dual stack `::` none)."""
 
 
+LEASE_FIELDS = {
+    "id",
+    "service",
+    "instance",
+    "endpoint",
+    "protocol",
+    "address",
+    "port",
+    "listening",
+    "vouched_by",
+    "elsewhere",
+    "pool",
+    "hold",
+    "state",
+    "health",
+    "health_note",
+    "health_since",
+    "checked_at",
+    "drain",
+    "lifetime",
+    "owner",
+    "uid",
+    "tags",
+    "metadata",
+    "weight",
+    "priority",
+    "check",
+    "announce",
+    "host",
+    "created_at",
+    "renewed_at",
+    "expires_at",
+    "ended_at",
+    "ended_because",
+    "revision",
+}
+"""The fields of a lease in the contract."""
+
+
 @pytest.fixture(autouse=True)
 def _leave_nothing(daemon: Daemon) -> Iterator[None]:
     """Release everything after each test."""
@@ -38,34 +77,7 @@ def refused(daemon: Daemon, body: Any) -> tuple[int, str | None, str | None]:
 
 def test_a_grant_says_all_that_the_contract_promises(daemon: Daemon) -> None:
     lease = daemon.lease("whole")
-    assert lease.keys() == {
-        "id",
-        "service",
-        "instance",
-        "endpoint",
-        "protocol",
-        "address",
-        "port",
-        "pool",
-        "hold",
-        "state",
-        "health",
-        "drain",
-        "lifetime",
-        "owner",
-        "tags",
-        "metadata",
-        "check",
-        "announce",
-        "host",
-        "created_at",
-        "renewed_at",
-        "expires_at",
-        "ended_at",
-        "ended_because",
-        "revision",
-        "token",
-    }
+    assert lease.keys() == {*LEASE_FIELDS, "token"}
     assert lease["owner"].keys() == {"pid", "uid", "user", "exe", "cmdline", "unit", "started_at", "known_by"}
     assert (
         lease["instance"],

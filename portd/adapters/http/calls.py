@@ -38,7 +38,7 @@ class Call(Struct, frozen=True, gc=False):
 
 
 class Answer(NamedTuple):
-    """What is sent back: `body` is encoded as JSON; None means no body at all.
+    """What is sent back: `body` is encoded as JSON, `Rows` a slice at a time; None means no body at all.
 
     `revision` is the one that the body shows, None where that is the newest one when it is sent.
     """

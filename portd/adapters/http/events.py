@@ -1,8 +1,8 @@
-"""Server-sent events (WHATWG HTML, section 9.2): what happens, as it happens.
+"""Server-sent events (WHATWG HTML, section 9.2): every change of a lease, as it happens.
 
-An event is rendered once for all who see the same, whatever their number, and goes to each through its transport,
-together with those that came with it. A follower that does not read is cut off as soon as its buffer is
-full: it resumes from the last id that it saw, and the daemon buffers nothing without bound.
+An event is rendered once for all followers who see the same, whatever their number, and written to each one's
+transport together with those that came with it. A follower that does not read is cut off as soon as its buffer is full:
+it resumes from the last id that it saw, and the daemon buffers nothing without bound.
 """
 
 from __future__ import annotations
@@ -11,39 +11,43 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from aiohttp import HttpVersion11, web
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from portd.adapters.http.calls import Call, Route, encode
 from portd.adapters.http.front import FRONT
-from portd.adapters.http.problems import InvalidQuery
-from portd.core.errors import Busy, InvalidRequest
+from portd.adapters.http.problems import problem_of
+from portd.adapters.http.revisions import After, Revisions
+from portd.adapters.http.shares import Shares
+from portd.core.errors import InvalidRequest, RevisionGone
 from portd.core.model import Event, Label
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import EventView, view_event
 from portd.leasing.feed import Feed
 
 BUFFER_MAX_BYTES: Final = 2 << 20
-"""What may wait for one follower: two thousand events, so that a thousand owners that exit at once cut nobody off. The
-chunks are shared among followers: a thousand that are slow hold one copy. A follower past it is cut off."""
+"""Bytes that may wait for one follower: two thousand events, so that a thousand owners that exit at once cut nobody
+off. The chunks are shared among followers: a thousand slow ones hold one copy. A follower past it is cut off."""
 FOLLOWERS_MAX: Final = 4_096
+USER_FOLLOWERS_MAX: Final = 2_048
+"""Followers at once, of all callers and of one user."""
 FLUSH_S_A_STREAM: Final = 0.00005
-"""Seconds between two rounds of writing, for each stream. A write takes 10 us: a thousand followers get their events
-twenty times a second under load and cost a fifth of the loop, and one that is alone gets each at once."""
+"""Seconds between two rounds of writing, for each stream. A write costs 10 µs: a thousand followers get their events
+twenty times a second under load and cost a fifth of the loop, and a single one gets each at once."""
 SLICE: Final = 64
-"""Streams that are written to in one turn of the loop: grants go on between two slices of a round."""
+"""Streams written to, or past events rendered, in one turn of the loop: grants go on between two slices."""
 CATCH_UP_S: Final = 10.0
-"""Seconds that a follower may take to read the past; one that does not is cut off."""
+"""Seconds that a follower may need to read the past; one that does not is cut off."""
 HEARTBEAT_S: Final = 15.0
-"""Seconds between comments on a quiet stream: proxies cut what is silent for a minute."""
+"""Seconds between comments on a quiet stream: proxies cut a connection that is silent for a minute."""
 
 
 class EventQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """`after` is the last revision that is known; without it (and without Last-Event-ID) the stream starts now."""
+    """Where the stream begins, and whose events it has."""
 
-    after: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    after: After | None = None
     service: Label | None = None
 
 
@@ -54,14 +58,12 @@ class _Stream:
         self.transport = transport
         self.gone = asyncio.get_running_loop().create_future()
         self.backlog: list[bytes] | None = []  # until the past has been sent
-        self.is_slow = False
 
     def send(self, data: bytes) -> None:
-        """Pass chunks on, or end where nobody takes them."""
+        """Write chunks, or end the stream of a follower that does not read."""
         if self.backlog is not None:
             self.backlog.append(data)
         elif self.transport.is_closing() or self.transport.get_write_buffer_size() > BUFFER_MAX_BYTES:
-            self.is_slow = not self.transport.is_closing()
             self.end()
         else:
             self.transport.write(data)
@@ -81,8 +83,8 @@ class _Group:
         self.streams: set[_Stream] = set()
         self.pending: list[bytes] = []
 
-    def take_pending(self) -> list[tuple[_Stream, bytes]]:
-        """Return what is pending, for each stream; nothing is pending then."""
+    def pop_pending(self) -> list[tuple[_Stream, bytes]]:
+        """Return the pending data for each stream; nothing is pending then."""
         data = b"".join(self.pending)
         self.pending.clear()
         return [(stream, data) for stream in self.streams] if data else []
@@ -91,13 +93,14 @@ class _Group:
 class EventCalls:
     """The handler of /v1/events."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, revisions: Revisions) -> None:
         self._feed = feed
+        self._revisions = revisions
+        self._shares = Shares("event streams", total=FOLLOWERS_MAX, per_user=USER_FOLLOWERS_MAX)
         self._groups: dict[tuple[bool, int | None, str | None], _Group] = {}
         self._timer: asyncio.Handle | None = None
         self._round: list[tuple[_Stream, bytes]] = []  # what is still to be written of a round
         self._written_at = 0.0
-        self.dropped_count = 0
 
     def routes(self) -> list[Route]:
         """Return the routes of this module."""
@@ -129,37 +132,57 @@ class EventCalls:
         """GET /v1/events."""
         if call.request.version < HttpVersion11:
             raise InvalidRequest("a stream of events needs HTTP/1.1")
-        if self.stream_count >= FOLLOWERS_MAX:
-            raise Busy(f"{FOLLOWERS_MAX} followers are connected already")
-        service = call.query.service
-        start = self._start(call)
-        await self._feed.wait_confirmed(start)
-        past = self._feed.since(start, service)
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream",
-                "Cache-Control": "no-store",
-                "X-Portd-Revision": str(self._feed.revision),
-            }
-        )
+        with self._shares.use(call.caller.user):
+            service = call.query.service
+            try:
+                start = self._start(call)
+                await self._feed.wait_confirmed(start)
+                past = self._feed.since(start, service)
+            except RevisionGone as refusal:
+                if not _is_event_source(call.request):
+                    raise
+                return await self._send_gone(call.request, refusal)
+            return await self._stream(call, service, past)
+
+    async def _stream(self, call: Call, service: str | None, past: Iterator[Event]) -> web.StreamResponse:
         stream = _Stream(call.request.transport)
         call.request.get_extra_info(FRONT).is_stream = True
-        try:
-            with self._joined(stream, call.caller, service):  # nothing is missed: `past` ends where this begins
-                response.enable_chunked_encoding()
-                await response.prepare(call.request)
-                async with asyncio.timeout(CATCH_UP_S):
-                    for event in past:
-                        await response.write(self._text(event, call.caller))
-                    await response.write(b": following\n\n")
-                backlog, stream.backlog = stream.backlog or [], None
-                for data in backlog:
-                    stream.send(data)
-                await self._until_gone(stream.gone, stream.transport)
-        except TimeoutError:
-            stream.is_slow = True
-        self.dropped_count += stream.is_slow
-        stream.transport.abort()  # a stream has no end but this one: what follows would wait for a full buffer
+        response = self._response()
+        with contextlib.suppress(TimeoutError), self._joined(stream, call.caller, service):
+            # Nothing is missed: `past` ends where this context begins.
+            await response.prepare(call.request)
+            async with asyncio.timeout(CATCH_UP_S):
+                for number, event in enumerate(past, 1):
+                    await response.write(self._text(event, call.caller))
+                    if number % SLICE == 0:
+                        await asyncio.sleep(0)
+                await response.write(b": following\n\n")
+            backlog, stream.backlog = stream.backlog or [], None
+            for data in backlog:
+                stream.send(data)
+            await self._until_gone(stream.gone, stream.transport)
+        stream.transport.abort()  # a stream has no other end: a regular one would wait for a full buffer
+        return response
+
+    async def _send_gone(self, request: web.Request, refusal: RevisionGone) -> web.StreamResponse:
+        """Send the refusal as an event: an EventSource hides the status and the body of every other answer."""
+        response = self._response()
+        response.force_close()
+        await response.prepare(request)
+        await response.write(b"event: gone\ndata: %s\n\n" % encode(problem_of(refusal)))
+        await response.write_eof()
+        return response
+
+    def _response(self) -> web.StreamResponse:
+        headers = {
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",  # nginx holds an answer back otherwise
+            "X-Portd-Revision": str(self._feed.revision),
+            "X-Portd-Store": self._revisions.store_id,
+        }
+        response = web.StreamResponse(headers=headers)
+        response.enable_chunked_encoding()
         return response
 
     @contextlib.contextmanager
@@ -169,8 +192,8 @@ class EventCalls:
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(caller, service)
-            self._feed.follow(partial(self._take, group), group, service)
-        self._round += group.take_pending()  # it is in this one's past already
+            self._feed.follow(partial(self._on_event, group), group, service)
+        self._round += group.pop_pending()  # the new stream has it in its past already
         self._write(len(self._round))
         group.streams.add(stream)
         try:
@@ -181,8 +204,8 @@ class EventCalls:
                 del self._groups[key]
                 self._feed.unfollow(group, service)
 
-    def _take(self, group: _Group, event: Event) -> None:
-        group.pending.append(_chunk(_render(event, cmdline=sees_cmdline(group.caller, event.lease.owner.uid))))
+    def _on_event(self, group: _Group, event: Event) -> None:
+        group.pending.append(_chunk(self._text(event, group.caller)))
         if self._timer is None:
             loop = asyncio.get_running_loop()
             due = self._written_at + self.stream_count * FLUSH_S_A_STREAM
@@ -191,15 +214,15 @@ class EventCalls:
             )
 
     def _begin_round(self) -> None:
-        self._round = [each for group in self._groups.values() for each in group.take_pending()]
-        self._go_on()
+        self._round = [each for group in self._groups.values() for each in group.pop_pending()]
+        self._continue_round()
 
-    def _go_on(self) -> None:
+    def _continue_round(self) -> None:
         """Write a slice of the round; events that come meanwhile go with the next one."""
         self._write(SLICE)
         loop = asyncio.get_running_loop()
         if self._round:
-            self._timer = loop.call_soon(self._go_on)
+            self._timer = loop.call_soon(self._continue_round)
             return
         self._written_at = loop.time()
         self._timer = None
@@ -212,14 +235,11 @@ class EventCalls:
             stream.send(data)
 
     def _start(self, call: Call) -> int:
+        """Return the revision after which the stream begins: that of the query, of the last event, or the newest."""
         if call.query.after is not None:
-            return int(call.query.after)
+            return self._revisions.parse(call.query.after, "after")
         last = call.request.headers.get("Last-Event-ID")
-        if last is None:
-            return self._feed.revision
-        if not (last.isascii() and last.isdecimal()) or len(last) > 16:
-            raise InvalidQuery("Last-Event-ID is no revision", pointer="/Last-Event-ID")
-        return int(last)
+        return self._feed.revision if last is None else self._revisions.parse(last, "Last-Event-ID")
 
     @staticmethod
     async def _until_gone(gone: asyncio.Future[None], transport: Any) -> None:
@@ -234,11 +254,16 @@ class EventCalls:
         return _render(event, cmdline=sees_cmdline(caller, event.lease.owner.uid))
 
 
+def _is_event_source(request: web.Request) -> bool:
+    """Tell whether a browser's EventSource makes the request: by the headers that no script sets (Fetch standard)."""
+    return request.headers.get("Accept") == "text/event-stream" and "Sec-Fetch-Mode" in request.headers
+
+
 def _render(event: Event, *, cmdline: bool) -> bytes:
     data = encode(view_event(event, cmdline=cmdline))
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.revision, event.type.encode(), data)
 
 
 def _chunk(data: bytes) -> bytes:
-    """Frame data as one chunk (RFC 9112 section 7.1)."""
+    """Frame data as one chunk (RFC 9112, section 7.1)."""
     return b"%x\r\n%s\r\n" % (len(data), data)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+from functools import partial
 from typing import Annotated, Any, Final, TypeAlias
 
 from msgspec import Meta, Struct
 
-from portd.adapters.http.calls import Answer, Call, Route
-from portd.adapters.http.problems import InvalidQuery
+from portd.adapters.http.calls import Answer, Call, Route, encode
+from portd.adapters.http.paging import Cursor, Limit, decode_cursor, in_order, page
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
 from portd.core.rights import Caller, sees_cmdline
@@ -35,8 +34,8 @@ class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
     state: State | None = None
     health: Health | None = None
     tag: tuple[Tag, ...] = ()
-    limit: Annotated[int, Meta(ge=1, le=10_000)] = 1_000
-    cursor: Annotated[str, Meta(max_length=512)] | None = None
+    limit: Limit = 1_000
+    cursor: Cursor | None = None
 
 
 class LeaseList(Struct, frozen=True):
@@ -160,14 +159,14 @@ class LeaseCalls:
         return Answer(views if isinstance(body, list) else views[0], 201 if granted.is_new else 200)
 
     async def listing(self, call: Call) -> Answer:
-        """GET /v1/leases, in the order of (service, instance, endpoint), which a page can be taken up from."""
+        """GET /v1/leases, in the order of (service, instance, endpoint)."""
         query: LeaseQuery = call.query
-        after = _decode_cursor(query.cursor)
+        after = decode_cursor(query.cursor, size=4)
         leases = await self._candidates(query)
-        matching = sorted((lease for lease in leases if _matches(lease, query)), key=_order)
-        page = [lease for lease in matching if after is None or _order(lease) > after]
-        cursor = _encode_cursor(page[query.limit - 1]) if len(page) > query.limit else None
-        return Answer(LeaseList([self._view(lease, call.caller) for lease in page[: query.limit]], cursor))
+        revision = self._service.table.revision
+        found = await in_order(leases, _order, after, partial(_matches, query=query))
+        show = partial(self._view, caller=call.caller)
+        return Answer(page("leases", found, query.limit, show, encode), revision=revision)
 
     async def show(self, call: Call) -> Answer:
         """GET /v1/leases/{id}."""
@@ -233,19 +232,3 @@ def _matches(lease: Lease, query: LeaseQuery) -> bool:
 
 def _order(lease: Lease) -> tuple[str, str, str, str]:
     return (*lease.name, lease.id)
-
-
-def _encode_cursor(lease: Lease) -> str:
-    return base64.urlsafe_b64encode("/".join(_order(lease)).encode()).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str | None) -> tuple[str, ...] | None:
-    if cursor is None:
-        return None
-    try:
-        parts = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split("/")
-    except (binascii.Error, ValueError):
-        parts = []
-    if len(parts) != 4:
-        raise InvalidQuery("this is no cursor of a listing", pointer="/cursor")
-    return tuple(parts)

@@ -11,6 +11,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Final
 
 from aiohttp import HttpVersion11, web
@@ -19,6 +20,7 @@ from portd.adapters.http import front as fronts
 from portd.adapters.http.authenticator import WRONG_TOKEN_DELAY_S, Authenticator
 from portd.adapters.http.calls import BODY_MAX_BYTES, Answer, Call, Reader, Route, encode
 from portd.adapters.http.front import FRONT, Answerer, Connections, Front, PlainGrants
+from portd.adapters.http.paging import Rows
 from portd.adapters.http.problems import (
     PROBLEM_TYPE,
     MethodNotAllowed,
@@ -138,7 +140,11 @@ class HttpServer:
                 call = await self._authenticate(route, reader, request, needs_process)
                 self._check_unread(call)
                 answer = await route.handler(call)
-                return answer if isinstance(answer, web.StreamResponse) else self._respond(answer)
+                if isinstance(answer, web.StreamResponse):
+                    return answer
+                if isinstance(answer.body, Rows):
+                    return await self._respond_in_slices(request, answer, answer.body)
+                return self._respond(answer)
             except Refusal as refusal:
                 if isinstance(refusal, NotOwner | Unauthenticated) and "Authorization" in request.headers:
                     self._authenticator.report_wrong_token(_front(request).end)
@@ -175,13 +181,32 @@ class HttpServer:
             raise Busy("too many answers wait for their clients to read them")
 
     def _respond(self, answer: Answer) -> web.Response:
-        revision = answer.revision if answer.revision is not None else self._revision()
-        headers = {"X-Portd-Revision": str(revision), "X-Portd-Store": self._store_id, **answer.headers}
+        headers = self._headers(answer)
         if answer.body is None:
             return web.Response(status=answer.status, headers=headers)
         headers.setdefault("Content-Type", "application/json")
         body = answer.body if isinstance(answer.body, bytes) else encode(answer.body)
         return web.Response(body=body, status=answer.status, headers=headers)
+
+    async def _respond_in_slices(self, request: web.Request, answer: Answer, rows: Rows) -> web.StreamResponse:
+        """Send a long document piece by piece: others are served between two, and a slow reader holds up the rest."""
+        headers = {"Content-Type": "application/json", **self._headers(answer)}
+        slices = rows.slices(encode)
+        first = next(slices)
+        second = next(slices, None)
+        if second is None:
+            return web.Response(body=first, status=answer.status, headers=headers)
+        response = web.StreamResponse(status=answer.status, headers=headers)
+        await response.prepare(request)
+        for piece in chain((first, second), slices):
+            await response.write(piece)
+            await asyncio.sleep(0)
+        await response.write_eof()
+        return response
+
+    def _headers(self, answer: Answer) -> dict[str, str]:
+        revision = answer.revision if answer.revision is not None else self._revision()
+        return {"X-Portd-Revision": str(revision), "X-Portd-Store": self._store_id, **answer.headers}
 
 
 def _front(request: web.BaseRequest) -> Front:

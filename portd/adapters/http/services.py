@@ -8,7 +8,10 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
-from portd.adapters.http.calls import Answer, Call, Route
+from portd.adapters.http.calls import Answer, Call, Route, encode
+from portd.adapters.http.paging import Cursor, Limit, Rows, decode_cursor, in_order, page
+from portd.adapters.http.revisions import After, Revisions
+from portd.adapters.http.shares import Shares
 from portd.core.announcing import LanService
 from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
@@ -20,6 +23,10 @@ from portd.leasing.service import LeaseService
 
 WAIT_MAX_S: Final = 600.0
 """The longest long poll, in seconds: proxies and kernels forget idle connections that stay longer."""
+
+POLLS_MAX: Final = 4_096
+USER_POLLS_MAX: Final = 2_048
+"""Long polls at once, of all callers and of one user. Each costs a connection and about 10 KB."""
 
 LanLookup = Callable[[str | None], Awaitable[Sequence[LanService]]]
 """Gives what the LAN offers, of one DNS-SD type or of all."""
@@ -37,9 +44,17 @@ class ServiceCount(Struct, frozen=True):
 
 
 class ServiceList(Struct, frozen=True):
-    """All services with live leases."""
+    """One page of the services with live leases; `next` is the cursor of the next one, or null."""
 
     services: list[ServiceCount]
+    next: str | None
+
+
+class ServiceListQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which page of the services is shown."""
+
+    limit: Limit = 1_000
+    cursor: Cursor | None = None
 
 
 class ServiceQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +64,9 @@ class ServiceQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tag: tuple[Tag, ...] = ()
     endpoint: Label = MAIN_ENDPOINT
     scope: Literal["local", "cluster", "lan", "all"] = "local"
-    after: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    after: After | None = None
+    limit: Limit = 10_000
+    cursor: Cursor | None = None
     wait: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] = 0.0
 
 
@@ -59,6 +76,7 @@ class Instances(Struct, frozen=True):
     service: str
     revision: int
     instances: list[LeaseView]
+    next: str | None
 
 
 class TargetQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +96,9 @@ class Target(Struct, frozen=True):
 class ServiceCalls:
     """The handlers of /v1/services and /v1/prometheus."""
 
-    def __init__(self, service: LeaseService, feed: Feed, lan: LanLookup) -> None:
+    def __init__(self, service: LeaseService, feed: Feed, lan: LanLookup, revisions: Revisions) -> None:
+        self._revisions = revisions
+        self._polls = Shares("long polls", total=POLLS_MAX, per_user=USER_POLLS_MAX)
         self._service = service
         self._feed = feed
         self._lan = lan
@@ -86,7 +106,14 @@ class ServiceCalls:
     def routes(self) -> list[Route]:
         """Return the routes of this module."""
         return [
-            Route("GET", "/v1/services", self.names, "List services with counts by health", {200: ServiceList}),
+            Route(
+                "GET",
+                "/v1/services",
+                self.names,
+                "List services with counts by health",
+                {200: ServiceList},
+                query=ServiceListQuery,
+            ),
             Route(
                 "GET",
                 "/v1/services/{name}",
@@ -94,6 +121,7 @@ class ServiceCalls:
                 "Show a service's instances, or wait for a change of it",
                 {200: Instances},
                 query=ServiceQuery,
+                refusals=("revision_gone", "busy"),
             ),
             Route(
                 "GET",
@@ -107,65 +135,84 @@ class ServiceCalls:
 
     async def names(self, call: Call) -> Answer:
         """GET /v1/services."""
+        query: ServiceListQuery = call.query
+        after = decode_cursor(query.cursor, size=1)
         table = self._service.table
-        counts = []
-        for name in sorted(table.services()):
-            health = Counter(
-                lease.health for lease in table.of_service(name).values() if lease.endpoint == MAIN_ENDPOINT
-            )
-            instances = len({lease.instance for lease in table.of_service(name).values()})
-            counts.append(
-                ServiceCount(
-                    name, instances, health["passing"], health["warning"], health["critical"], health["unknown"]
-                )
-            )
-        return Answer(ServiceList(counts))
+        revision = table.revision
+        found = await in_order(table.services(), lambda name: (name,), after, lambda name: True)
+        leases = ((key, some) for key, name in found if (some := list(table.of_service(name).values())))
+        return Answer(page("services", leases, query.limit, _count, encode), revision=revision)
 
     async def show(self, call: Call) -> Answer:
         """GET /v1/services/{name}."""
         query: ServiceQuery = call.query
         name = call.path["name"]
+        after = decode_cursor(query.cursor, size=3)
         if query.after is not None:
-            await self._feed.wait(name, query.after, query.wait)
-        views: list[LeaseView] = []
-        if query.scope != "lan":
-            views += [
-                self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid))
-                for lease in self._select(name, query)
-            ]
+            revision = self._revisions.parse(query.after, "after")
+            with self._polls.use(call.caller.user):
+                await self._feed.wait(name, revision, query.wait)
+        from_lan: list[LanService] = []
         if query.scope in ("lan", "all") and query.endpoint == MAIN_ENDPOINT and not query.tag:
-            now = self._service.clock.now().at
-            views += [
-                _view_lan(seen, name, now)
+            from_lan = [
+                seen
                 for seen in await self._lan(None)
                 if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")
             ]
-        return Answer(Instances(name, self._feed.revision, views))
+        now, revision = self._service.clock.now().at, self._feed.revision
+        seen: list[Lease | LanService] = [*self._select(name, query), *from_lan]
+
+        def show(one: Lease | LanService) -> LeaseView:
+            if isinstance(one, LanService):
+                return _view_lan(one, name, now)
+            return self._service.view(one, cmdline=sees_cmdline(call.caller, one.owner.uid))
+
+        found = await in_order(seen, _order, after, lambda one: True)
+        head = b'"service":%s,"revision":%d,' % (encode(name), revision)
+        return Answer(page("instances", found, query.limit, show, encode, head), revision=revision)
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
+        if query.scope == "lan":
+            return []
         leases = list(self._service.table.of_service(name).values())
         if query.passing:
             leases = serving(leases)
-        leases = [
+        return [
             lease
             for lease in leases
             if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
         ]
-        return sorted(leases, key=lambda lease: (lease.instance, lease.id))
 
     async def targets(self, call: Call) -> Answer:
         """GET /v1/prometheus: the whole list each time; unhealthy ones too, which Prometheus should see as such."""
         query: TargetQuery = call.query
-        chosen = [
-            lease
-            for lease in self._service.table
-            if lease.protocol != "udp"
-            and not lease.drain
-            and lease.state != "conflict"
-            and query.endpoint in (None, lease.endpoint)
-            and all(tag in lease.tags for tag in query.tag)
-        ]
-        return Answer([_target(lease) for lease in sorted(chosen, key=lambda lease: lease.name)])
+
+        def matches(lease: Lease) -> bool:
+            return (
+                lease.protocol != "udp"
+                and not lease.drain
+                and lease.state != "conflict"
+                and query.endpoint in (None, lease.endpoint)
+                and all(tag in lease.tags for tag in query.tag)
+            )
+
+        revision = self._service.table.revision
+        found = await in_order(self._service.table, lambda lease: lease.name, None, matches)
+        return Answer(Rows(b"[", (_target(lease) for _, lease in found), lambda count: b"]"), revision=revision)
+
+
+def _count(leases: list[Lease]) -> ServiceCount:
+    health = Counter(lease.health for lease in leases if lease.endpoint == MAIN_ENDPOINT)
+    instances = len({lease.instance for lease in leases})
+    name = leases[0].service
+    return ServiceCount(name, instances, health["passing"], health["warning"], health["critical"], health["unknown"])
+
+
+def _order(seen: Lease | LanService) -> tuple[str, ...]:
+    """Return the place in a listing: this host's leases before what other hosts announce."""
+    if isinstance(seen, LanService):
+        return ("lan", seen.name, seen.type)
+    return ("", seen.instance, seen.id)
 
 
 def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
