@@ -1,13 +1,15 @@
 """Positive answers to one question, ready but for the id, the question as asked and OPT, in every rotation.
 
-A rotation is put together by joining when it is first asked for, and kept until the records change. This module must not
+An answer is made of *units*, each of which is expanded to its records only when a message has space for them: a message
+holds 64 KB at most, so what one answer renders is bounded, however many instances there are. A rotation starts at one
+unit; it is joined when it is first asked for, and kept, within bounds, until the records change. This module must not
 know names or leases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 from portd.adapters.dns.records import Record
 
@@ -18,9 +20,11 @@ POINTER_REACH: Final = 0x4000
 AUTHORITATIVE, CUT = 0x8400, 0x0200
 RECURSION_DESIRED = 0x0100
 KEPT_BYTES: Final = 1 << 20
-"""Bound on the rotations kept of one answer at one size: one for each record, or as many as fit into this."""
-KEPT_SIZES: Final = 8
-"""Sizes kept at once. Clients use a handful; whoever asks for more only makes them be put together again."""
+"""Bound on the rotations kept of one answer; beyond it they are joined anew."""
+TURNS_KEPT: Final = 64
+"""Sizes of which each has a turn of its own; those beyond share one. Clients use a handful."""
+
+Expand = Callable[[Any], Sequence[Record]]
 
 
 class Rotation(NamedTuple):
@@ -32,53 +36,57 @@ class Rotation(NamedTuple):
 
 
 class Answer:
-    """The records that answer one question; `start` is the offset that follows the question in a message."""
+    """The answer to one question: `units`, and the function that gives a unit's records.
 
-    __slots__ = ("_records", "_rotations", "_start", "_turn")
+    `start` is the offset that follows the question in a message. `turns` has the unit that comes first next, for each
+    size: a client that repeats over TCP what was cut over UDP must not use up the turns of both, or every second unit
+    never comes first. It belongs to the name and outlives the answer, so that changes favour nobody.
+    """
 
-    def __init__(self, records: Sequence[Record], start: int, turn: int) -> None:
-        self._records = records
+    __slots__ = ("_expand", "_kept_bytes", "_rotations", "_start", "_turns", "_units")
+
+    def __init__(self, units: Sequence[Any], expand: Expand, start: int, turns: dict[int, int]) -> None:
+        self._units = units
+        self._expand = expand
         self._start = start
-        self._turn = turn
-        self._rotations: dict[int, list[Rotation | None]] = {}
+        self._turns = turns
+        self._rotations: dict[tuple[int, int], Rotation] = {}
+        self._kept_bytes = 0
 
     def next(self, size_bytes: int) -> Rotation:
         """Return the next rotation for a message of at most this size, OPT not counted.
 
-        Additional records are left out first, then records, and only the latter is told by TC (RFC 2181 section 9).
+        Additional records are left out first, then records, and only the latter sets TC (RFC 2181 section 9).
         """
-        rotations = self._rotations.get(size_bytes)
-        if rotations is None:
-            rotations = self._room_for(size_bytes)
-        self._turn += 1
-        turn = self._turn % len(rotations)
-        rotation = rotations[turn]
+        key = size_bytes if size_bytes in self._turns or len(self._turns) < TURNS_KEPT else 0
+        first = self._turns.get(key, 0) % len(self._units)
+        self._turns[key] = first + 1
+        rotation = self._rotations.get((size_bytes, first))
         if rotation is None:
-            first = turn * len(self._records) // len(rotations)
-            rotation = rotations[turn] = self._rotate(first, size_bytes)
+            rotation = self._rotate(first, size_bytes)
+            self._keep(size_bytes, first, rotation)
         return rotation
 
-    def _room_for(self, size_bytes: int) -> list[Rotation | None]:
-        if len(self._rotations) >= KEPT_SIZES:
+    def _keep(self, size_bytes: int, first: int, rotation: Rotation) -> None:
+        self._kept_bytes += len(rotation.tail)
+        if self._kept_bytes > KEPT_BYTES:
             self._rotations.clear()
-        count = max(1, min(len(self._records), KEPT_BYTES // size_bytes))
-        rotations: list[Rotation | None] = [None] * count
-        self._rotations[size_bytes] = rotations
-        return rotations
+            self._kept_bytes = len(rotation.tail)
+        self._rotations[size_bytes, first] = rotation
 
     def _rotate(self, first: int, size_bytes: int) -> Rotation:
-        records = self._records
+        units = self._units
         parts: list[bytes] = []
         placed: list[tuple[int, Record]] = []
         at = self._start
-        for index in range(first, first + len(records)):
-            record = records[index % len(records)]
-            end = at + len(QUESTION_POINTER) + len(record.data)
-            if end > size_bytes:
-                return _rotation(AUTHORITATIVE | CUT, len(placed), 0, parts)
-            parts += QUESTION_POINTER, record.data
-            placed.append((end - len(record.target), record))
-            at = end
+        for index in range(first, first + len(units)):
+            for record in self._expand(units[index % len(units)]):
+                end = at + len(QUESTION_POINTER) + len(record.data)
+                if end > size_bytes:
+                    return _rotation(AUTHORITATIVE | CUT, len(placed), 0, parts)
+                parts += QUESTION_POINTER, record.data
+                placed.append((end - len(record.target), record))
+                at = end
         added = 0
         for target_at, record in placed:
             owner = (target_at | 0xC000).to_bytes(2) if target_at < POINTER_REACH else record.target

@@ -1,5 +1,5 @@
 """One query in, one answer out, in bytes: what a message must be (RFC 1035, 2308, 6891, 8482) and what it is answered
-with. The way of a good query is short: find the name, patch id, flags and the question into what is prepared.
+with. The fast path of a good query: find the name, patch id, flags and the question into the prepared answer.
 
 This module must not know sockets, leases, or where a table of names comes from.
 """
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 class Node(Protocol):
     """A name that exists."""
 
-    def answer(self, qtype: int) -> Answer | None: ...
+    def answer(self, qtype: int, asked_at: str | None = None) -> Answer | None: ...
 
 
 class Names(Protocol):
@@ -73,14 +73,17 @@ class Malformed(Exception):
 
 
 class Responder:
-    """Answers queries from a table. `on_query` is told the type and the outcome of each."""
+    """Answers queries from a table. `on_query` is called with the type and the outcome of each."""
 
     def __init__(self, names: Names, on_query: Callable[[str, str], None] | None = None) -> None:
         self._names = names
         self._on_query = on_query
 
-    def respond(self, query: bytes, limits: Limits) -> bytes | None:
-        """Return the answer, or None where none is due: to an answer, or to less than a header."""
+    def respond(self, query: bytes, limits: Limits, asked_at: str | None = None) -> bytes | None:
+        """Return the answer, or None where none is due: to an answer, or to less than a header.
+
+        `asked_at` is the address at which the query came in, None for a loopback one.
+        """
         if len(query) < HEADER_BYTES or query[2] & RESPONSE:
             return None
         try:
@@ -88,7 +91,7 @@ class Responder:
                 return self._refuse(query, NOTIMP)
             if query[4:6] != ONE:
                 raise Malformed
-            return self._answer(query, limits)
+            return self._answer(query, limits, asked_at)
         except Malformed:
             return self._refuse(query, FORMERR)
 
@@ -96,7 +99,7 @@ class Responder:
         """Return the answer to a query that portd itself failed at."""
         return self._refuse(query, SERVFAIL)
 
-    def _answer(self, query: bytes, limits: Limits) -> bytes:
+    def _answer(self, query: bytes, limits: Limits, asked_at: str | None) -> bytes:
         # A name that is found is well-formed, as the table's are: only others need a walk over their labels.
         end = query.find(0, HEADER_BYTES) + 5
         node = self._names.find(query[HEADER_BYTES : end - 4].lower())
@@ -114,7 +117,7 @@ class Responder:
             return self._reject(query, end, qtype, REFUSED, opt)
         if node is None:
             return self._deny(query, end, qtype, NXDOMAIN, opt)
-        answer = node.answer(qtype)
+        answer = node.answer(qtype, asked_at)
         if answer is None:
             return self._deny(query, end, qtype, NOERROR, opt)
         if self._on_query is not None:
@@ -146,6 +149,9 @@ class Responder:
         if self._on_query is not None:
             self._on_query(TYPE_NAMES.get(qtype, "other"), rcode.name)
         zone_at = end - 4 - len(self._names.wire)
+        if query[zone_at : end - 4].lower() != self._names.wire:  # a reverse name: its zone is not ours to describe
+            top = head(AUTHORITATIVE | _desired(query) | rcode, 0, 0, 1 if opt else 0)
+            return b"".join((query[:2], top, query[HEADER_BYTES:end], opt))
         top = head(AUTHORITATIVE | _desired(query) | rcode, 0, 1, 1 if opt else 0)
         return b"".join(
             (query[:2], top, query[HEADER_BYTES:end], (zone_at | 0xC000).to_bytes(2), self._names.soa.data, opt)

@@ -1,47 +1,48 @@
-"""The records of one lease, and of the zone itself, rendered once for all the queries that follow, never for each.
+"""The records of one lease, and of the zone itself, packed once for all the queries that follow, never for each.
 
-dnspython renders them. That takes 45 µs a lease, about as long as a grant, so it happens when somebody first asks after
-a change, and nobody waits for it who only wants a port. A record is kept from its type on, without its owner's name, so
+A record is packed when it is first asked for after a change. It is kept from its type on, without its owner's name, so
 that an answer can be put together by joining. This module must not know which leases are shown, or where in a message a
 record ends up.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import struct
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import dns.exception
 import dns.name
 import dns.rdata
 from dns.rdataclass import IN
-from dns.rdatatype import AAAA, HINFO, NS, SOA, SRV, TXT, A, RdataType
+from dns.rdatatype import AAAA, HINFO, NS, PTR, SOA, SRV, TXT, A, RdataType
 
-from portd.core.bindings import ANY, ANY_V4
 from portd.core.model import MAIN_ENDPOINT, Lease
+from portd.core.visibility import reachable_at
 
 LABEL_MAX_BYTES: Final = 63
 ZONE_MAX_BYTES: Final = 63
 """A zone's name in wire format: three labels of 63 (an endpoint, an instance, a service) fit before it in 255."""
+NAME_MAX_BYTES: Final = 255
 STRING_MAX_BYTES: Final = 255
 """One string of a TXT record (RFC 1035 section 3.3)."""
-PRIORITY: Final = 0
-WEIGHT: Final = 1
-"""All alike. Not 0: with only zeros some clients (Go's) take the first record always, not a random one."""
 REFRESH_S, RETRY_S, EXPIRE_S = 3600, 600, 86400
 """What a secondary server would go by; there is none, as the zone is not transferred."""
 ANY_TTL_S: Final = 3600
 """How long "no" to an ANY query may be kept: it never changes."""
 
+RENDERED: Final = ("address", "port", "tags", "metadata", "name", "protocol", "weight", "priority", "listening")
+"""The fields of a lease that its records are made of."""
+
 
 class Record(NamedTuple):
     """A record without its owner: type, class, TTL, length and data (RFC 1035 section 3.2.1).
 
-    What it points to ends `data`, uncompressed (RFC 2782 forbids it), and the address records of that name come along
-    to be added to the answer.
+    What it points to ends `data`, uncompressed (RFC 2782 forbids it), and the address records of that name are added to
+    the answer.
     """
 
     data: bytes
@@ -49,64 +50,71 @@ class Record(NamedTuple):
     addresses: tuple[bytes, ...] = ()
 
 
+class Shown(NamedTuple):
+    """The records of an endpoint that depend on the address at which the query came in."""
+
+    a: tuple[Record, ...]
+    aaaa: tuple[Record, ...]
+    srv: tuple[Record, ...]
+    srv_of_all: tuple[Record, ...]
+
+
 class Endpoint:
-    """A lease as DNS shows it; each kind of record is rendered when it is first asked for.
+    """A lease as DNS shows it. Raises ValueError for an address that is none."""
 
-    Raises OSError for an address that is none.
-    """
+    __slots__ = ("_shown", "_ttl", "_zone", "lease")
 
-    def __init__(self, lease: Lease, zone: bytes, ttl: int, hosts: Sequence[str]) -> None:
+    def __init__(self, lease: Lease, zone: bytes, ttl: int) -> None:
         self.lease = lease
         self._zone = zone
         self._ttl = ttl
-        self._at = stands_for(lease.address, hosts)
-        for address in self._at:  # what can't be shown is known now, not at a query
-            socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        self._shown: dict[str | None, Shown] = {}
+        for address in reachable_at(lease):  # what can't be shown is known now, not at a query
+            pack_address(address)
 
-    @cached_property
-    def a(self) -> tuple[Record, ...]:
-        """Return the A records."""
-        return self._addresses[0]
+    def at(self, asked_at: str | None) -> Shown:
+        """Return the records for callers who asked at this address (None: a loopback one); without addresses none."""
+        shown = self._shown.get(asked_at)
+        if shown is None:
+            shown = self._shown[asked_at] = self._show(asked_at)
+        return shown
 
-    @cached_property
-    def aaaa(self) -> tuple[Record, ...]:
-        """Return the AAAA records."""
-        return self._addresses[1]
+    @property
+    def txt(self) -> list[Record]:
+        """Return a TXT record for each tag and each key: Go's LookupTXT joins the strings of one record.
 
-    @cached_property
-    def srv(self) -> Record:
-        """Return the SRV record."""
-        lease = self.lease
-        target = label(lease.instance) + label(lease.service) + self._zone
-        if lease.endpoint != MAIN_ENDPOINT:
-            target = label(lease.endpoint) + target
-        text = f"{PRIORITY} {WEIGHT} {lease.port} {_text(target)}"
-        return _pointing(SRV, text, target, (*self.a, *self.aaaa), self._ttl)
+        They are not kept: they are large, and seldom asked for.
+        """
+        return [Record(_packed(TXT, bytes((len(string),)) + string, self._ttl)) for string in txt_strings(self.lease)]
 
-    @cached_property
-    def txt(self) -> tuple[Record, ...]:
-        """Return a TXT record for each tag and each key: Go's LookupTXT joins the strings of one record."""
-        strings = txt_strings(self.lease)
-        return tuple(Record(_packed(TXT, bytes((len(string),)) + string, self._ttl)) for string in strings)
-
-    @cached_property
-    def _addresses(self) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-        return address_records(self._at, self._ttl)
+    @property
+    def pointer(self) -> Record:
+        """Return the PTR record that leads to the instance."""
+        return Record(_packed(PTR, self._target(b""), self._ttl))
 
     def follow(self, lease: Lease) -> bool:
-        """Take the lease's next version over; False, and nothing is done, where its records must be packed anew."""
-        before = self.lease
-        if (lease.address, lease.port, lease.tags, lease.metadata, lease.name, lease.protocol) != (
-            before.address,
-            before.port,
-            before.tags,
-            before.metadata,
-            before.name,
-            before.protocol,
-        ):
+        """Replace the lease by its next version; False, and nothing is done, where its records are others."""
+        if any(getattr(lease, field) != getattr(self.lease, field) for field in RENDERED):
             return False
         self.lease = lease
         return True
+
+    def _show(self, asked_at: str | None) -> Shown:
+        a, aaaa = address_records(reachable_at(self.lease, asked_at), self._ttl)
+        addresses = tuple(record.data for record in (*a, *aaaa))
+        if not addresses:
+            return Shown((), (), (), ())
+        return Shown(a, aaaa, self._srv(b"", addresses), self._srv(ALL, addresses))
+
+    def _srv(self, selection: bytes, addresses: tuple[bytes, ...]) -> tuple[Record, ...]:
+        lease, target = self.lease, self._target(selection)
+        data = struct.pack("!HHH", lease.priority, lease.weight, lease.port) + target
+        return (Record(_packed(SRV, data, self._ttl), target, addresses),) if len(target) <= NAME_MAX_BYTES else ()
+
+    def _target(self, selection: bytes) -> bytes:
+        lease = self.lease
+        target = label(lease.instance) + selection + label(lease.service) + self._zone
+        return target if lease.endpoint == MAIN_ENDPOINT else label(lease.endpoint) + target
 
 
 class StartOfAuthority:
@@ -124,30 +132,35 @@ class StartOfAuthority:
 
 
 def name_server(target: bytes, addresses: Iterable[Record], ttl: int) -> Record:
-    """Render who serves the zone."""
-    return _pointing(NS, _text(target), target, addresses, ttl)
+    """Pack who serves the zone."""
+    return Record(_packed(NS, target, ttl), target, tuple(record.data for record in addresses))
 
 
 def minimal_any() -> Record:
-    """Render what an ANY query is told instead of everything (RFC 8482 section 4.2)."""
+    """Render the answer to an ANY query that stands for everything (RFC 8482 section 4.2)."""
     return Record(_render(HINFO, 'RFC8482 ""', ANY_TTL_S))
 
 
 def address_records(addresses: Sequence[str], ttl: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Render A and AAAA records; raises dns.exception.SyntaxError for what is no address."""
+    """Pack A and AAAA records; raises ValueError for what is no address."""
     return (
-        tuple(Record(_render(A, address, ttl)) for address in addresses if ":" not in address),
-        tuple(Record(_render(AAAA, address, ttl)) for address in addresses if ":" in address),
+        tuple(Record(_packed(A, pack_address(address), ttl)) for address in addresses if ":" not in address),
+        tuple(Record(_packed(AAAA, pack_address(address), ttl)) for address in addresses if ":" in address),
     )
 
 
-def stands_for(address: str, hosts: Sequence[str]) -> Sequence[str]:
-    """Return the addresses a lease is reached at: its own, or the host's where it is bound to all of them."""
-    if address == ANY:
-        return hosts
-    if address == ANY_V4:
-        return [host for host in hosts if ":" not in host]
-    return (address,)
+@lru_cache(maxsize=4096)
+def pack_address(address: str) -> bytes:
+    """Pack an address; raises ValueError for what is none."""
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    except OSError:
+        raise ValueError(f"{address!r} is not an IP address") from None
+
+
+def reverse_name(address: str) -> bytes:
+    """Pack the name that an address is looked up under in reverse (RFC 1035 section 3.5, RFC 3596 section 2.5)."""
+    return b"".join(label(each) for each in ipaddress.ip_address(address).reverse_pointer.split(".")) + b"\0"
 
 
 def txt_strings(lease: Lease) -> list[bytes]:
@@ -157,9 +170,13 @@ def txt_strings(lease: Lease) -> list[bytes]:
 
 
 def label(text: str) -> bytes:
-    """Pack a label; empty when it is too long: an underscore before 63 letters has no place in DNS."""
+    """Pack a label; empty when it is too long: an underscore before 63 letters is no label."""
     octets = text.encode()
     return bytes((len(octets),)) + octets if len(octets) <= LABEL_MAX_BYTES else b""
+
+
+ALL: Final = label("_all")
+"""The label that selects the instances that do not serve too."""
 
 
 def zone_name(text: str) -> bytes:
@@ -173,11 +190,6 @@ def zone_name(text: str) -> bytes:
     if not 1 < len(wire) <= ZONE_MAX_BYTES:
         raise ValueError(f"dns zone {text!r} must be a name of 1 to {ZONE_MAX_BYTES - 2} characters")
     return wire
-
-
-def _pointing(rdtype: RdataType, text: str, target: bytes, addresses: Iterable[Record], ttl: int) -> Record:
-    """Render a record that ends in the name `target`, which these are the address records of."""
-    return Record(_render(rdtype, text, ttl), target, tuple(record.data for record in addresses))
 
 
 def _render(rdtype: RdataType, text: str, ttl: int) -> bytes:

@@ -1,8 +1,8 @@
 """The DNS server: sockets of both kinds over one table of names. It only follows events; it undoes nothing.
 
-What has happened is taken in when somebody asks next, once for each lease: the answer is as new as ever, and a host
-where nobody asks, or a lease that came and went between two questions, pays nothing for DNS. This module must not know
-what messages look like.
+Events are applied lazily, on the next query, once for each lease: the answer is as new as ever, and a host where nobody
+asks, or a lease that came and went between two queries, pays nothing for DNS. This module must not know what messages
+look like.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 from portd.adapters.dns.message import Limits, Responder
 from portd.adapters.dns.tcp import TcpListener
 from portd.adapters.dns.udp import UdpListener
-from portd.adapters.dns.zone import Zone
+from portd.adapters.dns.zone import WhenAllCriticalOf, Zone
 from portd.core.bindings import ANY, ANY_V4
 from portd.core.model import Event, Lease
 
@@ -26,7 +26,7 @@ LOOPBACK: Final = ("127.0.0.1", "::1")
 ANY_PORT_TRIES: Final = 16
 """Port 0: the kernel chooses for TCP, and UDP must have the same number free. Tests only; a few tries are plenty."""
 COMPLAIN_S: Final = 10.0
-"""Failed queries are told of at most this often: whoever can make one can make thousands."""
+"""Failed queries are logged at most this often: whoever can make one can make thousands."""
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ class DnsServer:
     """Serves the instances of this host under a zone, over UDP and TCP.
 
     `ttl` is in seconds; with 0, the default, nobody keeps an answer, so that no instance is called after its end: a
-    query costs microseconds, a wrong answer a failed call. A lease of all addresses (0.0.0.0, ::) answers with
-    `host_addresses`; None means where this server itself is reached, since whoever could ask here can call there, and
-    both loopback addresses where it listens on loopback or on all addresses. `on_query` is told type and outcome.
-    Raises ValueError for an impossible zone.
+    query costs microseconds, a wrong answer a failed call. `passed` are bound sockets of the service manager; an
+    address of `listen` that one of them has is not bound again. `when_all_critical` says what a service gives when all
+    its instances are critical. `on_query` is called with type and outcome. Raises ValueError for an impossible zone.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class DnsServer:
         zone: str = "portd.internal.",
         ttl: int = 0,
         on_query: Callable[[str, str], None] | None = None,
-        host_addresses: Sequence[str] | None = None,
+        when_all_critical: WhenAllCriticalOf = lambda service: "none",
     ) -> None:
         self._listen = listen
         self._zone_name = zone
         self._ttl = ttl
-        self._zone = Zone(zone, ttl, _reached_at(listen) if host_addresses is None else host_addresses)
+        self._zone = Zone(zone, ttl, _reached_at(listen), when_all_critical)
         self._responder = Responder(self._zone, on_query)
         self._news: dict[str, Lease] = {}  # by id, in the order of first changes: a name's last lease leaves before
         self._revision = 0  # its next one comes
@@ -69,7 +68,7 @@ class DnsServer:
         return self._addresses
 
     def restore(self, leases: Iterable[Lease], revision: int = 0) -> None:
-        """Take over the live leases of before the start, and the newest revision where it is known."""
+        """Enter the live leases of before the start, and the newest revision where it is known."""
         for lease in leases:
             self._news[lease.id] = lease
             revision = max(revision, lease.revision)
@@ -85,15 +84,25 @@ class DnsServer:
         else:
             self._news[lease.id] = lease
 
-    async def start(self) -> None:
-        """Listen; raises OSError that says where it can't, and leaves nothing open then."""
+    async def start(self, passed: Iterable[socket.socket] = ()) -> None:
+        """Listen; raises OSError that says where it can't, and leaves nothing open then.
+
+        `passed` are bound sockets of the service manager, TCP and UDP, which it owns from now on: while the daemon
+        restarts, queries wait in them. Where the pair of an address is there, it is not bound again.
+        """
+        given = {(one.getsockname()[0], one.getsockname()[1], one.type): one for one in passed}
         try:
             for host, port in self._listen:
-                await self._start_on(host, port)
+                tcp = given.pop((host, port, socket.SOCK_STREAM), None)
+                udp = given.pop((host, port, socket.SOCK_DGRAM), None)
+                await self._start_on(host, port, tcp, udp)
         except OSError as error:
             await self.close()
             self._problem = str(error)
             raise
+        finally:
+            for unused in given.values():
+                unused.close()
         self._problem = None
 
     async def close(self) -> None:
@@ -106,7 +115,7 @@ class DnsServer:
             await connected.close()
 
     def condition(self) -> dict[str, object]:
-        """Tell what status shows."""
+        """Return what status shows."""
         self._catch_up()
         return {
             "listen": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self._addresses],
@@ -120,23 +129,35 @@ class DnsServer:
         }
 
     def _catch_up(self) -> None:
-        """Take in what has happened since the last question: 3 µs for each lease that has changed."""
+        """Apply what has happened since the last query: microseconds for each lease that has changed."""
         self._zone.renumber(self._revision)
         if self._news:
             news, self._news = self._news, {}
             for lease in news.values():
-                self._take(lease)
+                self._apply_lease(lease)
 
-    def _take(self, lease: Lease) -> None:
+    def _apply_lease(self, lease: Lease) -> None:
         try:
             self._zone.apply(lease)
         except Exception:
             log.exception("dns does not show lease %s of %s on port %d", lease.id, lease.instance, lease.port)
 
-    async def _start_on(self, host: str, port: int) -> None:
+    async def _start_on(
+        self, host: str, port: int, tcp: socket.socket | None = None, udp: socket.socket | None = None
+    ) -> None:
         try:
-            tcp, udp = _bind_both(host, port)
+            if tcp is None and udp is None:
+                tcp, udp = _bind_both(host, port)
+            elif tcp is None:
+                tcp = _bind(host, port, socket.SOCK_STREAM)
+            elif udp is None:
+                udp = _bind(host, port, socket.SOCK_DGRAM)
+            assert tcp is not None
+            assert udp is not None
         except OSError as error:
+            for one in (tcp, udp):
+                if one is not None:
+                    one.close()
             raise OSError(
                 error.errno,
                 f"dns can't listen on {host} port {port}: {error.strerror}; change [dns] listen, or end what has it",
@@ -147,10 +168,10 @@ class DnsServer:
         answerer.start()
         self._addresses.append(tcp.getsockname()[:2])
 
-    def _respond(self, query: bytes, limits: Limits) -> bytes | None:
+    def _respond(self, query: bytes, limits: Limits, asked_at: str | None) -> bytes | None:
         try:
             self._catch_up()
-            return self._responder.respond(query, limits)
+            return self._responder.respond(query, limits, asked_at)
         except Exception:
             self._failures += 1
             now = asyncio.get_running_loop().time()
@@ -161,7 +182,7 @@ class DnsServer:
 
 
 def _reached_at(listen: Sequence[tuple[str, int]]) -> list[str]:
-    """Return the addresses under which whoever can ask a server there can reach this host."""
+    """Return the addresses under which callers on this host reach the server."""
     found: list[str] = []
     for host, _ in listen:
         parsed = ipaddress.ip_address(host)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from portd.adapters.dns.message import Limits
+from portd.adapters.dns.udp import asked_address
 
 QUERY_MAX_BYTES: Final = 4096
 """A question and its options take a few hundred; whoever sends more is cut off."""
@@ -26,7 +27,8 @@ BATCH: Final = 16
 WAITING_BYTES: Final = 1 << 18
 """Answers that wait for a slow reader; beyond them its queries wait."""
 
-Respond = Callable[[bytes, Limits], bytes | None]
+Respond = Callable[[bytes, Limits, str | None], bytes | None]
+"""Answers a query: its bytes, the limits, and the address at which it came in (None: a loopback one)."""
 
 
 class TcpListener:
@@ -92,6 +94,7 @@ class _Connection(asyncio.Protocol):
         self._full = False  # the client reads slower than it asks
         self._ended = False  # the client asks nothing more
         self._again: asyncio.Handle | None = None
+        self._asked_at: str | None = None
 
     def abort(self) -> None:
         """Cut off, whatever waits."""
@@ -102,6 +105,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by descent
         self._transport.set_write_buffer_limits(high=WAITING_BYTES)
+        self._asked_at = asked_address(transport.get_extra_info("sockname")[0])
         self._listener.touch(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -162,7 +166,7 @@ class _Connection(asyncio.Protocol):
                     return False
                 if count == BATCH or self._full:
                     return True
-                answer = self._listener.respond(bytes(received[at + 2 : end]), LIMITS)
+                answer = self._listener.respond(bytes(received[at + 2 : end]), LIMITS, self._asked_at)
                 if answer is None:  # no query at all: whatever this client speaks, it is not DNS
                     self.abort()
                     return False

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 from portd.adapters.dns.message import PLAIN_BYTES, Limits
@@ -24,7 +25,8 @@ IP_PKTINFO: Final = 8
 """ip(7); the name is in `socket` only since Python 3.14."""
 ANCILLARY_BYTES: Final = 256
 
-Respond = Callable[[bytes, Limits], bytes | None]
+Respond = Callable[[bytes, Limits, str | None], bytes | None]
+"""Answers a query: its bytes, the limits, and the address at which it came in (None: a loopback one)."""
 
 
 class UdpListener:
@@ -33,11 +35,11 @@ class UdpListener:
     def __init__(self, bound: socket.socket, respond: Respond) -> None:
         self._socket = bound
         self._respond = respond
-        host = ipaddress.ip_address(bound.getsockname()[0])
-        self._limits = Limits(PLAIN_BYTES, LOOPBACK_BYTES if host.is_loopback else NETWORK_BYTES)
+        host = bound.getsockname()[0]
+        self._asked_at = asked_address(host)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         self._read: Callable[[], None] = self._read_plain
-        if host.is_unspecified:
+        if ipaddress.ip_address(host).is_unspecified:
             self._read = self._read_addressed
             bound.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
             if bound.family == socket.AF_INET6:
@@ -54,13 +56,15 @@ class UdpListener:
             self._socket.close()
 
     def _read_plain(self) -> None:
-        receive, send, respond, limits = self._socket.recvfrom, self._socket.sendto, self._respond, self._limits
+        receive, send, respond = self._socket.recvfrom, self._socket.sendto, self._respond
+        asked_at = self._asked_at
+        limits = _limits(asked_at)
         for _ in range(BATCH):
             try:
                 query, peer = receive(QUERY_MAX_BYTES)
             except OSError:  # nothing left to read
                 return
-            answer = respond(query, limits)
+            answer = respond(query, limits, asked_at)
             if answer is not None:
                 try:
                     send(answer, peer)
@@ -68,13 +72,14 @@ class UdpListener:
                     continue
 
     def _read_addressed(self) -> None:
-        """Read on a socket of all addresses, and answer from the address that was asked: clients take no other."""
+        """Read on a socket of all addresses, and answer from the address that was asked: clients accept no other."""
         for _ in range(BATCH):
             try:
                 query, ancillary, _flags, peer = self._socket.recvmsg(QUERY_MAX_BYTES, ANCILLARY_BYTES)
             except OSError:
                 return
-            answer = self._respond(query, self._limits)
+            asked_at = _destination(tuple(ancillary))
+            answer = self._respond(query, _limits(asked_at), asked_at)
             if answer is not None:
                 self._send(answer, ancillary, peer)
 
@@ -83,3 +88,31 @@ class UdpListener:
             self._socket.sendmsg([answer], ancillary, 0, peer)
         except OSError:
             return
+
+
+def asked_address(host: str) -> str | None:
+    """Return the address of an interface as others write it, or None for a loopback one."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return None if address.is_loopback else str(address)
+
+
+def _limits(asked_at: str | None) -> Limits:
+    return _LOOPBACK_LIMITS if asked_at is None else _NETWORK_LIMITS
+
+
+_LOOPBACK_LIMITS: Final = Limits(PLAIN_BYTES, LOOPBACK_BYTES)
+_NETWORK_LIMITS: Final = Limits(PLAIN_BYTES, NETWORK_BYTES)
+
+
+@lru_cache(maxsize=256)
+def _destination(ancillary: tuple[tuple[int, int, bytes], ...]) -> str | None:
+    """Return the address that a datagram was sent to, from its control messages: in_pktinfo of ip(7), in6_pktinfo of
+    ipv6(7)."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+            return asked_address(socket.inet_ntop(socket.AF_INET, data[8:12]))
+        if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            return asked_address(socket.inet_ntop(socket.AF_INET6, data[:16]))
+    return None

@@ -304,6 +304,17 @@ def test_every_instance_comes_first_equally_often(name, count, offered):
     assert set(firsts.values()) == {3}
 
 
+@pytest.mark.parametrize("count", [30, 60, 300])
+def test_repeating_over_tcp_favours_no_instance(count):
+    asked = Asked(*many(count))
+    firsts = Counter()
+    for _ in range(count * 2):
+        asked.ask("orders", "A", limits=Limits(512, 512))
+        firsts[texts(asked.ask("orders", "A", limits=Limits(65535, 65535)).answer)[0]] += 1
+    assert len(firsts) == count
+    assert set(firsts.values()) == {2}
+
+
 def test_cut_answers_show_all_of_a_thousand_instances_in_turn():
     asked = Asked(*many(1000))
     seen = {text for _ in range(1000) for text in texts(asked.ask("_orders._tcp", "SRV").answer)}

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import shutil
 import socket
 import subprocess
+import sys
 from contextlib import suppress
 
 import dns.exception
@@ -77,25 +79,44 @@ def test_on_all_addresses_it_answers_from_the_one_that_was_asked(listen, asked):
             assert texts(dns.message.from_wire(client.recv(4096))) == ["10.1.2.3"]
 
 
-@pytest.mark.parametrize(
-    ("listen", "a", "aaaa"),
-    [
-        (["127.0.0.1"], ["127.0.0.1"], ["::1"]),
-        (["0.0.0.0"], ["127.0.0.1"], ["::1"]),
-        (["192.0.2.7"], ["192.0.2.7"], []),
-        (["127.0.0.1", "2001:db8::7"], ["127.0.0.1"], ["2001:db8::7", "::1"]),
-    ],
-)
-def test_a_lease_of_all_addresses_answers_with_where_the_asker_can_reach_it(listen, a, aaaa):
-    server = DnsServer([(host, 8600) for host in listen])
-    server.restore([lease(number=1, address="::"), lease("v4", 2, address="0.0.0.0")])
+CALLERS = """
+import sys
+from tests.adapters.dns.bed import Station, lease
+listen, *callers = sys.argv[1:]
+with Station((listen, 0)) as station:
+    station.apply(
+        lease("wild", 1, address="0.0.0.0"),
+        lease("dual", 2, address="::"),
+        lease("local", 3, address="127.0.0.1"),
+        lease("fixed", 4, address="192.0.2.8"),
+        lease("wide", 5, address="127.0.0.1", listening=("0.0.0.0",)),
+    )
+    for asked in callers:
+        for over in (station.udp, station.tcp):
+            found = []
+            station.host = asked
+            for service in ("wild", "dual", "local", "fixed", "wide"):
+                answer = over(service, "A")
+                found.append(answer.answer[0][0].to_text() if answer.answer else "-")
+                ports = over(f"_{service}._tcp", "SRV")
+                assert bool(ports.answer) == bool(answer.answer)
+            print(asked, *found)
+"""
 
-    def ask(name, rdtype):
-        return texts(dns.message.from_wire(server._responder.respond(ask_for(name, rdtype).to_wire(), tcp.LIMITS)))
 
-    assert ask("orders", "A") == ask("v4", "A") == a
-    assert ask("orders", "AAAA") == aaaa
-    assert ask("v4", "AAAA") == []
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can add an address")
+@pytest.mark.parametrize("listen", ["0.0.0.0", "::", "192.0.2.7"])
+def test_callers_get_the_address_of_the_interface_that_they_asked_on(listen):
+    setup = 'ip link set lo up && ip addr add 192.0.2.7/24 dev lo && ip addr add 192.0.2.8/24 dev lo && exec "$@"'
+    callers = ["192.0.2.7"] if listen == "192.0.2.7" else ["127.0.0.1", "192.0.2.7"]
+    command = ["unshare", "-n", "sh", "-c", setup, "sh", sys.executable, "-c", CALLERS, listen, *callers]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    expected = {
+        "127.0.0.1": ["127.0.0.1", "127.0.0.1", "127.0.0.1", "192.0.2.8", "127.0.0.1"],
+        "192.0.2.7": ["192.0.2.7", "192.0.2.7", "-", "192.0.2.8", "192.0.2.7"],
+    }
+    assert run.stdout.splitlines() == [" ".join([asked, *expected[asked]]) for asked in callers for _ in range(2)]
 
 
 def test_what_was_restored_is_there_and_the_serial_does_not_fall_back():

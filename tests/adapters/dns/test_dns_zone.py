@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import dns.flags
 import dns.message
 import dns.rcode
 import dns.rdatatype
+import dns.reversename
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portd.adapters.dns import records
 from portd.adapters.dns.message import Limits, Responder
 from portd.adapters.dns.zone import Zone
 from portd.core.model import Lease
@@ -37,13 +41,20 @@ def shown(leases: list[Lease], service: str, endpoint: str) -> list[Lease]:
     ]
 
 
-def addresses(each: Lease) -> set[str]:
-    return {"0.0.0.0": {HOSTS[0]}, "::": set(HOSTS)}.get(each.address, {each.address})
+def addresses(each: Lease, asked_at: str | None) -> set[str]:
+    bound = set(each.listening or [each.address])
+    if asked_at is None:
+        local = {"0.0.0.0": {"127.0.0.1"}, "::": {"::1", "127.0.0.1"}}
+        return {given for address in bound for given in local.get(address, {address})}
+    found = {address for address in bound if not ipaddress.ip_address(address).is_loopback}
+    wildcards = {"0.0.0.0", "::"} & found
+    reached = "::" in wildcards or (wildcards and ":" not in asked_at)
+    return found - wildcards | ({asked_at} if reached else set())
 
 
-def host_of(each: Lease) -> str:
+def host_of(each: Lease, selection: str = "") -> str:
     endpoint = "" if each.endpoint == "main" else f"{each.endpoint}."
-    return f"{endpoint}{each.instance}.{each.service}"
+    return f"{endpoint}{each.instance}.{selection}{each.service}"
 
 
 def texts(each: Lease) -> set[str]:
@@ -60,42 +71,67 @@ def protocols(each: Lease) -> list[str]:
     return ["tcp", "udp"] if each.protocol == "both" else [each.protocol]
 
 
-def model(leases: list[Lease]) -> dict[str, dict[str, set[str]]]:
+def model(leases: list[Lease], asked_at: str | None) -> dict[str, dict[str, set[str]]]:
     """Return every name there is, and what each type has there."""
-    names: dict[str, dict[str, set[str]]] = {"": {}, "ns": {"A": {HOSTS[0]}, "AAAA": {HOSTS[1]}}}
-    if any(each.service == "ns" for each in leases):
-        del names["ns"]
+    at_server = set(HOSTS) if asked_at is None else {asked_at}
+    names: dict[str, dict[str, set[str]]] = {"": {}}
+    if not any(each.service == "ns" for each in leases):
+        names["ns"] = {}
+        for address in at_server:
+            add(names, "ns", "AAAA" if ":" in address else "A", address)
     for each in leases:
         ports = [f"_{each.endpoint}._{protocol}.{each.service}" for protocol in protocols(each)]
+        tagged = []
         if each.endpoint == "main":
             ports += [f"_{each.service}._{protocol}" for protocol in protocols(each)]
-        for name in [host_of(each), *ports]:
+        for tag in each.tags:
+            if "." not in tag:
+                tagged += [f"{escaped(tag.lower())}.{each.service}"]
+                if each.endpoint == "main":
+                    tagged += [f"_{each.service}._{escaped(tag.lower())}._{protocol}" for protocol in protocols(each)]
+        for name in [host_of(each), host_of(each, "_all."), *ports, *tagged]:
             while name:  # and every name above it
                 names.setdefault(name, {})
                 name = name.partition(".")[2]
-        if each not in shown(leases, each.service, each.endpoint):
+        where = addresses(each, asked_at)
+        if not where:
             continue
-        at = {host_of(each)} | ({each.service} if each.endpoint == "main" else set())
-        srv = f"0 1 {each.port} {host_of(each)}.{ZONE}"
-        for name in at:
-            for address in addresses(each):
-                names[name].setdefault("AAAA" if ":" in address else "A", set()).add(address)
-            if texts(each):
-                names[name].setdefault("TXT", set()).update(texts(each))
-        for name in [host_of(each), *ports]:
-            names[name].setdefault("SRV", set()).add(srv)
+        groups = []
+        if each.state in ("held", "bound"):
+            at = {host_of(each, "_all."), *([f"_all.{each.service}"] if each.endpoint == "main" else [])}
+            groups.append((at, at, host_of(each, "_all.")))
+        if each in shown(leases, each.service, each.endpoint):
+            main = each.endpoint == "main"
+            by_tag = {name for name in tagged if not name.startswith("_")} if main else set()
+            by_port = {
+                name for name in tagged if main and name.rpartition("_")[2] in protocols(each) and name.startswith("_")
+            }
+            at = {host_of(each), *by_tag, *([each.service] if main else [])}
+            groups.append((at, {host_of(each), *by_tag, *by_port, *ports}, host_of(each)))
+        for at, srv_at, target in groups:
+            for name in at:
+                for address in where:
+                    add(names, name, "AAAA" if ":" in address else "A", address)
+                for text in texts(each):
+                    add(names, name, "TXT", text)
+            for name in srv_at:
+                add(names, name, "SRV", f"{each.priority} {each.weight} {each.port} {target}.{ZONE}")
     return names
+
+
+def add(names: dict[str, dict[str, set[str]]], name: str, rdtype: str, text: str) -> None:
+    names[name].setdefault(rdtype, set()).add(text)
 
 
 # --- the comparison ---
 
 
-def check(responder: Responder, leases: list[Lease], names: list[str]) -> None:
-    truth = model(leases)
+def check(responder: Responder, leases: list[Lease], names: list[str], asked_at: str | None = None) -> None:
+    truth = model(leases, asked_at)
     for name in names:
         for rdtype in TYPES:
             query = ask_for(name, rdtype)
-            wire = responder.respond(query.to_wire(), WHOLE)
+            wire = responder.respond(query.to_wire(), WHOLE, asked_at)
             answer = dns.message.from_wire(wire)
             assert query.is_response(answer)
             assert answer.flags & dns.flags.AA
@@ -135,7 +171,10 @@ LEASES = st.builds(
     check=st.sampled_from([None, CHECK]),
     drain=st.sampled_from([False, False, True]),
     state=st.sampled_from(["held", "bound", "bound", "conflict", "ended"]),
-    tags=st.sampled_from([(), ("blue",), ("blue", "grün")]),
+    tags=st.sampled_from([(), ("blue",), ("Blue", "grün"), ("red", "a.b")]),
+    weight=st.sampled_from([1, 0, 65535]),
+    priority=st.sampled_from([0, 7]),
+    listening=st.sampled_from([(), (), ("0.0.0.0",), ("127.0.0.1", "::1"), ("192.0.2.9",)]),
     metadata=st.sampled_from([{}, {"version": "1.4.2"}]),
 )
 
@@ -150,6 +189,14 @@ def names_around(each: Lease) -> list[str]:
         "_tcp",
         "_udp",
         "_nobody._tcp",
+        f"_all.{service}",
+        f"{instance}._all.{service}",
+        f"{endpoint}.{instance}._all.{service}",
+        f"blue.{service}",
+        f"red.{service}",
+        "_blue._tcp",
+        f"_{service}._blue._tcp",
+        f"_{service}._red._udp",
         f"nobody.{service}",
         f"x.y.{instance}.{service}",
     ]
@@ -159,8 +206,12 @@ def names_around(each: Lease) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(events=st.lists(LEASES, min_size=1, max_size=12), restored=st.integers(0, 4))
-def test_after_any_events_every_answer_is_what_the_leases_say(events, restored):
+@given(
+    events=st.lists(LEASES, min_size=1, max_size=12),
+    restored=st.integers(0, 4),
+    asked_at=st.sampled_from([None, *HOSTS]),
+)
+def test_after_any_events_every_answer_is_what_the_leases_say(events, restored, asked_at):
     zone = Zone(ZONE, 0, HOSTS)
     responder = Responder(zone)
     live: dict[str, Lease] = {}
@@ -172,9 +223,9 @@ def test_after_any_events_every_answer_is_what_the_leases_say(events, restored):
         if each.state == "ended":
             del live[each.id]
         if index >= restored:  # as many are taken over without a question in between
-            check(responder, list(live.values()), names_around(each))
+            check(responder, list(live.values()), names_around(each), asked_at)
     everywhere = {name for each in events for name in names_around(each)}
-    check(responder, list(live.values()), ["", "ns", *sorted(everywhere)])
+    check(responder, list(live.values()), ["", "ns", *sorted(everywhere)], asked_at)
 
 
 @settings(max_examples=30, deadline=None)
@@ -188,12 +239,14 @@ def test_after_all_leases_end_nothing_is_left(events):
         zone.apply(msgspec.structs.replace(each, state="ended"))
     assert len(zone) == fresh
     assert zone.service_count == 0
+    assert not zone._reverse
+    assert not zone._tags
 
 
 def test_an_unknown_address_changes_nothing():
     zone = Zone(ZONE, 0, HOSTS)
     zone.apply(lease(port=1))
-    with pytest.raises(OSError, match="illegal IP"):
+    with pytest.raises(ValueError, match="not an IP address"):
         zone.apply(lease(port=2, address="nowhere"))
     check(Responder(zone), [lease(port=1)], names_around(lease()))
 
@@ -228,3 +281,59 @@ def test_what_can_not_be_a_zone_is_refused_with_the_reason(name):
 
 def test_a_zone_is_named_with_or_without_its_dot_in_any_case():
     assert Zone("Portd.Internal", 0, HOSTS).wire == Zone(ZONE, 0, HOSTS).wire
+
+
+# --- reverse names ---
+
+
+def pointers(zone, address):
+    query = dns.message.make_query(dns.reversename.from_address(address), "PTR")
+    answer = dns.message.from_wire(Responder(zone).respond(query.to_wire(), WHOLE))
+    return answer.rcode(), {record.to_text() for rrset in answer.answer for record in rrset}
+
+
+def test_leased_address_leads_back_to_its_instance_while_it_is_leased():
+    zone = Zone(ZONE, 0, HOSTS)
+    zone.apply(lease(address="127.77.0.9", state="held"))
+    zone.apply(lease(number=2, address="127.77.0.9", endpoint="metrics"))
+    zone.apply(lease(number=3, address="2001:db8::3"))
+    names = {f"orders-1.orders.{ZONE}", f"metrics.orders-2.orders.{ZONE}"}
+    assert pointers(zone, "127.77.0.9") == (dns.rcode.NOERROR, names)
+    assert pointers(zone, "2001:db8::3") == (dns.rcode.NOERROR, {f"orders-3.orders.{ZONE}"})
+    assert pointers(zone, "127.77.0.10") == (dns.rcode.REFUSED, set())
+    zone.apply(lease(address="127.77.0.9", state="ended"))
+    assert pointers(zone, "127.77.0.9") == (dns.rcode.NOERROR, {f"metrics.orders-2.orders.{ZONE}"})
+    zone.apply(lease(number=2, endpoint="metrics", state="ended"))
+    assert pointers(zone, "127.77.0.9") == (dns.rcode.REFUSED, set())
+
+
+# --- bounds ---
+
+
+def test_an_answer_renders_no_more_than_it_holds(monkeypatch):
+    rendered = []
+    of_endpoint = records.txt_strings
+
+    def counted(each):
+        rendered.append(each.id)
+        return of_endpoint(each)
+
+    zone = Zone(ZONE, 0, HOSTS)
+    for number in range(2000):
+        zone.apply(lease(number=number, tags=tuple(f"{tag:0120}" for tag in range(60))))
+    monkeypatch.setattr(records, "txt_strings", counted)
+    for limits in (Limits(512, 512), WHOLE):
+        rendered.clear()
+        wire = Responder(zone).respond(ask_for("orders", "TXT").to_wire(), limits)
+        assert wire[2] & 0x02  # cut
+        assert len(rendered) < 12
+
+
+def test_all_critical_instances_are_given_only_where_configured():
+    sick = [lease(number=number, check=CHECK, health="critical") for number in (1, 2)]
+    for setting, count in (("none", 0), ("all", 2)):
+        zone = Zone(ZONE, 0, HOSTS, lambda service, setting=setting: setting)
+        for each in sick:
+            zone.apply(each)
+        answer = dns.message.from_wire(Responder(zone).respond(ask_for("_orders._tcp", "SRV").to_wire(), WHOLE))
+        assert sum(map(len, answer.answer)) == count
