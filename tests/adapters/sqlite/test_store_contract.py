@@ -59,6 +59,22 @@ async def test_a_lease_comes_back_as_it_was_secrets_too(store):
 
 
 @on_every_store
+async def test_an_ended_lease_that_passed_on_is_live_again_and_may_end_again(store):
+    lease = a_lease(1)
+    await store.commit([an_event(1, lease)])
+    await store.commit([an_event(2, ended(lease, 1.7e9), "ended")])
+    passed = a_lease(1, revision=3)
+    await store.commit([an_event(3, passed, "passed")])
+    assert await store.lease(lease.id) == passed
+    loaded = await store.load()
+    assert (loaded.live, loaded.remembered) == ([passed], [])
+    await store.commit([an_event(4, ended(passed, 1.7e9), "ended")])
+    await store.commit([an_event(5, passed, "passed"), an_event(6, ended(passed, 1.7e9), "ended")])
+    assert [each.revision for each in await store.ended()] == [6]
+    assert (await store.load()).live == []
+
+
+@on_every_store
 async def test_of_several_changes_in_one_commit_the_last_is_the_lease_and_all_are_events(store):
     events = [
         an_event(1, a_lease(1)),

@@ -1,0 +1,232 @@
+"""Programs that people run, as they run them: in the background, as another user, on localhost, on the wrong port.
+
+Each is the real program; a test whose program is not installed is skipped and says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import Daemon, Stream, wait_for
+
+NAMES = "127.0.0.1 {host}\n::1 localhost\n"
+"""/etc/hosts as Debian's installer writes it: localhost is ::1 first."""
+
+SERVER = """
+import os, socket, sys
+address, port, reuse = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if reuse:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+server.bind((address, port))
+server.listen()
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+def need(program: str) -> str:
+    """Return the path of a program; skips the test where it is not installed."""
+    path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if path is None:
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+class Programs:
+    """Programs started under portd; those that outlive their starter are ended by the pid of their lease."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, service: str, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """Start a command with `portd run`."""
+        return self.start(sys.executable, "-m", "portd", "run", service, *options, "--", *command)
+
+    def start(self, *command: str, **environ: str) -> subprocess.Popen[str]:
+        """Start a command in the environment of this daemon."""
+        process = subprocess.Popen(
+            command,
+            env={**self.daemon.environ, **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def lease_of(self, service: str, state: str = "bound") -> Any:
+        """Wait until the service has one lease in this state, and return it."""
+
+        def found() -> Any:
+            leases = self.daemon.get(f"/v1/leases?service={service}")["leases"]
+            return leases[0] if len(leases) == 1 and leases[0]["state"] == state else None
+
+        return wait_for(found, f"{service} is {state}")
+
+    def end(self) -> None:
+        """End everything that was started here, and what it left behind."""
+        for lease in self.daemon.leases().values():
+            if lease["owner"]["pid"] not in (None, os.getpid()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(lease["owner"]["pid"], signal.SIGKILL)
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+@pytest.fixture
+def programs(daemon: Daemon) -> Iterator[Programs]:
+    programs = Programs(daemon)
+    yield programs
+    programs.end()
+
+
+def is_in_force(lease: Any) -> bool:
+    with socket.create_connection((lease["listening"][0], lease["port"]), 5):
+        return True
+
+
+# --- in the background ---
+
+
+def test_redis_that_daemonizes_keeps_its_lease(programs: Programs) -> None:
+    redis = need("redis-server")
+    words = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", "--daemonize", "yes", "--dir", "/tmp"]
+    with Stream(programs.daemon, "?service=cache") as stream:
+        starter = programs.run("cache", redis, *words)
+        assert starter.wait(20) == 0
+        granted, passed = (
+            stream.until(lambda event, kind=kind: event.type == kind)[-1] for kind in ("granted", "passed")
+        )
+    lease = programs.lease_of("cache")
+    assert lease["id"] == granted.data["lease"]["id"] == passed.data["lease"]["id"]
+    assert lease["owner"]["pid"] != starter.pid
+    assert is_in_force(lease)
+    os.kill(lease["owner"]["pid"], signal.SIGKILL)
+    wait_for(lambda: programs.daemon.show(lease["id"])["state"] == "ended", "the lease ends with redis")
+
+
+def test_nginx_in_the_background_keeps_its_lease(programs: Programs, tmp_path: Path) -> None:
+    nginx = need("nginx")
+    script = (
+        f'echo "pid {tmp_path}/pid; error_log /dev/null; events {{}} http {{ access_log off; server {{ listen '
+        f'127.0.0.1:$PORT; }} }}" >{tmp_path}/conf; exec {nginx} -p {tmp_path} -c {tmp_path}/conf'
+    )
+    starter = programs.run("web", "sh", "-c", script)
+    assert starter.wait(20) == 0
+    lease = programs.lease_of("web")
+    assert lease["owner"]["pid"] == int((tmp_path / "pid").read_text())
+    assert is_in_force(lease)
+
+
+def test_a_server_in_a_session_of_its_own_outlives_its_shell(programs: Programs) -> None:
+    need("setsid")
+    shell = programs.run("tail", "sh", "-c", f"setsid {sys.executable} -m http.server $PORT --bind 127.0.0.1 & exit")
+    assert shell.wait(20) == 0
+    lease = programs.lease_of("tail")
+    assert lease["owner"]["pid"] != shell.pid
+    assert is_in_force(lease)
+
+
+def test_a_script_that_leases_and_starts_a_daemon_is_bound(programs: Programs) -> None:
+    redis = need("redis-server")
+    lease_it = f"{sys.executable} -m portd lease db --pid $$"
+    script = f"PORT=$({lease_it}); {redis} --port $PORT --daemonize yes --save '' --dir /tmp >/dev/null; read x"
+    programs.start("sh", "-c", script)
+    lease = programs.lease_of("db")
+    assert lease["vouched_by"] == "uid"
+
+
+# --- as another user ---
+
+
+def test_memcached_that_changes_its_user_ends_its_lease_with_its_exit(programs: Programs) -> None:
+    memcached = need("memcached")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    server = programs.run("objects", memcached, "-u", "nobody", "-l", "{host}", "-p", "{port}", "-U", "0")
+    lease = programs.lease_of("objects")
+    wait_for(lambda: programs.daemon.show(lease["id"])["owner"]["user"] == "nobody", "the owner is nobody")
+    assert programs.daemon.show(lease["id"])["uid"] == 0
+    server.kill()
+    wait_for(lambda: programs.daemon.show(lease["id"])["state"] == "ended", "the lease ends with memcached")
+
+
+# --- on another address or port ---
+
+
+def test_a_server_on_localhost_is_bound_where_localhost_is_ipv6(programs: Programs, tmp_path: Path) -> None:
+    node = need("node")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for an /etc/hosts of its own")
+    (tmp_path / "hosts").write_text(NAMES.format(host=os.uname().nodename))
+    script = "require('http').createServer().listen(process.env.PORT, 'localhost')"
+    mounted = f'mount --bind {tmp_path}/hosts /etc/hosts && exec {node} -e "$1"'
+    programs.run("vite", "unshare", "-m", "sh", "-c", mounted, "sh", script)
+    lease = programs.lease_of("vite")
+    assert (lease["address"], lease["listening"]) == ("127.0.0.1", ["::1"])
+    assert is_in_force(lease)
+
+
+def test_a_program_that_ignores_its_port_is_shown_elsewhere(programs: Programs) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    programs.run("stubborn", "sh", "-c", f"{sys.executable} -m http.server {port} --bind 127.0.0.1; :")
+    lease = programs.lease_of("stubborn", "held")
+    wait_for(
+        lambda: programs.daemon.show(lease["id"])["elsewhere"] == [{"address": "127.0.0.1", "port": port}],
+        "the port that it listens on instead is shown",
+    )
+    assert programs.daemon.show(lease["id"])["state"] == "held"
+
+
+# --- who runs ---
+
+
+def test_the_owner_of_a_held_lease_is_the_program_that_runs_now(programs: Programs) -> None:
+    programs.run("napping", "sleep", "1000")
+    lease = programs.lease_of("napping", "held")
+    wait_for(lambda: programs.daemon.show(lease["id"])["owner"]["cmdline"] == ["sleep", "1000"], "the exec is seen")
+
+
+def test_a_second_server_by_reuseport_is_a_conflict_and_named(programs: Programs) -> None:
+    other = programs.start(sys.executable, "-c", "import sys; exec(sys.stdin.readline())")
+    programs.run("shared", sys.executable, "-c", SERVER, "127.0.0.1", "{port}", "reuse")
+    lease = programs.lease_of("shared")
+    with Stream(programs.daemon, "?service=shared") as stream:
+        assert other.stdin is not None
+        program = SERVER.replace("sys.argv[1]", "'127.0.0.1'").replace("sys.argv[2]", str(lease["port"]))
+        other.stdin.write(f"exec({program.replace('sys.argv[3:]', 'True')!r})\n")
+        other.stdin.flush()
+        event = stream.until(lambda event: event.type == "conflict")[-1]
+    assert event.data["foreign"]["pid"] == other.pid
+    assert event.data["lease"]["listening"] == ["127.0.0.1"]
+
+
+def test_a_descendant_stays_one_when_its_parent_and_the_daemon_are_gone(programs: Programs) -> None:
+    middle = f"(sh -c '{sys.executable} -m http.server $PORT --bind 127.0.0.1 & sleep 1000 & read x' &) ; sleep 1000"
+    programs.run("deep", "sh", "-c", middle)
+    lease = programs.lease_of("deep")
+    programs.daemon.restart(signal.SIGKILL)
+    assert programs.lease_of("deep")["id"] == lease["id"]
+    assert programs.daemon.show(lease["id"])["vouched_by"] == "descendant"
