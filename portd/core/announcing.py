@@ -115,11 +115,16 @@ def check_name(value: str) -> str:
         raise InvalidRequest(
             f"an instance name is 1 to {NAME_BYTES} bytes of UTF-8, not {size_bytes}", pointer="/announce/name"
         )
-    if _CONTROL.search(name) or not _encodable(name):
+    if has_control_characters(name) or not _encodable(name):
         raise InvalidRequest(
             "an instance name must not contain control characters (RFC 6763 section 4.1.1)", pointer="/announce/name"
         )
     return name
+
+
+def has_control_characters(text: str) -> bool:
+    """Return whether a name has characters that Net-Unicode excludes (RFC 5198 section 2): C0, C1, separators."""
+    return _CONTROL.search(text) is not None
 
 
 def check_txt(value: Mapping[str, str], *, service: str, instance: str) -> dict[str, str]:
@@ -167,8 +172,8 @@ def resolve(
         return None
     if not reachable(address):
         raise AnnounceUnreachable(
-            f"{address} can be reached from this host only: to announce the lease, set 'address' to an address of the LAN, "
-            f"0.0.0.0 or ::",
+            f"{address} can be reached from this host only: to announce the lease, set 'address' to an address of "
+            f"the LAN, 0.0.0.0 or ::",
             pointer="/address",
         )
     given = AnnounceRequest() if request is True else request

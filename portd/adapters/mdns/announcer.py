@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Literal
 
 from portd.adapters.mdns.avahi import AvahiBus, AvahiResponder
+from portd.adapters.mdns.desired import Desired, Instances, announced_service
 from portd.adapters.mdns.embedded import EmbeddedResponder
 from portd.adapters.mdns.lan import LanDirectory
 from portd.adapters.mdns.responder import Responder
@@ -32,12 +33,6 @@ RETRY_S = 10.0
 """After a failed start: another program has port 5353 exclusively, or the configured avahi-daemon is out of reach."""
 BUS_RETRY_S = 60.0
 """Between two tries to connect to D-Bus, where there was none and this process publishes."""
-CALM_S = 60.0
-"""Withdrawals further apart than this are not flapping."""
-DAMPED_S = 2.0
-"""Delay of the announcement after a second withdrawal; doubled for each further one, up to DAMPED_MOST_S."""
-DAMPED_MOST_S = 60.0
-
 log = logging.getLogger("portd.mdns")
 
 
@@ -58,8 +53,8 @@ class Announcer:
         self._choice = responder
         self._interfaces = interfaces
         self._bus = AvahiBus(bus_address, self._on_presence)
-        self._instances: dict[tuple[str, str], dict[str, Lease]] = {}
-        self._desired: dict[str, _Desired] = {}
+        self._instances = Instances()
+        self._desired: dict[str, Desired] = {}
         self._stale: list[Service] = []
         self._responder: Responder | None = None
         self._lan = LanDirectory(self._ours)
@@ -74,7 +69,7 @@ class Announcer:
         """Announce the leases that were live before a restart, under the names they had won."""
         leases = list(leases)
         for lease in leases:  # all of an instance first: its endpoints serve together
-            self._instances.setdefault((lease.service, lease.instance), {})[lease.id] = lease
+            self._instances.apply(lease)
         for lease in leases:
             self._update(lease)
 
@@ -133,25 +128,14 @@ class Announcer:
             self._problem = f"announcing {lease.instance} failed: {error!r}"
 
     def _affected(self, lease: Lease) -> list[tuple[Lease, bool]]:
-        """Return the lease, the other leases of its instance that appear or disappear with it, and whether they serve.
-
-        Which do is `core.visibility`'s rule: one that drains, or a critical check of `main`, takes all of them out.
-        """
-        key = lease.service, lease.instance
-        leases = self._instances.setdefault(key, {})
-        leases[lease.id] = lease
-        is_announced = any(one.announce is not None or one.id in self._desired for one in leases.values())
-        served = {one.id for one in serving(leases.values())} if is_announced else set()
-        others = [
-            (one, one.id in served)
-            for one in leases.values()
-            if one is not lease and one.announce is not None and (one.id in served) != self._is_due(one.id)
-        ]
-        if lease.state == "ended":
-            del leases[lease.id]
-            if not leases:
-                del self._instances[key]
-        return [(lease, lease.id in served), *others] if is_announced else []
+        """Return the lease and the leases that appear or disappear with it, each with whether it serves."""
+        leases = self._instances.apply(lease)
+        if not any(one.announce is not None or one.id in self._desired for one in leases):
+            return []
+        served = {one.id for one in serving(leases)}
+        others = [one for one in leases if one is not lease and one.announce is not None]
+        changed = [one for one in others if (one.id in served) != self._is_due(one.id)]
+        return [(one, one.id in served) for one in (lease, *changed)]
 
     def _is_due(self, lease_id: str) -> bool:
         desired = self._desired.get(lease_id)
@@ -171,11 +155,11 @@ class Announcer:
         elif desired.is_due:
             self._withdraw(desired)
 
-    def _desire(self, lease: Lease, desired: _Desired | None) -> None:
-        service, announcement = _service(lease), lease.announce
+    def _desire(self, lease: Lease, desired: Desired | None) -> None:
+        service, announcement = announced_service(lease), lease.announce
         assert announcement is not None
         if desired is None:
-            desired = self._desired[lease.id] = _Desired(service, announcement.published_as or announcement.name)
+            desired = self._desired[lease.id] = Desired(service, announcement.published_as or announcement.name)
         elif (desired.service.type, desired.service.name) != (service.type, service.name):
             desired.name, desired.published_as = service.name, None
         before, desired.service = desired.service, service
@@ -188,7 +172,7 @@ class Announcer:
             # its owner replaced the announcement, and nothing has changed on the LAN
             self._record(desired, desired.published_as, desired.problem)
 
-    def _begin(self, desired: _Desired) -> None:
+    def _begin(self, desired: Desired) -> None:
         """Publish what was not published until now: at once, or later if it came and went too often."""
         desired.is_due = True
         loop = asyncio.get_running_loop()
@@ -200,7 +184,7 @@ class Announcer:
         count = desired.damping.flap_count
         self._record(desired, None, f"withdrawn {count} times within a short time: announced again in {wait_s:.0f} s")
 
-    def _withdraw(self, desired: _Desired) -> None:
+    def _withdraw(self, desired: Desired) -> None:
         desired.is_due = False
         desired.damping.note_withdrawal(asyncio.get_running_loop().time())
         desired.cancel()
@@ -208,7 +192,7 @@ class Announcer:
             self._responder.withdraw(desired.service.id)
         self._record(desired, None, None)
 
-    def _forget(self, lease: Lease, desired: _Desired | None) -> None:
+    def _forget(self, lease: Lease, desired: Desired | None) -> None:
         """Withdraw for good."""
         if desired is None:
             self._retract_stale(lease)
@@ -222,10 +206,10 @@ class Announcer:
         """Send goodbyes for records announced before a restart that no longer apply; a live lease keeps its name."""
         if lease.announce is None or lease.announce.published_as is None:
             return
-        self._stale.append(_service(lease, lease.announce.published_as))
+        self._stale.append(announced_service(lease, lease.announce.published_as))
         self._retract_all_stale()
         if lease.state != "ended":
-            desired = self._desired[lease.id] = _Desired(_service(lease), lease.announce.published_as)
+            desired = self._desired[lease.id] = Desired(announced_service(lease), lease.announce.published_as)
             asyncio.get_running_loop().call_soon(self._record, desired, None, None)
 
     def _retract_all_stale(self) -> None:
@@ -234,11 +218,11 @@ class Announcer:
                 self._responder.retract(service)
             self._stale.clear()
 
-    def _undamp(self, desired: _Desired) -> None:
+    def _undamp(self, desired: Desired) -> None:
         desired.timer = None
         self._publish(desired)
 
-    def _publish(self, desired: _Desired) -> None:
+    def _publish(self, desired: Desired) -> None:
         if not desired.is_due or desired.timer is not None:
             return
         if self._responder is not None:
@@ -253,7 +237,7 @@ class Announcer:
             desired.name = name or desired.name
             self._record(desired, name, problem)
 
-    def _record(self, desired: _Desired, name: str | None, problem: str | None) -> None:
+    def _record(self, desired: Desired, name: str | None, problem: str | None) -> None:
         desired.published_as, desired.problem = name, problem
         try:
             self._report(desired.service.id, name, problem)
@@ -356,52 +340,3 @@ class Announcer:
             for desired in self._desired.values()
             if desired.published_as is not None
         ]
-
-
-class Damping:
-    """How long a service that comes and goes waits before it is announced again (seconds of the loop's clock)."""
-
-    def __init__(self) -> None:
-        self.flap_count = 0
-        self.until = 0.0
-        self._last_withdrawal = -CALM_S
-
-    def note_withdrawal(self, now: float) -> None:
-        """Count a withdrawal: the first one costs nothing, each further one doubles the next announcement's delay."""
-        self.flap_count = self.flap_count + 1 if now - self._last_withdrawal < CALM_S else 1
-        self._last_withdrawal = now
-        delay_s = min(DAMPED_S * 2 ** (self.flap_count - 2), DAMPED_MOST_S)
-        self.until = now + delay_s if self.flap_count > 1 else 0.0
-
-
-class _Desired:
-    """A service of a live lease: the name to try first, whether it should be published now, and what became of it."""
-
-    def __init__(self, service: Service, name: str) -> None:
-        self.service = service
-        self.name = name
-        self.is_due = False
-        self.published_as: str | None = None
-        self.problem: str | None = None
-        self.damping = Damping()
-        self.timer: asyncio.TimerHandle | None = None
-
-    def cancel(self) -> None:
-        """Stop waiting for the end of the damping."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-
-
-def _service(lease: Lease, name: str | None = None) -> Service:
-    """Return the service that a lease announces, under its own name or another."""
-    announcement = lease.announce
-    assert announcement is not None
-    return Service(
-        id=lease.id,
-        type=announcement.type,
-        name=name or announcement.name,
-        port=lease.port,
-        txt=tuple(announcement.txt.items()),
-        address=lease.address,
-    )

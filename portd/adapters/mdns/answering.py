@@ -202,15 +202,14 @@ class Answerer:
             return [(record, False) for record in self._unique(question, link)]
         if question.type not in (wire.PTR, wire.ANY):
             return []
-        if question.key == wire.TYPES_NAME:
-            return [(wire.pointer(wire.TYPES_NAME, base), True) for base in sorted(self._zone.types())]
-        return [
-            (record, True)
-            for entry in self._zone.pointed(question.key)
-            if entry.is_won and entry.is_on(link)
-            for record in entry.pointers()
-            if record.key == question.key
-        ]
+        return [(record, True) for record in self._pointers(question.key, link)]
+
+    def _pointers(self, key: str, link: Interface) -> list[DNSRecord]:
+        """Return the PTRs of a type or subtype, or those of all types."""
+        if key == wire.TYPES_NAME:
+            return [wire.pointer(wire.TYPES_NAME, base) for base in sorted(self._zone.types())]
+        entries = [entry for entry in self._zone.pointed(key) if entry.is_won and entry.is_on(link)]
+        return [record for entry in entries for record in entry.pointers() if record.key == key]
 
     def _unique(self, question: DNSQuestion, link: Interface) -> list[DNSRecord]:
         """Return the records of a name of ours, or the NSEC that denies the type asked for (section 6.1)."""

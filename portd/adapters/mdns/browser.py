@@ -2,21 +2,21 @@
 
 Questions are repeated at growing intervals (RFC 6762 section 5.2), carry the known answers, and are repeated before a
 record expires, so that a host that fell silent is lost within its TTL. Nothing is kept once nobody has listed anything
-for a while. What other hosts send is bounded: records and instances for each link, how long they are kept, and the
-questions that they cause.
+for a while. What other hosts send is bounded: the records kept (`cache`), and the questions that they cause.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address
 
 from portd.adapters.mdns import wire
+from portd.adapters.mdns.cache import REFRESH_S, RecordCache, refreshes_at
 from portd.adapters.mdns.interfaces import Interfaces
 from portd.adapters.mdns.sockets import Arrival, Sockets
-from portd.adapters.mdns.wire import DNSAddress, DNSCache, DNSIncoming, DNSPointer, DNSRecord, DNSService, DNSText
-from portd.core.announcing import NAME_BYTES, LanService
+from portd.adapters.mdns.wire import DNSAddress, DNSIncoming, DNSService, DNSText
+from portd.core.announcing import LanService
 
 FIRST_S, LAST_S = 1.0, 3600.0
 """Between two questions for the same: doubled each time, from one second to an hour (section 5.2)."""
@@ -27,19 +27,8 @@ NEWS_S = 0.05
 KEPT_S = 120.0
 """A type that nobody has listed for this time is browsed no more."""
 TICK_S = 1.0
-REFRESH_PERCENT = (80, 85, 90, 95)
-"""Of a record's TTL: when to ask for it again (section 5.2)."""
-REFRESH_S = 5.0
-"""How often records are checked for these moments; 5 % of an SRV's two minutes is a little longer."""
 TYPES_MAX = 256
 """Types browsed because they exist, not because they were listed: a host that floods the LAN with types is ignored."""
-INSTANCES_MAX = 2048
-"""PTRs kept for each link; further ones are dropped until others expire."""
-RECORDS_MAX = 8_192
-"""Records kept for each link, about 3 MB. zeroconf's cache drops old records for new ones at 10,000: a flood would push
-out what is true, so that this bound is a lower one."""
-TTL_MAX = wire.OTHER_TTL
-"""Seconds; a record that claims to live longer is refreshed, or lost, as one that does not (RFC 6762 section 10)."""
 RESOLVE_TRIES = 6
 """Questions for a missing record, the first two a quarter of a second apart, then doubling."""
 QUESTIONS_PER_PACKET = 24
@@ -53,9 +42,9 @@ class Browser:
     def __init__(self, sockets: Sockets, links: Callable[[], Interfaces]) -> None:
         self._sockets = sockets
         self._links = links
-        self._caches: dict[int, _Cache] = {}
+        self._caches: dict[int, RecordCache] = {}
         self._queries: dict[str, _Query] = {}
-        self._missing: dict[tuple[int, str, int], _Query] = {}
+        self._missing: dict[int, dict[tuple[str, int], _Query]] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._soon: asyncio.TimerHandle | None = None
         self._last_news = self._worked_at = 0.0
@@ -102,8 +91,8 @@ class Browser:
         """Cache what a response says."""
         if not self._queries or arrival.link not in self._links():
             return
-        cache = self._caches.setdefault(arrival.link, _Cache())
-        if cache.update([record for record in message.answers() if _is_sound(record)], self._now() * 1000):
+        cache = self._caches.setdefault(arrival.link, RecordCache())
+        if cache.update(message.answers(), self._now() * 1000):
             self._last_news = self._now()
             self._wake(NEWS_S)
 
@@ -168,7 +157,7 @@ class Browser:
             self.close()
             return
         for link in self._links():
-            cache = self._caches.setdefault(link, _Cache())
+            cache = self._caches.setdefault(link, RecordCache())
             self._ask_for_instances(link, cache, now)
             self._ask_for_missing(link, cache, now)
 
@@ -183,15 +172,10 @@ class Browser:
 
     # --- questions ---
 
-    def _ask_for_instances(self, link: int, cache: _Cache, now: float) -> None:
+    def _ask_for_instances(self, link: int, cache: RecordCache, now: float) -> None:
         """Send the PTR questions that are due by their interval, or because an answer is about to expire."""
         now_ms = now * 1000
-        due = [
-            query
-            for query in self._queries.values()
-            if query.is_due(link, now)
-            or (query.is_rested(link, now) and any(map(_refreshes_at(now_ms), cache.all(query.name, wire.PTR))))
-        ]
+        due = [query for query in self._queries.values() if self._is_due(query, link, cache, now)]
         if not due:
             return
         known = [
@@ -207,29 +191,37 @@ class Browser:
         unicast = is_first and self._sockets.takes_unicast
         self._send(link, wire.encode_query(questions, known, now_ms=now_ms, unicast=unicast))
 
-    def _ask_for_missing(self, link: int, cache: _Cache, now: float) -> None:
+    def _is_due(self, query: _Query, link: int, cache: RecordCache, now: float) -> bool:
+        if query.is_due(link, now):
+            return True
+        return query.is_rested(link, now) and any(map(refreshes_at(now * 1000), cache.all(query.name, wire.PTR)))
+
+    def _ask_for_missing(self, link: int, cache: RecordCache, now: float) -> None:
         """Send the questions for records without which instances are not complete, or soon will not be."""
-        gaps = {(link, name.lower(), type_): name for name, type_ in self._gaps(cache, now * 1000)}
-        for key in [key for key in self._missing if key[0] == link and key not in gaps]:
-            del self._missing[key]
-        due: list[tuple[str, int]] = []
-        for key, name in gaps.items():
-            if len(due) == QUESTIONS_AT_ONCE:
-                break
-            query = self._missing.get(key)
-            if query is None:
-                query = self._missing[key] = _Query(name, key[2], now, first_s=FIRST_S / 4)
-            if query.count < RESOLVE_TRIES and query.is_due(link, now):
-                query.note_asked(link, now)
-                due.append((name, query.type))
+        due = self._due_gaps(link, dict.fromkeys(self._gaps(cache, now * 1000)), now)
         for start in range(0, len(due), QUESTIONS_PER_PACKET):
             self._send(link, wire.encode_query(due[start : start + QUESTIONS_PER_PACKET]))
         if due:
             self._wake(FIRST_S / 4)
 
-    def _gaps(self, cache: _Cache, now_ms: float) -> Iterator[tuple[str, int]]:
+    def _due_gaps(self, link: int, gaps: dict[tuple[str, int], None], now: float) -> list[tuple[str, int]]:
+        """Return the questions to repeat now, and record that they are; forget those that were answered."""
+        missing = self._missing.setdefault(link, {})
+        for gap in missing.keys() - gaps.keys():
+            del missing[gap]
+        due: list[tuple[str, int]] = []
+        for gap in gaps:
+            query = missing.setdefault(gap, _Query(*gap, now, first_s=FIRST_S / 4))
+            if query.count < RESOLVE_TRIES and query.is_due(link, now):
+                query.note_asked(link, now)
+                due.append(gap)
+            if len(due) == QUESTIONS_AT_ONCE:
+                break
+        return due
+
+    def _gaps(self, cache: RecordCache, now_ms: float) -> Iterator[tuple[str, int]]:
         """Yield the names and types of records that instances lack, or that are about to expire."""
-        refreshes = _refreshes_at(now_ms)
+        refreshes = refreshes_at(now_ms)
         hosts: dict[str, str] = {}
         for name in [query.name for query in self._queries.values() if query.name != wire.TYPES_NAME]:
             for instance in cache.targets(name, now_ms):
@@ -243,55 +235,6 @@ class Browser:
 
     def _send(self, link: int, packets: list[bytes]) -> None:
         self._sockets.send(packets, self._sockets.groups(link))
-
-
-class _Cache:
-    """The records of a link, bounded in number and in time."""
-
-    def __init__(self) -> None:
-        self._records = DNSCache()
-        self._count = self._instance_count = 0
-
-    def update(self, records: list[DNSRecord], now_ms: float) -> bool:
-        """Store the records of a response, goodbyes among them; returns whether anything is new."""
-        records = [wire.with_ttl(record, TTL_MAX) if record.ttl > TTL_MAX else record for record in records]
-        unique = {(record.name, record.type, record.class_) for record in records if record.unique}
-        if unique:
-            self._records.async_mark_unique_records_older_than_1s_to_expire(unique, records, now_ms)
-        is_news = False
-        for record in records:
-            is_news |= self._apply(record)
-        return is_news
-
-    def _apply(self, record: DNSRecord) -> bool:
-        if record.ttl == 0:
-            return wire.apply_goodbye(self._records, record)
-        if self._records.get(record) is None:
-            is_instance = isinstance(record, DNSPointer)
-            if self._count >= RECORDS_MAX or (is_instance and self._instance_count >= INSTANCES_MAX):
-                return False
-            self._count += 1
-            self._instance_count += is_instance
-        return self._records.async_add_records([record])
-
-    def expire(self, now_ms: float) -> bool:
-        """Drop expired records; returns whether there were any."""
-        expired = self._records.async_expire(now_ms)
-        self._count -= len(expired)
-        self._instance_count -= sum(isinstance(record, DNSPointer) for record in expired)
-        return bool(expired)
-
-    def all(self, name: str, type_: int) -> list[DNSRecord]:
-        """Return the records of a name and type, those that have just expired too."""
-        return self._records.async_all_by_details(name, type_, 1)
-
-    def alive(self, name: str, type_: int, now_ms: float) -> list[DNSRecord]:
-        """Return the records of a name and type."""
-        return [record for record in self.all(name, type_) if not record.is_expired(now_ms)]
-
-    def targets(self, name: str, now_ms: float) -> list[str]:
-        """Return the names that the PTRs of a name point to."""
-        return [record.alias for record in self.alive(name, wire.PTR, now_ms) if isinstance(record, DNSPointer)]
 
 
 class _Query:
@@ -328,52 +271,23 @@ def _query_name(type_: str | None) -> str:
     return f"{type_}.{wire.DOMAIN}" if type_ else wire.TYPES_NAME
 
 
-def _is_sound(record: DNSRecord) -> bool:
-    """Return whether the record is of use and its names can be asked for: one bad name would spoil a whole packet."""
-    match record:
-        case DNSPointer():
-            split = wire.split_instance(record.alias)
-            return "\ufffd" not in record.alias and (split is None or len(split[0].encode()) <= NAME_BYTES)
-        case DNSService():
-            return "\ufffd" not in record.server
-        case DNSText() | DNSAddress():
-            return True
-    return False
-
-
-def _refreshes_at(now_ms: float) -> Callable[[DNSRecord], bool]:
-    """Return a test whether one of a record's moments to ask for it again has just passed."""
-
-    def refreshes(record: DNSRecord) -> bool:
-        return record.ttl > 2 and any(
-            0 <= now_ms - record.get_expiration_time(percent) < REFRESH_S * 1500 for percent in REFRESH_PERCENT
-        )
-
-    return refreshes
-
-
-def _address_gaps(cache: _Cache, host: str, now_ms: float) -> Iterator[tuple[str, int]]:
+def _address_gaps(cache: RecordCache, host: str, now_ms: float) -> Iterator[tuple[str, int]]:
     """Yield the address questions for a host: both families if none is known, else those about to expire."""
     records = cache.alive(host, wire.A, now_ms) + cache.alive(host, wire.AAAA, now_ms)
     if not records:
         yield from ((host, wire.A), (host, wire.AAAA))
-    refreshes = _refreshes_at(now_ms)
+    refreshes = refreshes_at(now_ms)
     yield from {(host, record.type) for record in records if refreshes(record)}
 
 
-def _complete(cache: _Cache, name: str, type_name: str, now_ms: float) -> LanService | None:
+def _complete(cache: RecordCache, name: str, type_name: str, now_ms: float) -> LanService | None:
     """Return an instance, None while its SRV or its host's addresses are missing."""
     services = [record for record in cache.alive(name, wire.SRV, now_ms) if isinstance(record, DNSService)]
     split = wire.split_instance(name)
     if not services or split is None:
         return None
     newest = max(services, key=lambda record: record.created)
-    addresses = [
-        _text(record)
-        for type_ in (wire.A, wire.AAAA)
-        for record in cache.alive(newest.server, type_, now_ms)
-        if isinstance(record, DNSAddress)
-    ]
+    addresses = _addresses(cache, newest.server, now_ms)
     if not addresses:
         return None
     texts = [record for record in cache.alive(name, wire.TXT, now_ms) if isinstance(record, DNSText)]
@@ -388,8 +302,9 @@ def _complete(cache: _Cache, name: str, type_name: str, now_ms: float) -> LanSer
     )
 
 
-def _text(record: DNSAddress) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(record.address) == 4 else socket.AF_INET6, record.address)
+def _addresses(cache: RecordCache, host: str, now_ms: float) -> list[str]:
+    records = cache.alive(host, wire.A, now_ms) + cache.alive(host, wire.AAAA, now_ms)
+    return [str(ip_address(record.address)) for record in records if isinstance(record, DNSAddress)]
 
 
 def _merge(found: dict[tuple[str, str], LanService], service: LanService) -> None:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from portd.adapters.mdns import wire
+from portd.adapters.mdns.agenda import Agenda
 from portd.adapters.mdns.answering import Random
 from portd.adapters.mdns.interfaces import Interface, Interfaces
 from portd.adapters.mdns.wire import DNSAddress, DNSPointer, DNSQuestion, DNSRecord
@@ -128,7 +129,7 @@ class Claims:
         self._zone = zone
         self._random = random
         self._links: Interfaces = {}
-        self._agenda = _Agenda()
+        self._agenda = Agenda()
         self._start_at = -1.0
         self._outcomes: list[Outcome] = []
 
@@ -216,14 +217,19 @@ class Claims:
             claim = self._zone.claim(record.key)
             if claim is None or not claim.is_on(link):
                 continue
-            own = {own: own for own in claim.unique(link)}.get(record)
-            if own is not None:
-                if record.ttl * 2 < own.ttl:
-                    inputs.setdefault(claim, Input.RESCUE)
-            elif record.ttl > 0 and record.type in wire.UNIQUE_TYPES and not self._is_own_address(record):
-                inputs[claim] = Input.CONFLICT
+            input_ = self._judge(record, claim, link)
+            if input_ is Input.CONFLICT or (input_ is not None and claim not in inputs):
+                inputs[claim] = input_
         for claim, input_ in inputs.items():
             self._apply(now, claim, input_)
+
+    def _judge(self, record: DNSRecord, claim: Claim, link: Interface) -> Input | None:
+        """Return what another host's record means to the claim of its name."""
+        for own in claim.unique(link):
+            if own == record:
+                return Input.RESCUE if record.ttl * 2 < own.ttl else None
+        is_unique = record.ttl > 0 and record.type in wire.UNIQUE_TYPES
+        return Input.CONFLICT if is_unique and not self._is_own_address(record) else None
 
     def receive_probe(
         self, now: float, link_index: int, questions: Iterable[DNSQuestion], proposed: Sequence[DNSRecord]
@@ -244,41 +250,29 @@ class Claims:
 
     def tick(self, now: float) -> list[Probe | Announcement | Goodbye]:
         """Advance the claims whose timers have fired; returns what to send, in this order."""
-        probes: dict[int, list[Claim]] = {}
-        announcements: dict[int, list[Claim]] = {}
-        goodbyes: dict[int, list[DNSRecord]] = {}
+        probes: dict[int, Probe] = {}
+        announcements: dict[int, Announcement] = {}
+        goodbyes: dict[int, Goodbye] = {}
         for claim in self._agenda.pop(now, CLAIMS_AT_ONCE):
-            if not self._advance(now, claim):
-                continue
-            for index, link in self._links.items():
-                if not claim.is_on(link) or (claim.links is not None and index not in claim.links):
-                    continue
-                if claim.state is State.GOODBYE:
-                    goodbyes.setdefault(index, []).extend(self._withdrawn(claim, link))
-                else:
-                    messages = announcements if claim.state is State.ANNOUNCING else probes
-                    messages.setdefault(index, []).append(claim)
-        links = self._links
-        return [
-            *(Probe(links[index], claims) for index, claims in probes.items()),
-            *(Announcement(links[index], claims) for index, claims in announcements.items()),
-            *(Goodbye(links[index], _pointers_first(records)) for index, records in goodbyes.items()),
-        ]
+            for link in self._links_of(claim) if self._advance(now, claim) else ():
+                match claim.state:
+                    case State.GOODBYE:
+                        goodbyes.setdefault(link.index, Goodbye(link, [])).records.extend(self._withdrawn(claim, link))
+                    case State.ANNOUNCING:
+                        announcements.setdefault(link.index, Announcement(link, [])).claims.append(claim)
+                    case _:
+                        probes.setdefault(link.index, Probe(link, [])).claims.append(claim)
+        for goodbye in goodbyes.values():
+            goodbye.records.sort(key=lambda record: not isinstance(record, DNSPointer))
+        return [*probes.values(), *announcements.values(), *goodbyes.values()]
 
     def _advance(self, now: float, claim: Claim) -> bool:
         """Take a claim to its next step or state; returns whether that sends something."""
-        step = STEPS[claim.state]
-        if claim.step >= step.packets:
-            if step.then is None:
-                return False
-            if claim is self._zone.host and claim.state is State.PROBING:
-                for entry in self._zone.entries.values():  # they had no host to point to, or another one
-                    self._apply(now, entry, Input.CHANGED)
-            claim.state, claim.step = step.then, 0
-            if claim.state is State.OWNED:
-                claim.conflict_count, claim.links = 0, None
-                return False
-            step = STEPS[claim.state]
+        if claim.step >= STEPS[claim.state].packets:
+            self._leave(now, claim)
+        step = STEPS.get(claim.state)
+        if step is None or claim.step >= step.packets:
+            return False
         if claim.state is State.ANNOUNCING:
             if not self._zone.host.is_won:
                 return False  # goes on when the host's name is won
@@ -289,6 +283,18 @@ class Claims:
         is_last_goodbye = step.then is None and claim.step == step.packets
         self._agenda.set(claim, None if is_last_goodbye else now + step.interval_s)
         return True
+
+    def _leave(self, now: float, claim: Claim) -> None:
+        """Enter the state that follows once all packets of the present one are sent."""
+        following = STEPS[claim.state].then
+        if following is None:
+            return
+        if claim is self._zone.host and claim.state is State.PROBING:
+            for entry in self._zone.entries.values():  # they had no host to point to, or another one
+                self._apply(now, entry, Input.CHANGED)
+        claim.state, claim.step = following, 0
+        if following is State.OWNED:
+            claim.conflict_count, claim.links = 0, None
 
     # --- moves ---
 
@@ -374,6 +380,14 @@ class Claims:
     def _is_linked(self, claim: Claim) -> bool:
         return any(claim.is_on(link) for link in self._links.values())
 
+    def _links_of(self, claim: Claim) -> list[Interface]:
+        """Return the interfaces that the claim's packets go to."""
+        return [
+            link
+            for index, link in self._links.items()
+            if claim.is_on(link) and (claim.links is None or index in claim.links)
+        ]
+
     def _is_own_address(self, record: DNSRecord) -> bool:
         """Return whether it is this host, received over another of its interfaces or through a reflector."""
         return isinstance(record, DNSAddress) and any(
@@ -392,38 +406,6 @@ class Claims:
         return [] if self._zone.claim(claim.key) is not None else records
 
 
-class _Agenda:
-    """Claims by when their timers fire; those that fire together share a bucket, so there are few buckets."""
-
-    def __init__(self) -> None:
-        self._buckets: dict[float, dict[Claim, None]] = {}
-
-    @property
-    def first(self) -> float | None:
-        """Return the earliest time, None when nothing is scheduled."""
-        return min(self._buckets, default=None)
-
-    def set(self, claim: Claim, due: float | None) -> None:
-        """Schedule a claim, at this time alone; None: not at all."""
-        if claim.due is not None:
-            bucket = self._buckets[claim.due]
-            del bucket[claim]
-            if not bucket:
-                del self._buckets[claim.due]
-        claim.due = due
-        if due is not None:
-            self._buckets.setdefault(due, {})[claim] = None
-
-    def pop(self, now: float, limit: int) -> list[Claim]:
-        """Unschedule and return at most `limit` claims that are due, earliest first."""
-        due: list[Claim] = []
-        for at in sorted(at for at in self._buckets if at <= now):
-            due += list(self._buckets[at])[: limit - len(due)]
-        for claim in due:
-            self.set(claim, None)
-        return due
-
-
 def _widened(claim: Claim, links: frozenset[int] | None) -> frozenset[int] | None:
     """Return the interfaces to check a name on: the new ones alone only if the name is owned on the others."""
     if links is None or claim.state is State.OWNED:
@@ -435,7 +417,3 @@ def _widened(claim: Claim, links: frozenset[int] | None) -> frozenset[int] | Non
 
 def _comparable(records: Iterable[DNSRecord]) -> list[tuple[int, int, bytes]]:
     return sorted((record.class_, record.type, wire.rdata(record)) for record in records)
-
-
-def _pointers_first(records: list[DNSRecord]) -> list[DNSRecord]:
-    return sorted(records, key=lambda record: not isinstance(record, DNSPointer))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from portd.adapters.mdns import announcer
-from portd.adapters.mdns.announcer import Damping
+from portd.adapters.mdns import desired
+from portd.adapters.mdns.desired import Damping
 from tests.adapters.mdns.bed import Lan, wait_for
 from tests.adapters.mdns.station import Ear, Station, lease
 
@@ -21,7 +21,7 @@ def test_the_first_withdrawal_is_forgiven_and_each_further_one_doubles_the_wait_
 
 def test_after_a_calm_minute_a_withdrawal_is_the_first_again() -> None:
     damping = Damping()
-    for now in (0.0, 1.0, 2.0, 2.0 + announcer.CALM_S):
+    for now in (0.0, 1.0, 2.0, 2.0 + desired.CALM_S):
         damping.note_withdrawal(now)
     assert (damping.flap_count, damping.until) == (1, 0.0)
 
