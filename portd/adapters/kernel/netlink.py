@@ -11,16 +11,25 @@ import functools
 import os
 import socket
 import struct
-import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Final, Literal
 
 from portd.core.model import Listener
+from portd.core.netlink import (
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attribute,
+    attributes,
+    encode,
+    error_code,
+    messages,
+)
 
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 INET_DIAG_REQ_BYTECODE: Final = 1
 INET_DIAG_SKV6ONLY: Final = 11
 INET_DIAG_BC_S_EQ: Final = 11
@@ -37,11 +46,9 @@ TIMEOUT_S: Final = 2
 """The kernel answers at once; this only keeps a mistake from hanging the loop. By SO_RCVTIMEO: no poll() before each
 read."""
 
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port id
 _REQUEST = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extensions, states; then the socket id
 _SOCKET_ID = struct.Struct("!HH16s16sIQ")  # inet_diag_sockid: ports, addresses, interface, cookie
 _ANSWER = struct.Struct("=BB2x2s2s16s16s12x12xII")  # inet_diag_msg: family, state, ports, addresses, uid, inode
-_ATTRIBUTE = struct.Struct("=HH")
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 
 KernelProtocol = Literal["tcp", "udp"]
@@ -127,17 +134,17 @@ class SocketDiag:
         """Send a request and yield the bodies of its answer; raises OSError, EINTR for an inconsistent dump."""
         connection = self._connect()
         try:
-            connection.send(_HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request)
+            connection.send(encode(SOCK_DIAG_BY_FAMILY, flags, request))
             is_whole = True
             while True:
-                for kind, answer_flags, body in _messages(connection.recv(RECEIVE_BYTES)):
+                for kind, answer_flags, body in messages(connection.recv(RECEIVE_BYTES)):
                     is_whole = is_whole and not answer_flags & NLM_F_DUMP_INTR
                     if kind == NLMSG_DONE:
                         if not is_whole:
                             raise OSError(errno.EINTR, "the socket table changed during its dump")
                         return
                     if kind == NLMSG_ERROR:
-                        code = -int.from_bytes(body[:4], sys.byteorder, signed=True)
+                        code = error_code(body)
                         raise OSError(code, f"sock_diag: {os.strerror(code)}")
                     yield body
                     if not flags & NLM_F_DUMP:
@@ -153,15 +160,6 @@ class SocketDiag:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", TIMEOUT_S, 0))
             self._socket = connection
         return self._socket
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (type, flags, body) of every message in a datagram (netlink(7))."""
-    at = 0
-    while at + _HEADER.size <= len(data):
-        size, kind, flags, _, _ = _HEADER.unpack_from(data, at)
-        yield kind, flags, data[at + _HEADER.size : at + size]
-        at += max(_HEADER.size, (size + 3) & ~3)
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -183,20 +181,14 @@ def _address(family: int, packed: bytes) -> str:
 
 
 def _v6only(answer: bytes) -> bool:
-    at = _ANSWER.size
-    while at + _ATTRIBUTE.size < len(answer):
-        size, kind = _ATTRIBUTE.unpack_from(answer, at)
-        if kind == INET_DIAG_SKV6ONLY:
-            return bool(answer[at + _ATTRIBUTE.size])
-        at += max(_ATTRIBUTE.size, (size + 3) & ~3)
-    return False
+    return any(kind == INET_DIAG_SKV6ONLY and value[:1] > b"\0" for kind, value in attributes(answer, _ANSWER.size))
 
 
 def _port_filter(port: int) -> bytes:
     """Make the attribute that lets the kernel pick sockets of one source port (inet_diag bytecode)."""
     # One comparison of 8 bytes: where it holds, go on at its end (take the socket), else jump beyond it (leave it).
     code = struct.pack("=BBHBBH", INET_DIAG_BC_S_EQ, 8, 12, 0, 0, port)
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(code), INET_DIAG_REQ_BYTECODE) + code
+    return attribute(INET_DIAG_REQ_BYTECODE, code)
 
 
 def _packed(family: int, address: str) -> bytes:

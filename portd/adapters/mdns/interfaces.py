@@ -9,6 +9,7 @@ import asyncio
 import re
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -16,13 +17,21 @@ from ipaddress import IPv4Interface, IPv6Interface
 
 from msgspec import Struct
 
+from portd.core.netlink import (
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attributes,
+    encode,
+    error_code,
+    messages,
+)
+
 SETTLE_S = 0.25
 """How long the kernel must be quiet before a change counts: shorter announces half-configured interfaces."""
 
 _GETLINK, _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _GETADDR = 18, 16, 17, 20, 21, 22
-_DONE, _ERROR = 3, 2
-_DUMP = 0x301
-"""NLM_F_REQUEST | NLM_F_DUMP."""
 _GROUPS = 0x1 | 0x10 | 0x100
 """RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR."""
 _UP, _LOOPBACK, _RUNNING, _MULTICAST = 0x1, 0x8, 0x40, 0x1000
@@ -33,10 +42,8 @@ _UNUSABLE_ADDRESS = 0x01 | 0x08 | 0x20 | 0x40
 _CONTAINERS = re.compile(r"(docker\d+|br-[0-9a-f]{12}|podman\d+|cni\d*|cni-podman\d+)\Z")
 """Bridges of container engines: their networks are not the LAN."""
 
-_HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
 _ADDRESS = struct.Struct("=BBBBI")
-_ATTRIBUTE = struct.Struct("=HH")
 
 
 class Interface(Struct, frozen=True):
@@ -108,7 +115,7 @@ class InterfaceWatch:
         assert self._socket is not None
         with suppress(BlockingIOError, OSError):  # ENOBUFS: messages were lost, but all interfaces are listed again
             for _ in range(64):
-                for kind, body in _messages(self._socket.recv(65536)):
+                for kind, _, body in messages(self._socket.recv(65536)):
                     if kind in (_NEWLINK, _DELLINK):
                         _, _, index, flags, _ = _LINK.unpack_from(body)
                         if kind == _DELLINK or not flags & _RUNNING:
@@ -140,27 +147,28 @@ def _interface(index: int, name: str, found: list[IPv4Interface | IPv6Interface]
 def _usable_links(kernel: socket.socket, wanted: Sequence[str]) -> Iterator[tuple[int, str]]:
     for body in _dump(kernel, _GETLINK, _LINK.pack(0, 0, 0, 0, 0)):
         _, _, index, flags, _ = _LINK.unpack_from(body)
-        attributes = dict(_attributes(body, _LINK.size))
-        name = attributes[_IFLA_IFNAME].rstrip(b"\0").decode()
+        present = dict(attributes(body, _LINK.size))
+        name = present[_IFLA_IFNAME].rstrip(b"\0").decode()
         if not flags & _UP or not flags & _RUNNING:
             continue
-        if wanted:
-            if any(fnmatchcase(name, pattern) for pattern in wanted):
-                yield index, name
-            continue
-        link = dict(_attributes(attributes.get(_IFLA_LINKINFO, b""), 0))
-        is_bridge_port = link.get(_IFLA_INFO_SLAVE_KIND, b"").rstrip(b"\0") == b"bridge"
-        if flags & _MULTICAST and not flags & _LOOPBACK and not is_bridge_port and not _CONTAINERS.match(name):
+        if any(fnmatchcase(name, pattern) for pattern in wanted) if wanted else _leads_to_lan(name, flags, present):
             yield index, name
+
+
+def _leads_to_lan(name: str, flags: int, present: dict[int, bytes]) -> bool:
+    """Return whether to use an interface that the configuration does not name."""
+    link = dict(attributes(present.get(_IFLA_LINKINFO, b"")))
+    is_bridge_port = link.get(_IFLA_INFO_SLAVE_KIND, b"").rstrip(b"\0") == b"bridge"
+    return bool(flags & _MULTICAST) and not flags & _LOOPBACK and not is_bridge_port and not _CONTAINERS.match(name)
 
 
 def _addresses(kernel: socket.socket) -> Iterator[tuple[int, IPv4Interface | IPv6Interface]]:
     for body in _dump(kernel, _GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
         family, prefix, flags, _, index = _ADDRESS.unpack_from(body)
-        attributes = dict(_attributes(body, _ADDRESS.size))
-        if _IFA_FLAGS in attributes:
-            flags = int.from_bytes(attributes[_IFA_FLAGS], "little" if struct.pack("=H", 1)[0] else "big")
-        packed = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
+        present = dict(attributes(body, _ADDRESS.size))
+        if _IFA_FLAGS in present:
+            flags = int.from_bytes(present[_IFA_FLAGS], sys.byteorder)
+        packed = present.get(_IFA_LOCAL) or present.get(_IFA_ADDRESS)
         if packed is None:
             continue
         if family == socket.AF_INET:
@@ -170,31 +178,11 @@ def _addresses(kernel: socket.socket) -> Iterator[tuple[int, IPv4Interface | IPv
 
 
 def _dump(kernel: socket.socket, kind: int, request: bytes) -> Iterator[bytes]:
-    kernel.send(_HEADER.pack(_HEADER.size + len(request), kind, _DUMP, 1, 0) + request)
+    kernel.send(encode(kind, NLM_F_REQUEST | NLM_F_DUMP, request))
     while True:
-        for answer, body in _messages(kernel.recv(1 << 18)):
-            if answer == _DONE:
+        for answer, _, body in messages(kernel.recv(1 << 18)):
+            if answer == NLMSG_DONE:
                 return
-            if answer == _ERROR:
-                code = -struct.unpack_from("=i", body)[0]
-                raise OSError(code, "rtnetlink refused to list interfaces")
+            if answer == NLMSG_ERROR:
+                raise OSError(error_code(body), "rtnetlink refused to list interfaces")
             yield body
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + _HEADER.size <= len(data):
-        length, kind, _, _, _ = _HEADER.unpack_from(data, at)
-        if length < _HEADER.size:
-            return
-        yield kind, data[at + _HEADER.size : at + length]
-        at += (length + 3) & ~3
-
-
-def _attributes(body: bytes, at: int) -> Iterator[tuple[int, bytes]]:
-    while at + _ATTRIBUTE.size <= len(body):
-        length, kind = _ATTRIBUTE.unpack_from(body, at)
-        if length < _ATTRIBUTE.size:
-            return
-        yield kind & 0x3FFF, body[at + _ATTRIBUTE.size : at + length]
-        at += (length + 3) & ~3

@@ -185,7 +185,7 @@ def test_a_table_that_never_stands_still_is_an_error_not_a_loop(monkeypatch):
 
 def test_after_an_error_in_the_middle_of_a_dump_the_next_answer_is_its_own(diag, monkeypatch):
     with bound("127.0.0.1", listen=True) as server:
-        monkeypatch.setattr(netlink, "_messages", lambda data: (_ for _ in ()).throw(OSError("cut off")))
+        monkeypatch.setattr(netlink, "messages", lambda data: (_ for _ in ()).throw(OSError("cut off")))
         with pytest.raises(OSError, match="cut off"):
             diag.listeners()
         monkeypatch.undo()
