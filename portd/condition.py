@@ -64,7 +64,7 @@ class Condition(NamedTuple):
 
     def warnings(self) -> list[str]:
         """Return what an operator should know, a sentence each."""
-        found = []
+        found = list(self.store.notes)
         if lost_s := self.clock.lost_s:
             found.append(f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much")
         if self.prober.is_late:

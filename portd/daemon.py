@@ -20,8 +20,8 @@ from typing import Final
 from portd import __version__, wiring
 from portd.adapters import systemd
 from portd.adapters.kernel import descriptors
-from portd.adapters.sqlite.store import SqliteStore
-from portd.config import Paths, Settings, load, system_paths, user_paths
+from portd.adapters.sqlite.store import History, SqliteStore
+from portd.config import MIB, Paths, Settings, load, system_paths, user_paths
 from portd.core.errors import ConfigError, Fault, StateInUse, StateUnusable, StoreDamaged, StoreLost
 from portd.listeners import describe_listener, is_off, open_listeners
 from portd.logs import set_up
@@ -67,7 +67,11 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # until there is something to reconfigure
         descriptors.take_all()
         store_path = Path(self._settings.store.path or self._paths.store)
-        store = await SqliteStore.open(store_path, self._settings.store.durability)
+        setting = self._settings.store
+        history = History(setting.history_mib * MIB, setting.history_mib_per_user * MIB)
+        store = await SqliteStore.open(store_path, setting.durability, history)
+        for note in store.notes:
+            logger.error("%s", note)
         try:
             await self._run_on(store)
         except StoreLost:

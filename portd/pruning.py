@@ -1,4 +1,4 @@
-"""Pruning: how often the store forgets old events and ended leases. What is old enough is the store's to find."""
+"""Pruning: how often the store deletes old events and ended leases. What is old enough is the store's to find."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 import time
 from typing import Final
 
+from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Store
 from portd.core.errors import StoreUnavailable
 from portd.core.table import LeaseTable
 from portd.leasing.feed import EVENTS_KEPT
 from portd.leasing.journal import Journal
-from portd.leasing.seams import LeaseStore
 
 POLL_S: Final = 10.0
 POLLS_MAX: Final = 360
@@ -21,7 +21,7 @@ PRUNE_EVENTS: Final = 10 * EVENTS_KEPT
 DAY_S: Final = 86_400.0
 
 
-async def prune_regularly(store: LeaseStore, journal: Journal, table: LeaseTable, settings: Store) -> None:
+async def prune_regularly(store: SqliteStore, journal: Journal, table: LeaseTable, settings: Store) -> None:
     """Prune the store for as long as the daemon runs."""
     while True:
         pruned_at = table.revision
@@ -31,5 +31,5 @@ async def prune_regularly(store: LeaseStore, journal: Journal, table: LeaseTable
             journal.mark_unwritable(error.detail)
         for _ in range(POLLS_MAX):
             await asyncio.sleep(POLL_S)
-            if table.revision - pruned_at >= PRUNE_EVENTS:
+            if store.wants_pruning or table.revision - pruned_at >= PRUNE_EVENTS:
                 break

@@ -93,7 +93,12 @@ def allowed(module):
     if module == "portd.runtime":
         return set(), "the runtime serves any program"
     if module == "portd.pruning":
-        return {"portd.config", "portd.core", "portd.leasing"}, "pruning knows the store through its seam"
+        return {
+            "portd.adapters.sqlite",
+            "portd.config",
+            "portd.core",
+            "portd.leasing",
+        }, "pruning knows the store and when it grows"
     if module == "portd.listeners":
         return {"portd.core", "portd.config"}, "listeners are sockets, whatever is spoken on them"
     if module == "portd.condition":

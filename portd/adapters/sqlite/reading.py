@@ -1,4 +1,4 @@
-"""What the store is asked for, as functions over a connection that only reads. They run in the reader's thread.
+"""The store's queries, as functions over a connection that only reads. They run in the reader's thread.
 
 They raise sqlite3.Error, and msgspec.DecodeError for a body that is no lease.
 """
@@ -10,28 +10,32 @@ from pathlib import Path
 from typing import Any, Final
 
 from portd.core.errors import StoreDamaged
-from portd.core.model import Event, Lease, Protocol, decode_lease
+from portd.core.model import Event, EventType, Lease, Protocol, decode_lease
 from portd.leasing.seams import REVISION_GAP, Loaded
 
 EVENTS_LOADED: Final = 10_000
 """The newest events that a start reads: as many as followers may resume from."""
 
+EVENTS_BYTES: Final = 16 << 20
+"""Bytes of the events that a start reads, and that pruning keeps: large events are kept for a shorter time."""
+ENDED_LOADED: Final = 10_000
+"""The newest ended leases that a start reads: names and ports beyond them begin anew. A start reads no more, however
+long the history is."""
 SURPLUS_READ: Final = 10_000
-"""Events that are looked up at a time to be forgotten: some milliseconds of this thread."""
+"""Events that are read at a time to be deleted: some milliseconds of this thread."""
 
 _PRUNED_TO: Final = "(SELECT value FROM meta WHERE key = 'pruned_to')"
 _LIVE: Final = "SELECT id, revision, body FROM live LEFT JOIN events USING (revision)"
-# With max() the other columns are those of the row that has it (https://www.sqlite.org/lang_select.html#bareagg).
-_NEWEST_ENDED: Final = "SELECT revision FROM (SELECT revision, max(ended_at) FROM ended GROUP BY {})"
-_REMEMBERED: Final = f"""
-    SELECT body FROM ended WHERE revision IN
-        ({_NEWEST_ENDED.format("service, instance, endpoint")} UNION {_NEWEST_ENDED.format("port")})"""
+_NEWEST_ENDED: Final = "SELECT service, instance, endpoint, port, body FROM ended ORDER BY ended_at DESC LIMIT ?"
 _EVENTS: Final = f"""
     SELECT revision, type, at, body FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT ?"""
+_EVENT_SIZES: Final = f"""
+    SELECT revision, length(body) FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT ?"""
+_USAGE: Final = "SELECT uid, bytes FROM usage"
 _LEASE: Final = """
     SELECT body FROM live JOIN events USING (revision) WHERE id = ?1
     UNION ALL SELECT body FROM ended WHERE id = ?1"""
-# All that live there, whenever they began: the tables that are written at a grant tell a port and no more.
+# All that live there, whenever they began: the tables that are written at a grant name a port and no more.
 _HISTORY: Final = """
     SELECT body FROM live JOIN events USING (revision) WHERE port = :port
     UNION ALL SELECT body FROM (
@@ -58,8 +62,8 @@ def load(database: sqlite3.Connection) -> Loaded:
     with database:  # ends the transaction
         database.execute("BEGIN")
         live_rows = database.execute(_LIVE).fetchall()
-        remembered = _leases(database, _REMEMBERED)
-        event_rows = database.execute(_EVENTS, (EVENTS_LOADED,)).fetchall()
+        remembered = _remembered(database)
+        event_rows, is_cut = _newest_events(database)
         pruned_to = database.execute(f"SELECT {_PRUNED_TO}").fetchone()[0]
         started = database.execute("SELECT value FROM meta WHERE key = 'started_after'").fetchone()
         number = database.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()
@@ -70,7 +74,7 @@ def load(database: sqlite3.Connection) -> Loaded:
         raise StoreDamaged(f"events are missing: a lease ended at revision {ahead}, the newest event is {revision}")
     remembered.sort(key=lambda lease: lease.ended_at or 0.0)  # here, since SQLite would sort the bodies
     first = max(started[0], revision) + REVISION_GAP if started else 0
-    complete_after = pruned_to if len(events) < EVENTS_LOADED else events[0].revision - 1
+    complete_after = events[0].revision - 1 if is_cut else pruned_to
     return Loaded(_live(live_rows, events), remembered, events, first, complete_after, f"{number[0]:016x}")
 
 
@@ -108,12 +112,16 @@ def ended(database: sqlite3.Connection, service: str | None, limit: int) -> list
 
 
 def last_surplus_revision(database: sqlite3.Connection, events_kept: int) -> int:
-    """Return the revision up to which events are news no more. The newest one always is: it carries the revision on."""
-    row = database.execute(
-        f"SELECT revision FROM events WHERE revision > {_PRUNED_TO} ORDER BY revision DESC LIMIT 1 OFFSET ?",
-        (max(1, events_kept),),
-    ).fetchone()
-    return int((row or database.execute(f"SELECT {_PRUNED_TO}").fetchone())[0])
+    """Return the revision up to which events are no longer kept: beyond `events_kept`, or beyond EVENTS_BYTES.
+
+    The newest event always stays: it carries the revision on.
+    """
+    total = 0
+    for count, (revision, size) in enumerate(database.execute(_EVENT_SIZES, (max(1, events_kept) + 1,))):
+        total += size
+        if count and (count >= events_kept or total > EVENTS_BYTES):
+            return int(revision)
+    return int(database.execute(f"SELECT {_PRUNED_TO}").fetchone()[0])
 
 
 def surplus_events(database: sqlite3.Connection, after: int, last: int) -> list[int]:
@@ -122,6 +130,37 @@ def surplus_events(database: sqlite3.Connection, after: int, last: int) -> list[
     None of them will be needed again: what a lease becomes is an event of its own.
     """
     return [revision for (revision,) in database.execute(_SURPLUS, (after, last, SURPLUS_READ)).fetchall()]
+
+
+def usage(database: sqlite3.Connection) -> dict[int | None, int]:
+    """Return how many bytes of history each user has, by uid (None: leases without one)."""
+    return {None if uid == -1 else uid: size for uid, size in database.execute(_USAGE)}
+
+
+def _remembered(database: sqlite3.Connection) -> list[Lease]:
+    """Read the newest end of every name and of every port, of the ENDED_LOADED newest ends, newest first."""
+    names: set[tuple[str, str, str]] = set()
+    ports: set[int] = set()
+    found = []
+    for service, instance, endpoint, port, body in database.execute(_NEWEST_ENDED, (ENDED_LOADED,)):
+        name = (service, instance, endpoint)
+        if name not in names or port not in ports:
+            found.append(decode_lease(body))
+            names.add(name)
+            ports.add(port)
+    return found
+
+
+def _newest_events(database: sqlite3.Connection) -> tuple[list[tuple[int, EventType, float, bytes]], bool]:
+    """Read the newest events within EVENTS_LOADED and EVENTS_BYTES, newest first; tell whether there are older ones."""
+    rows: list[tuple[int, EventType, float, bytes]] = []
+    total = 0
+    for row in database.execute(_EVENTS, (EVENTS_LOADED + 1,)):
+        total += len(row[3])
+        if rows and (len(rows) == EVENTS_LOADED or total > EVENTS_BYTES):
+            return rows, True
+        rows.append(row)
+    return rows, False
 
 
 def _live(rows: list[tuple[str, int, bytes | None]], events: list[Event]) -> list[Lease]:

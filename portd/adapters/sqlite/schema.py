@@ -1,7 +1,7 @@
-"""The shape of the database, its numbered migrations, and the judgement whether a file may be touched at all.
+"""The schema of the database, its numbered migrations, and the inspection that decides whether to touch a file at all.
 
-A file that is damaged, newer than this portd or not portd's is left exactly as it is: the judgement reads the header by
-itself and opens the file for reading alone, before anything could write to it. This module knows no lease.
+A file that is damaged, newer than this portd or not portd's is left exactly as it is: `inspect` reads the header by
+itself and opens the file read-only, before anything could write to it. This module knows no lease.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from portd.core.errors import StoreDamaged
 APPLICATION_ID: Final = 0x706F7274
 """"port": tells portd's files from other programs' (https://www.sqlite.org/fileformat.html, section 1.3)."""
 CHECK_MAX_BYTES: Final = 256 << 20
-"""A larger file is not checked page by page at the start: about a second for so much, from a fast disk."""
+"""A larger file is not checked page by page at the start: SQLite checks about 2 GB/s."""
+ROW_BYTES: Final = 300
+"""What an ended lease takes on the disk beside its body. Part of schema 4: never changes."""
 
 MIGRATIONS: Final[Sequence[str]] = (
     # 1. `body` is the lease whole; the other columns are there to be searched, and for whoever opens the file by hand.
@@ -95,6 +97,28 @@ MIGRATIONS: Final[Sequence[str]] = (
     """,
     # 3. `store_id` names this database among all others, so that a revision is never mistaken for one of another.
     "INSERT INTO meta SELECT 'store_id', random() & 9223372036854775807;",
+    # 4. History is bounded in bytes, in all and per user (-1: no uid). Triggers keep `usage` up to date, whatever deletes
+    # or inserts; its column `bytes` counts the bodies and ROW_BYTES for each lease's columns and index entries. A start
+    # reads the newest ends and no more, so `ended_by_end` need not hold what names a lease.
+    f"""
+    CREATE TABLE usage (
+        uid INTEGER NOT NULL PRIMARY KEY,
+        leases INTEGER NOT NULL,
+        bytes INTEGER NOT NULL
+    ) STRICT;
+    INSERT INTO usage SELECT ifnull(uid, -1), count(*), sum(length(body) + {ROW_BYTES}) FROM ended GROUP BY 1;
+    CREATE TRIGGER ended_inserted AFTER INSERT ON ended BEGIN
+        INSERT INTO usage VALUES (ifnull(new.uid, -1), 1, length(new.body) + {ROW_BYTES})
+            ON CONFLICT (uid) DO UPDATE SET leases = leases + 1, bytes = bytes + excluded.bytes;
+    END;
+    CREATE TRIGGER ended_deleted AFTER DELETE ON ended BEGIN
+        UPDATE usage SET leases = leases - 1, bytes = bytes - length(old.body) - {ROW_BYTES}
+            WHERE uid = ifnull(old.uid, -1);
+    END;
+    DROP INDEX ended_by_end;
+    CREATE INDEX ended_by_end ON ended (ended_at, service);
+    CREATE INDEX ended_by_user ON ended (uid, ended_at);
+    """,
 )
 
 _MAGIC = b"SQLite format 3\0"
@@ -102,23 +126,29 @@ _HEADER = struct.Struct(">60xI4xI28x")
 """The header's 100 bytes: the user version at 60, the application id at 68."""
 
 
-def prepare(path: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
-    """Have a sound database of the newest schema at `path`, made anew where there is none.
+def prepare(path: Path, migrations: Sequence[str] = MIGRATIONS, *, was_used: bool = False) -> None:
+    """Make sure that a sound database of the newest schema is at `path`, a new one where there is none.
 
-    Raises StoreDamaged when what is there may not be touched, sqlite3.Error or OSError when the disk does not let it.
+    `was_used`: the lock file says that portd had a database here. Raises StoreDamaged for a file that must not be
+    touched, sqlite3.Error or OSError where the disk refuses.
     """
-    version = judge(path, newest=len(migrations))
+    version = inspect(path, len(migrations), was_used=was_used)
     if version is None:
         _create(path, migrations)
     elif version < len(migrations):
-        # Closing folds the WAL, so the main file's header tells the new number even if nothing is written after it.
+        # Closing checkpoints the WAL, so the main file's header tells the new number even if nothing is written after it.
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
             migrate(database, migrations)
 
 
-def judge(path: Path, newest: int = len(MIGRATIONS)) -> int | None:
-    """Return the schema number of a sound database of portd's, None when there is no file yet; else StoreDamaged."""
+def inspect(path: Path, newest: int = len(MIGRATIONS), *, was_used: bool = False) -> int | None:
+    """Return the schema number of a sound database of portd's, None where a new one may be made.
+
+    `was_used`: the lock file says that portd had a database here. Raises StoreDamaged for anything else; the file and
+    what lies beside it are left as they are.
+    """
     wal = wal_of(path)
+    what = "is missing"
     try:
         with path.open("rb") as file:
             header = file.read(100)
@@ -128,8 +158,15 @@ def judge(path: Path, newest: int = len(MIGRATIONS)) -> int | None:
         raise StoreDamaged(f"{path} can't be read: {error.strerror}; nothing was changed") from error
     wal_bytes = wal.stat().st_size if wal.exists() else 0
     if not header:
+        if path.exists():
+            what = "is empty"
         if wal_bytes:  # SQLite would replay it into whatever database it finds beside it
-            raise _damaged(path, f"is missing, and its log {wal.name} is not")
+            raise _damaged(path, f"{what}, and its log {wal.name} is not")
+        for remains in (wal, path.with_name(path.name + "-shm")):
+            if remains.exists():
+                raise _damaged(path, f"{what}, but {remains.name} beside it is from a database that was in use")
+        if was_used and path.exists():
+            raise _damaged(path, f"{what}, but {path.name}.lock is from a database that was in use")
         return None
     if len(header) < 100 or not header.startswith(_MAGIC):
         raise _damaged(path, "is not a SQLite database")
@@ -163,7 +200,7 @@ def wal_of(path: Path) -> Path:
 
 
 def _create(path: Path, migrations: Sequence[str]) -> None:
-    """Make the database beside its place and rename it, so that a half-made one never stands there."""
+    """Make the database under another name and rename it, so that a half-made one is never found at its path."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     fresh.touch(0o600)  # it holds command lines and hashes of tokens; SQLite gives its other files the same mode
@@ -179,7 +216,7 @@ def _create(path: Path, migrations: Sequence[str]) -> None:
 
 
 def _check(path: Path, how: str) -> int:
-    """Look at every page, the log's too; returns the schema number that the log may have changed."""
+    """Check every page, the log's too; returns the schema number that the log may have changed."""
     verdict = "ok"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as database:

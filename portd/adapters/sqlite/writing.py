@@ -1,7 +1,7 @@
-"""The one connection that writes: batches, forgetting, and folding the log into the database. Runs in its own thread.
+"""The one connection that writes: batches, pruning, and checkpoints. Runs in its own thread.
 
-Nothing else may write or fold: before 3.51.3 SQLite could lose pages when one connection folded the log while another
-wrote (https://www.sqlite.org/wal.html#walresetbug), and most systems carry such a version.
+Nothing else may write or checkpoint: before 3.51.3 SQLite could lose pages when one connection ran a checkpoint while
+another wrote (https://www.sqlite.org/wal.html#walresetbug), and most systems carry such a version.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from portd.adapters.sqlite.schema import MIGRATIONS
+from portd.adapters.sqlite.lock import StateLock
+from portd.adapters.sqlite.schema import MIGRATIONS, wal_of
+from portd.adapters.sqlite.watching import FileWatch
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
 from portd.core.model import Event, encode_lease
 
@@ -30,13 +31,19 @@ BUSY_TIMEOUT_S: Final = 2.0
 CACHE_KIB: Final = 4 << 10
 """Pages in memory: what 500 ends in one commit touch, each a page of its own of `ended_by_port`. Half of it costs them
 a fifth of their speed; grants need a fraction."""
-FOLD_FRAMES: Final = 1000
-"""Pages in the log (4 MB) that make it worth folding: 3 to 10 ms, after the answer. The log's file stays this large and
-is written over: syncing a file that grows takes twice as long."""
-CAP_FRAMES: Final = 16 * FOLD_FRAMES
-"""Pages in the log (64 MB) past which folding waits for readers (BUSY_TIMEOUT_S) rather than go on beside them."""
+PAGE_BYTES: Final = 4096
+CHECKPOINT_PAGES: Final = 1000
+"""Pages in the log (4 MB) after which a checkpoint pays: 3 to 10 ms, after the answer. The log's file stays this large
+and is overwritten: syncing a file that grows takes twice as long."""
+CHECKPOINT_PAGES_MIN: Final = 16
+"""On a small disk a checkpoint comes earlier: the log uses at most a quarter of the free space."""
+CAP_PAGES: Final = 16 * CHECKPOINT_PAGES
+"""Pages in the log (64 MB) past which a checkpoint waits for readers (BUSY_TIMEOUT_S) rather than go on beside them."""
+COMMIT_PAGES: Final = 4
+"""Pages that a commit writes at least: the leaves of `events` and `live`, and what is above them. An estimate: SQLite
+says how long the log really is only at a checkpoint."""
 PRUNE_STEP: Final = 50
-"""Rows that go at a time: a millisecond or two between two commits, in a history of 200,000 leases."""
+"""Rows deleted at a time: a millisecond or two between two commits, in a history of 200,000 leases."""
 
 ROWS_MAX: Final = 64
 """Rows in one statement. Each statement gives the GIL up and waits to have it back, while the loop's thread wants it
@@ -50,10 +57,15 @@ _APPEND_ENDED: Final = """
         body) VALUES {rows}"""
 _RESUME_ENDED: Final = "DELETE FROM ended WHERE id IN (VALUES {rows})"
 """An ended lease that passed to another process is live again, under its id."""
-_FORGET_ENDED: Final = f"""
+_DELETE_ENDED: Final = f"""
     DELETE FROM ended WHERE revision IN
         (SELECT revision FROM ended WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
-_FORGET_EVENTS: Final = "DELETE FROM events WHERE revision IN (VALUES {rows})"
+_DELETE_OLDEST: Final = f"""
+    DELETE FROM ended WHERE revision IN (SELECT revision FROM ended ORDER BY ended_at LIMIT {PRUNE_STEP})"""
+_DELETE_OLDEST_OF_USER: Final = f"""
+    DELETE FROM ended WHERE revision IN
+        (SELECT revision FROM ended WHERE uid IS ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
+_DELETE_EVENTS: Final = "DELETE FROM events WHERE revision IN (VALUES {rows})"
 
 _NOTHING_WRITTEN: Final = {
     "SQLITE_FULL": "the disk is full",
@@ -64,21 +76,21 @@ _NOTHING_WRITTEN: Final = {
     "SQLITE_CANTOPEN": "a file of the database can't be opened",
     "SQLITE_PERM": "no permission to write",
 }
-"""Errors after which surely nothing counts, by prefix: the page that makes a transaction count is the last one written,
-and nothing is written after it but the sync."""
+"""Errors that mean the transaction did not commit, by prefix: SQLite writes the commit frame last, then only syncs."""
+_DAMAGE: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 def connect(path: Path, durability: Durability) -> sqlite3.Connection:
-    """Open the database for writing. `full` syncs the log at every commit, `fast` only while folding it: a power cut
-    then takes the newest commits, and never more (https://www.sqlite.org/pragma.html#pragma_synchronous)."""
+    """Open the database for writing. `full` syncs the log at every commit, `fast` only at a checkpoint: a power cut
+    then loses the newest commits, and never more (https://www.sqlite.org/pragma.html#pragma_synchronous)."""
     database = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S
     )
     try:
         database.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
-        database.execute("PRAGMA wal_autocheckpoint = 0")  # the store folds, after the answer
+        database.execute("PRAGMA wal_autocheckpoint = 0")  # the store checkpoints, after the answer
         database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        database.execute("BEGIN IMMEDIATE")  # tells now whether it can be written at all
+        database.execute("BEGIN IMMEDIATE")  # fails now if it can't be written at all
         database.execute("ROLLBACK")
     except BaseException:
         database.close()
@@ -89,39 +101,129 @@ def connect(path: Path, durability: Durability) -> sqlite3.Connection:
 class Writer:
     """The work of the writing thread, and what it learned about the disk.
 
-    `sealed` is None, or why nothing may be written any more; `log_frames` counts the pages in the log.
+    `failure` is None, or why nothing may be written any more (fail-stop).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: StateLock) -> None:
         self._path = path
-        # SQLite keeps POSIX locks on this file, and closing any descriptor of it would drop them: closed last of all.
-        self._shared_memory = os.open(path.with_name(path.name + "-shm"), os.O_RDONLY | os.O_CLOEXEC)
-        self._fold_at = FOLD_FRAMES
+        self._lock = lock
+        self._watch = FileWatch(path, wal_of(path))
         self._write_problem: str | None = None
-        self._fold_problem: str | None = None
-        self.sealed: str | None = None
-        self.log_frames = 0
-        self._count_frames()
+        self._damage: str | None = None
+        self._checkpoint_problem: str | None = None
+        self._pages = 0
+        self._checkpoint_at = _checkpoint_at(path)
+        self.failure: str | None = None
+        self.unpruned_bytes = 0
 
     @property
     def problem(self) -> str | None:
         """Say in one sentence what is wrong, or None."""
-        return self.sealed or self._write_problem or self._fold_problem
+        return self.failure or self._damage or self._write_problem or self._checkpoint_problem
 
     @property
-    def wants_fold(self) -> bool:
-        """Tell whether the log is worth folding."""
-        return self.log_frames >= self._fold_at and self.sealed is None
+    def wants_checkpoint(self) -> bool:
+        """Tell whether enough has been written since the last checkpoint."""
+        return self._pages >= self._checkpoint_at and self.failure is None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return the sizes of the database and its log in bytes; asks no disk."""
+        return self._watch.sizes
 
     def write(self, database: sqlite3.Connection, events: Sequence[Event]) -> None:
         """Write events and the leases that they leave, in one transaction; without any, a page as it was.
 
-        Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows, and ever after.
+        A full disk is relieved as far as possible: a checkpoint lets the log start over, and everything but grants may
+        use the reserved space. Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows,
+        and ever after.
         """
-        self._refuse_if_sealed()
-        committing = False
         try:
             rows = [(event.revision, event.at, event.type, encode_lease(event.lease)) for event in events]
+        except (ValueError, OverflowError) as error:
+            raise self._failure(database, error, committing=False) from error
+        try:
+            self._write_rows(database, events, rows)
+        except StoreUnavailable as error:
+            if not _is_full(error):
+                raise
+            self._run_checkpoint(database, "PASSIVE")
+            if all(event.type != "granted" for event in events):
+                self._lock.release_space()
+            self._write_rows(database, events, rows)
+
+    def start(self, database: sqlite3.Connection, revision: int) -> None:
+        """Record the revision after which this start gives its own. Raises as `write` does."""
+        self._run(database, "INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", revision)
+        self.checkpoint(database)  # syncs whatever the durability, and empties the log that a crash has left
+
+    def delete_ended(self, database: sqlite3.Connection, before: float) -> int:
+        """Delete the PRUNE_STEP oldest leases that ended before a time (epoch seconds); returns how many these were.
+        Raises as `write` does."""
+        return self._run(database, _DELETE_ENDED, before)
+
+    def delete_oldest(self, database: sqlite3.Connection) -> int:
+        """Delete the PRUNE_STEP leases that ended first; returns how many these were. Raises as `write` does."""
+        return self._run(database, _DELETE_OLDEST)
+
+    def delete_oldest_of_user(self, database: sqlite3.Connection, uid: int | None) -> int:
+        """Delete the PRUNE_STEP leases of a user that ended first; returns how many. Raises as `write` does."""
+        return self._run(database, _DELETE_OLDEST_OF_USER, uid)
+
+    def set_pruned_to(self, database: sqlite3.Connection, revision: int) -> None:
+        """Persist the prune watermark before deleting events up to it. Raises as `write` does."""
+        self._run(database, "UPDATE meta SET value = ?1 WHERE key = 'pruned_to' AND value < ?1", revision)
+
+    def delete_events(self, database: sqlite3.Connection, revisions: Sequence[int]) -> int:
+        """Delete events; returns how many. Raises as `write` does."""
+        return self._run(database, _for_rows(_DELETE_EVENTS, 1, len(revisions)), *revisions)
+
+    def checkpoint(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> None:
+        """Copy the log's pages into the database, so that the log starts over.
+
+        A failure loses nothing: the log still has all of it, and the next checkpoint comes when as much was written
+        again. Does nothing where the files are not the writer's own any more.
+        """
+        problem = self._run_checkpoint(database, mode)
+        if problem is not None and problem != self._checkpoint_problem:
+            logger.warning("%s: %s", self._path, problem)
+        self._checkpoint_problem = problem
+        if problem is None:
+            self._lock.reserve_space()
+
+    def _run_checkpoint(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"]) -> str | None:
+        """Run a checkpoint where the files are the writer's own; returns what failed, or None."""
+        if self.failure is not None or self._damage is not None or self._watch.problem() is not None:
+            return self._checkpoint_problem
+        if self._pages >= CAP_PAGES:
+            mode = "TRUNCATE"
+        problem = None
+        try:
+            _, in_log, copied = database.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        except sqlite3.Error as error:
+            problem = f"the checkpoint of the log failed: {_reason(error) or error}"
+        else:
+            self._pages = max(0, in_log - copied)
+        if problem is None and self._pages >= CAP_PAGES:
+            problem = "another program keeps reading the database, so its log grows"
+        self._checkpoint_at = self._pages + _checkpoint_at(self._path)
+        self._watch.record()
+        return problem
+
+    def fail_stop(self, why: str) -> None:
+        """Write nothing from now on: the content of the disk can't be trusted, or must not be touched."""
+        self.failure = why
+
+    def report_damage(self, error: sqlite3.Error) -> bool:
+        """Write nothing more if a read shows that the database is damaged; tell whether it does."""
+        if _name(error).startswith(_DAMAGE):
+            self._damage = f"{self._path} is damaged ({error}): stop portd and restore a copy"
+        return self._damage is not None
+
+    def _write_rows(self, database: sqlite3.Connection, events: Sequence[Event], rows: Sequence[Row]) -> None:
+        self._check_files()
+        committing = False
+        try:
             live, ended = _lease_rows(events, rows)
             database.execute("BEGIN IMMEDIATE")
             _for_all(database, _APPEND_EVENTS, rows)
@@ -135,98 +237,69 @@ class Writer:
             database.execute("COMMIT")
         except (sqlite3.Error, ValueError, OverflowError) as error:  # the latter two: a value that can't be stored
             raise self._failure(database, error, committing=committing) from error
-        self._written()
+        size = sum(len(row[3]) for row in rows)
+        self.unpruned_bytes += size
+        self._written(COMMIT_PAGES + 2 * size // PAGE_BYTES + 2 * len(ended))
 
-    def reserve(self, database: sqlite3.Connection, revision: int) -> None:
-        """Record the revision after which this start takes its own up. Raises as `write` does."""
-        self._run(database, "INSERT OR REPLACE INTO meta (key, value) VALUES ('started_after', ?)", revision)
-        self.fold(database)  # syncs whatever the durability, and is done with what a crash has left in the log
+    def _check_files(self) -> None:
+        """Raise StoreLost after a fail-stop, StoreUnavailable where the files are not the writer's own any more."""
+        if self.failure is not None:
+            raise StoreLost(f"{self._path} is not trusted any more: {self.failure}; start over from the disk")
+        if self._damage is not None:
+            raise StoreUnavailable(self._damage)
+        if (problem := self._watch.problem()) is not None:
+            self._write_problem = f"{problem}: stop portd, put the file back or restore a copy, then start portd"
+            raise StoreUnavailable(self._write_problem)
 
-    def forget_ended(self, database: sqlite3.Connection, before: float) -> int:
-        """Delete the PRUNE_STEP leases that ended first, of those that ended before a time; returns how many these
-        were. Raises as `write` does."""
-        return self._run(database, _FORGET_ENDED, before)
-
-    def end_news(self, database: sqlite3.Connection, revision: int) -> None:
-        """Record the revision up to which events are news no more, before the first of them goes. Raises as `write`
-        does."""
-        self._run(database, "UPDATE meta SET value = ?1 WHERE key = 'pruned_to' AND value < ?1", revision)
-
-    def forget_events(self, database: sqlite3.Connection, revisions: Sequence[int]) -> int:
-        """Delete events; returns how many. Raises as `write` does."""
-        return self._run(database, _for_rows(_FORGET_EVENTS, 1, len(revisions)), *revisions)
-
-    def fold(self, database: sqlite3.Connection, mode: Literal["PASSIVE", "TRUNCATE"] = "PASSIVE") -> None:
-        """Copy the log's pages into the database, so that the log starts over. A failure loses nothing: the log still
-        has all of it, and folding is tried again when as much has come on top."""
-        if self.sealed is not None:
-            return
-        if self.log_frames >= CAP_FRAMES:
-            mode = "TRUNCATE"
-        problem = None
-        try:
-            database.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-        except sqlite3.Error as error:
-            problem = f"the log can't be folded into the database: {_reason(error) or error}"
-        self._fold_at = self.log_frames + FOLD_FRAMES
-        self._count_frames()
-        if problem is None and self.log_frames >= CAP_FRAMES:
-            problem = "another program keeps reading the database, so its log grows"
-        if problem is not None and problem != self._fold_problem:
-            logger.warning("%s: %s", self._path, problem)
-        self._fold_problem = problem
-
-    def release(self) -> None:
-        """Close what the writer has open. To be called once, after every connection of this process is closed."""
-        os.close(self._shared_memory)
-
-    def seal(self, why: str) -> None:
-        """Write nothing from now on: what the disk has can't be trusted, or may not be touched."""
-        self.sealed = why
-
-    def _refuse_if_sealed(self) -> None:
-        if self.sealed is not None:
-            raise StoreLost(f"{self._path} is not trusted any more: {self.sealed}; start over from the disk")
-
-    def _run(self, database: sqlite3.Connection, statement: str, *values: float) -> int:
+    def _run(self, database: sqlite3.Connection, statement: str, *values: float | None) -> int:
         """Run a statement that is a transaction by itself; returns how many rows it changed."""
-        self._refuse_if_sealed()
+        self._check_files()
         try:
             changed = database.execute(statement, values).rowcount
         except sqlite3.Error as error:
             raise self._failure(database, error, committing=True) from error
-        self._written()
+        self._written(COMMIT_PAGES + max(0, changed))
         return changed
 
     def _failure(self, database: sqlite3.Connection, error: Exception, *, committing: bool) -> PortdError:
-        """Roll back, and say what is known: the connection can be used again, or the store is sealed."""
+        """Roll back, and return what is known: the connection can be used again, or the store fails for good."""
         reason = _reason(error)
         if reason is None and not committing and _name(error).startswith("SQLITE_IOERR"):
             reason = "the disk reports errors"
+        if reason is None and isinstance(error, sqlite3.Error) and not committing and self.report_damage(error):
+            reason = self._damage
         try:
             if database.in_transaction:
                 database.execute("ROLLBACK")
         except sqlite3.Error:
             reason = None
         if reason is None:
-            self.seal(f"{error} ({_name(error)})")
-            return StoreLost(f"{self._path}: {self.sealed}: whether the last commit reached the disk is not known")
+            self.fail_stop(f"{error} ({_name(error)})")
+            return StoreLost(f"{self._path}: {self.failure}: whether the last commit reached the disk is not known")
+        self._watch.record()  # a transaction that was rolled back may have written to the log
         self._write_problem = reason
         return StoreUnavailable(
-            f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when that is mended"
+            f"{reason} ({self._path}): nothing has changed, and portd goes on by itself when that is fixed"
         )
 
-    def _written(self) -> None:
+    def _written(self, pages: int) -> None:
         self._write_problem = None
-        self._count_frames()
+        self._pages += pages
+        self._watch.record()
 
-    def _count_frames(self) -> None:
-        # mxFrame of the WAL-index header, native order (https://www.sqlite.org/walformat.html#the_wal_index_header):
-        # the file's size does not tell, since the log is written over.
-        frames = int.from_bytes(os.pread(self._shared_memory, 4, 16), sys.byteorder)
-        if frames < self.log_frames:  # folded whole, it has started over
-            self._fold_at = FOLD_FRAMES
-        self.log_frames = frames
+
+def _checkpoint_at(path: Path) -> int:
+    """Return after how many pages a checkpoint pays, on the disk as it is now."""
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return CHECKPOINT_PAGES
+    free_pages = disk.f_bavail * disk.f_frsize // PAGE_BYTES
+    return max(CHECKPOINT_PAGES_MIN, min(CHECKPOINT_PAGES, free_pages // 4))
+
+
+def _is_full(error: StoreUnavailable) -> bool:
+    return _name(error.__cause__).startswith("SQLITE_FULL") if error.__cause__ is not None else False
 
 
 def _lease_rows(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -279,5 +352,5 @@ def _reason(error: Exception) -> str | None:
     return next((text for prefix, text in _NOTHING_WRITTEN.items() if _name(error).startswith(prefix)), None)
 
 
-def _name(error: Exception) -> str:
+def _name(error: BaseException) -> str:
     return getattr(error, "sqlite_errorname", None) or type(error).__name__

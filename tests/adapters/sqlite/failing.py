@@ -86,17 +86,17 @@ async def sync_failed(path: Path, faults: Faults) -> None:
     await store.close()
 
 
-async def folding_failed(path: Path, faults: Faults) -> None:
+async def checkpoint_failed(path: Path, faults: Faults) -> None:
     store = await SqliteStore.open(path, "fast")
     await store.load()
     await store.commit(granted(range(1, 200)))
     faults.set(sync=errno.EIO)
-    await store._writing.run(store._writer.fold)
-    assert "can't be folded" in store.condition()["problem"]
+    await store._writing.run(store._writer.checkpoint)
+    assert "the checkpoint of the log failed" in store.condition()["problem"]
     assert len((await store.load()).live) == 199
     await store.commit(granted([200]))  # the log still takes commits
     faults.set()
-    await store._writing.run(store._writer.fold)
+    await store._writing.run(store._writer.checkpoint)
     assert store.condition()["problem"] is None
     await store.close()
     assert wal_of(path).stat().st_size == 0
@@ -104,7 +104,7 @@ async def folding_failed(path: Path, faults: Faults) -> None:
 
 
 if __name__ == "__main__":
-    scenario = {"writes_refused": writes_refused, "sync_failed": sync_failed, "folding_failed": folding_failed}
+    scenario = {"writes_refused": writes_refused, "sync_failed": sync_failed, "checkpoint_failed": checkpoint_failed}
     try:
         uvloop.run(scenario[sys.argv[1]](Path(sys.argv[2]), Faults(sys.argv[3])))
     except BaseException:

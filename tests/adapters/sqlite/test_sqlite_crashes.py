@@ -100,7 +100,7 @@ def lost_by_power_cuts(disk, tmp_path, durability, kept):
     assert child.communicate()[0] == ""
     assert child.returncode == 0
     entries = list(read_journal(journal))
-    assert sum(entry.kind == "S" and entry.name == "portd.db" for entry in entries) >= 2, "the log was never folded"
+    assert sum(entry.kind == "S" and entry.name == "portd.db" for entry in entries) >= 2, "there was no checkpoint"
     chance = random.Random(11)
     cuts = set(chance.sample(range(len(entries)), CUTS))
     lost, told = [], 0

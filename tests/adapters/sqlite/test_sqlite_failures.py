@@ -12,7 +12,7 @@ import pytest
 from portd.adapters.sqlite import writing
 from portd.adapters.sqlite.schema import wal_of
 from portd.adapters.sqlite.store import SqliteStore
-from portd.core.errors import StoreDamaged, StoreLost, StoreUnavailable
+from portd.core.errors import StateUnusable, StoreLost, StoreUnavailable
 from tests.adapters.sqlite.nouns import a_lease, an_event, granted
 from tests.adapters.sqlite.stores import opened
 
@@ -40,8 +40,8 @@ def test_after_a_failed_sync_the_store_refuses_everything_and_leaves_the_files_a
     on_failing_disk(disk, tmp_path, "sync_failed")
 
 
-def test_a_failed_folding_loses_nothing_and_is_made_good_later(disk, tmp_path):
-    on_failing_disk(disk, tmp_path, "folding_failed")
+def test_a_failed_checkpoint_loses_nothing_and_is_repeated_later(disk, tmp_path):
+    on_failing_disk(disk, tmp_path, "checkpoint_failed")
 
 
 def fill(place):
@@ -99,7 +99,7 @@ def test_a_start_on_a_full_disk_reads_everything_and_writes_when_there_is_space(
 def test_a_new_store_on_a_full_disk_says_so_and_is_made_once_there_is_space(small_disk):
     async def run():
         filler = fill(small_disk)
-        with pytest.raises(StoreDamaged, match="can't be used"):
+        with pytest.raises(StateUnusable, match="can't be used"):
             await SqliteStore.open(small_disk / "portd.db", "full")
         filler.unlink()
         await (await SqliteStore.open(small_disk / "portd.db", "full")).close()
@@ -111,7 +111,7 @@ def test_a_start_on_a_read_only_disk_says_so_and_changes_nothing(small_disk):
     async def run():
         await (await SqliteStore.open(small_disk / "portd.db", "full")).close()
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-        with pytest.raises(StoreDamaged, match="Read-only"):
+        with pytest.raises(StateUnusable, match="Read-only"):
             await SqliteStore.open(small_disk / "portd.db", "full")
         subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
         await (await SqliteStore.open(small_disk / "portd.db", "full")).close()
@@ -121,7 +121,7 @@ def test_a_start_on_a_read_only_disk_says_so_and_changes_nothing(small_disk):
 
 def test_a_place_where_no_store_can_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StoreDamaged, match="file can't be used for the store: "):
+    with pytest.raises(StateUnusable, match="file can't be used for the store: "):
         asyncio.run(SqliteStore.open(tmp_path / "file" / "portd.db", "full"))
 
 
@@ -159,7 +159,7 @@ def test_a_cancelled_commit_that_waits_for_the_disk_is_written_all_the_same(tmp_
     asyncio.run(run())
 
 
-def test_a_bug_that_gives_a_revision_twice_seals_the_store_rather_than_overwrite_an_event(tmp_path):
+def test_a_revision_given_twice_stops_the_store(tmp_path):
     async def run():
         async with opened(tmp_path / "portd.db") as store:
             await store.commit(granted([1, 2]))
@@ -185,9 +185,9 @@ def test_a_value_that_the_database_can_not_hold_leaves_nothing_of_its_batch(tmp_
 
 @pytest.fixture
 def small_log(monkeypatch):
-    """Fold early, so that a test need not write 64 MB."""
-    monkeypatch.setattr(writing, "FOLD_FRAMES", 50)
-    monkeypatch.setattr(writing, "CAP_FRAMES", 400)
+    """Checkpoint early, so that a test need not write 64 MB."""
+    monkeypatch.setattr(writing, "CHECKPOINT_PAGES", 50)
+    monkeypatch.setattr(writing, "CAP_PAGES", 400)
     monkeypatch.setattr(writing, "BUSY_TIMEOUT_S", 0.01)
 
 
@@ -204,7 +204,7 @@ def test_the_log_stays_small_however_long_the_load_lasts(tmp_path):
                     store.commit(granted(range(batch * 10 + 1, batch * 10 + 11))), store.history(20001), store.ended()
                 )
                 largest = max(largest, store.condition()["wal_bytes"])
-            assert largest < writing.CAP_FRAMES * FRAME_BYTES
+            assert largest < writing.CAP_PAGES * FRAME_BYTES
             assert (tmp_path / "portd.db").stat().st_size > 2 * largest
         assert wal_of(tmp_path / "portd.db").stat().st_size == 0
 
@@ -212,7 +212,7 @@ def test_the_log_stays_small_however_long_the_load_lasts(tmp_path):
 
 
 @pytest.mark.usefixtures("small_log")
-def test_a_log_that_another_programs_reading_keeps_from_folding_is_told_and_folded_after_it(tmp_path):
+def test_a_log_that_grows_under_a_foreign_reader_is_reported(tmp_path):
     async def run():
         async with opened(tmp_path / "portd.db") as store:
             revision = 0
@@ -232,6 +232,6 @@ def test_a_log_that_another_programs_reading_keeps_from_folding_is_told_and_fold
                 await commit_until(lambda: "keeps reading" in (store.condition()["problem"] or ""))
                 other.execute("COMMIT")
             await commit_until(lambda: store.condition()["problem"] is None)
-            await commit_until(lambda: store.condition()["wal_bytes"] < writing.CAP_FRAMES * FRAME_BYTES)
+            await commit_until(lambda: store.condition()["wal_bytes"] < writing.CAP_PAGES * FRAME_BYTES)
 
     asyncio.run(run())

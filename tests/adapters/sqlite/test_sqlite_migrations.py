@@ -126,7 +126,7 @@ def test_a_power_cut_while_schema_1_is_taken_over_loses_nothing(disk, tmp_path, 
         platters.ask(entry)
         after = tmp_path / f"after-{index}"
         platters.cut_power(after, chance, kept)
-        versions.add(schema.judge(after / "portd.db"))
+        versions.add(schema.inspect(after / "portd.db"))
         loaded = asyncio.run(load(after / "portd.db"))
         assert loaded.live == [event.lease for event in HISTORY[10:30] + TEN_BOUND]
         assert loaded.remembered == [event.lease for event in TEN_ENDS]
@@ -151,7 +151,7 @@ def test_a_database_of_every_older_number_is_brought_to_the_newest_with_all_it_h
     assert any("zone TEXT" in statement for statement in statements)
     assert any("notes" in statement for statement in statements)
     assert any("4711" in statement for statement in statements)
-    # The header tells it by itself, with no log beside it: an older portd can judge it unopened.
+    # The header tells it by itself, with no log beside it: an older portd can inspect it unopened.
     assert path.read_bytes()[60:64] == len(LATER).to_bytes(4, "big")
 
 

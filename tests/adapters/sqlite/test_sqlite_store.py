@@ -162,8 +162,8 @@ def test_a_pruning_that_a_crash_cut_short_is_finished_by_the_next_and_tells_no_h
     async def run():
         async with opened(path) as store:
             await store.commit([an_event(n, ended(a_lease(n), 1e9), "ended") for n in range(1, 201)])
-            await store._writing.run(store._writer.end_news, 150)
-            await store._writing.run(store._writer.forget_events, range(21, 71))
+            await store._writing.run(store._writer.set_pruned_to, 150)
+            await store._writing.run(store._writer.delete_events, range(21, 71))
         async with opened(path) as store:
             assert [event.revision for event in (await store.load()).events] == list(range(151, 201))
             assert await store.prune(0.0, 100) == 100
