@@ -97,8 +97,8 @@ MIGRATIONS: Final[Sequence[str]] = (
     """,
     # 3. `store_id` names this database among all others, so that a revision is never mistaken for one of another.
     "INSERT INTO meta SELECT 'store_id', random() & 9223372036854775807;",
-    # 4. History is bounded in bytes, in all and per user (-1: no uid). Triggers keep `usage` up to date, whatever deletes
-    # or inserts; its column `bytes` counts the bodies and ROW_BYTES for each lease's columns and index entries. A start
+    # 4. History is bounded in bytes, in all and per user (-1: no uid). Triggers keep `usage` up to date, whatever
+    # deletes or inserts; its column `bytes` counts the bodies and ROW_BYTES for each lease's columns and index entries. A start
     # reads the newest ends and no more, so `ended_by_end` need not hold what names a lease.
     f"""
     CREATE TABLE usage (
@@ -136,7 +136,7 @@ def prepare(path: Path, migrations: Sequence[str] = MIGRATIONS, *, was_used: boo
     if version is None:
         _create(path, migrations)
     elif version < len(migrations):
-        # Closing checkpoints the WAL, so the main file's header tells the new number even if nothing is written after it.
+        # Closing checkpoints the WAL, so the header of the main file has the new number even if no write follows.
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
             migrate(database, migrations)
 

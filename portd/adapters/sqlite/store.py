@@ -100,7 +100,7 @@ class SqliteStore:
                 await asyncio.to_thread(prepare, path, was_used=bool(lock.last_run.store_id))
                 writing = await Connection.open(partial(connect, path, durability))
                 undo.push_async_callback(writing.close)
-                # Opened last and closed last: while it is open the writer's closing runs no checkpoint: `close` decides.
+                # Opened last and closed last: while it is open the writer's closing runs no checkpoint.
                 reader = await Connection.open(partial(reading.connect, path))
                 undo.push_async_callback(reader.close)
                 writer = Writer(path, lock)
@@ -162,8 +162,8 @@ class SqliteStore:
         return await self._query(reading.ended, service, limit)
 
     async def prune(self, ended_before: float, events_kept: int) -> int:
-        """Delete leases that ended before `ended_before` (epoch seconds), those beyond the bounds of the history, and all
-        but the newest events (one always stays), PRUNE_STEP rows at a time; returns how many rows these were."""
+        """Delete leases that ended before `ended_before` (epoch seconds) or exceed the bounds of the history, and all but
+        the newest events (one always stays), PRUNE_STEP rows at a time; returns how many rows these were."""
         self._writer.unpruned_bytes = 0
         last, total = await self._read(reading.last_surplus_revision, events_kept), 0
         while gone := await self._delete(self._writer.delete_ended, ended_before):
@@ -282,8 +282,5 @@ def _notes(path: Path, last: LastRun) -> list[str]:
     if not path.exists() and not wal.exists():
         return [f"the leases of store {last.store_id} are gone: {path} is missing, and an empty one was made"]
     if last.is_open and not (wal.exists() and wal.stat().st_size):
-        return [
-            f"{wal} is missing, and the last run did not stop cleanly: grants and releases since its last checkpoint "
-            "may be lost"
-        ]
+        return [f"{wal} is missing after a crash: grants and releases since the last checkpoint may be lost"]
     return []
