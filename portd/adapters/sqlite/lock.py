@@ -17,6 +17,7 @@ from portd.core.errors import StateInUse
 TEXT_BYTES: Final = 64
 RESERVE_BYTES: Final = 256 << 10
 """Space that ends of leases may use on a full disk: some 200 of them until a checkpoint makes room in the log."""
+RESERVE_MIN_BYTES: Final = 8 << 10
 RESERVE_SHARE: Final = 16
 """The reserve is at most this part of the free space: a small disk is not filled by it."""
 
@@ -58,13 +59,19 @@ class StateLock:
         """Record which store is in use, and whether this run is still using it."""
         self._write(LastRun(store_id, is_open))
 
-    def reserve_space(self) -> None:
-        """Reserve space on the disk for `release_space`; does nothing where there is none to reserve."""
-        with suppress(OSError):
+    def reserve_space(self) -> bool:
+        """Reserve space on the disk for `release_space`; False where there is too little."""
+        try:
+            if os.fstat(self._descriptor).st_size > TEXT_BYTES:
+                return True
             disk = os.fstatvfs(self._descriptor)
             size = min(RESERVE_BYTES, disk.f_bavail * disk.f_frsize // RESERVE_SHARE)
-            if os.fstat(self._descriptor).st_size < size:
-                os.posix_fallocate(self._descriptor, 0, size)
+            if size < RESERVE_MIN_BYTES:
+                return False
+            os.posix_fallocate(self._descriptor, 0, size)
+        except OSError:
+            return False
+        return True
 
     def release_space(self) -> bool:
         """Give the reserved space back; False when there is none."""

@@ -18,7 +18,7 @@ EVENTS_LOADED: Final = 10_000
 
 EVENTS_BYTES: Final = 16 << 20
 """Bytes of the events that a start reads, and that pruning keeps: large events are kept for a shorter time."""
-ENDED_LOADED: Final = 10_000
+ENDED_LOADED: Final = 4_000
 """The newest ended leases that a start reads: names and ports beyond them begin anew. A start reads no more, however
 long the history is."""
 SURPLUS_READ: Final = 10_000

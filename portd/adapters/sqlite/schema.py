@@ -98,8 +98,8 @@ MIGRATIONS: Final[Sequence[str]] = (
     # 3. `store_id` names this database among all others, so that a revision is never mistaken for one of another.
     "INSERT INTO meta SELECT 'store_id', random() & 9223372036854775807;",
     # 4. History is bounded in bytes, in all and per user (-1: no uid). Triggers keep `usage` up to date, whatever
-    # deletes or inserts; its column `bytes` counts the bodies and ROW_BYTES for each lease's columns and index entries. A start
-    # reads the newest ends and no more, so `ended_by_end` need not hold what names a lease.
+    # deletes or inserts; its column `bytes` counts the bodies, and ROW_BYTES for the columns and index entries of each
+    # lease. A start reads the newest ends and no more, so `ended_by_end` need not hold what names a lease.
     f"""
     CREATE TABLE usage (
         uid INTEGER NOT NULL PRIMARY KEY,

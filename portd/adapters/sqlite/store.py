@@ -37,6 +37,8 @@ OnCommit = Callable[[float, int], None]
 
 READ_TIMEOUT_S: Final = 2.0
 """Seconds that a caller waits for a query: a disk that hangs is answered as one that fails."""
+REGAIN_S: Final = 0.5
+"""Seconds between two tries to reserve space again on a full disk."""
 BYTES_PER_PRUNE: Final = 64 << 20
 """Bytes of events after which pruning should not wait for its time."""
 
@@ -77,6 +79,7 @@ class SqliteStore:
         self._stuck: asyncio.Future[Any] | None = None
         self._on_commit: OnCommit = lambda seconds, count: None
         self._checkpointing: asyncio.Task[None] | None = None
+        self._regaining: asyncio.Task[None] | None = None
         self._last_commit_s = 0.0
 
     @classmethod
@@ -145,6 +148,8 @@ class SqliteStore:
         await self._writing.run(self._writer.write, events)
         self._last_commit_s = time.perf_counter() - started
         self._on_commit(self._last_commit_s, len(events))
+        if self._writer.is_short and (self._regaining is None or self._regaining.done()):
+            self._regaining = asyncio.create_task(self._regain_reserve())
         self._checkpoint_if_due()
 
     async def lease(self, lease_id: str) -> Lease | None:
@@ -162,8 +167,8 @@ class SqliteStore:
         return await self._query(reading.ended, service, limit)
 
     async def prune(self, ended_before: float, events_kept: int) -> int:
-        """Delete leases that ended before `ended_before` (epoch seconds) or exceed the bounds of the history, and all but
-        the newest events (one always stays), PRUNE_STEP rows at a time; returns how many rows these were."""
+        """Delete leases that ended before `ended_before` (epoch seconds) or exceed the bounds of the history, and all
+        but the newest events (one always stays), PRUNE_STEP rows at a time; returns how many rows these were."""
         self._writer.unpruned_bytes = 0
         last, total = await self._read(reading.last_surplus_revision, events_kept), 0
         while gone := await self._delete(self._writer.delete_ended, ended_before):
@@ -181,6 +186,8 @@ class SqliteStore:
 
         The log and its index stay behind, empty: with them a daemon can start, and read, on a full disk.
         """
+        if self._regaining is not None:
+            self._regaining.cancel()
         await self._writing.run(self._writer.checkpoint, "TRUNCATE")
         await self._writing.close()
         await self._reading.close()
@@ -245,6 +252,10 @@ class SqliteStore:
         """Queue a checkpoint behind the commit that made it due: its answer does not wait."""
         if self._writer.wants_checkpoint and (self._checkpointing is None or self._checkpointing.done()):
             self._checkpointing = asyncio.create_task(self._writing.run(self._writer.checkpoint))
+
+    async def _regain_reserve(self) -> None:
+        while not await self._writing.run(self._writer.regain_reserve):  # noqa: ASYNC110  # the disk notifies nobody
+            await asyncio.sleep(REGAIN_S)
 
     async def _query(
         self, work: Callable[Concatenate[sqlite3.Connection, P], Result], *args: P.args, **kwargs: P.kwargs

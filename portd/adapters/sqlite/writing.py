@@ -66,6 +66,10 @@ _DELETE_OLDEST_OF_USER: Final = f"""
     DELETE FROM ended WHERE revision IN
         (SELECT revision FROM ended WHERE uid IS ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
 _DELETE_EVENTS: Final = "DELETE FROM events WHERE revision IN (VALUES {rows})"
+_OLDEST_SURPLUS: Final = f"""
+    SELECT revision FROM events
+    WHERE revision < (SELECT max(revision) FROM events) AND revision NOT IN (SELECT revision FROM live)
+    ORDER BY revision LIMIT {PRUNE_STEP}"""
 
 _NOTHING_WRITTEN: Final = {
     "SQLITE_FULL": "the disk is full",
@@ -77,6 +81,9 @@ _NOTHING_WRITTEN: Final = {
     "SQLITE_PERM": "no permission to write",
 }
 """Errors that mean the transaction did not commit, by prefix: SQLite writes the commit frame last, then only syncs."""
+FULL: Final = _NOTHING_WRITTEN["SQLITE_FULL"]
+OBSERVED: Final = frozenset({"bound", "unbound", "conflict", "health", "announced", "passed"})
+"""Events that nobody requested: they have happened, whether the disk is full or not."""
 _DAMAGE: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
@@ -101,7 +108,8 @@ def connect(path: Path, durability: Durability) -> sqlite3.Connection:
 class Writer:
     """The work of the writing thread, and what it learned about the disk.
 
-    `failure` is None, or why nothing may be written any more (fail-stop).
+    `failure` is None, or why nothing may be written any more (fail-stop). `is_short`: the disk is too full for
+    grants; the reserved space may be in use.
     """
 
     def __init__(self, path: Path, lock: StateLock) -> None:
@@ -113,13 +121,16 @@ class Writer:
         self._checkpoint_problem: str | None = None
         self._pages = 0
         self._checkpoint_at = _checkpoint_at(path)
+        self.is_short = False
+        self._is_own_doing = False  # portd's own files fill the disk
         self.failure: str | None = None
         self.unpruned_bytes = 0
 
     @property
     def problem(self) -> str | None:
         """Say in one sentence what is wrong, or None."""
-        return self.failure or self._damage or self._write_problem or self._checkpoint_problem
+        full = FULL if self.is_short else None
+        return self.failure or self._damage or self._write_problem or full or self._checkpoint_problem
 
     @property
     def wants_checkpoint(self) -> bool:
@@ -134,23 +145,34 @@ class Writer:
     def write(self, database: sqlite3.Connection, events: Sequence[Event]) -> None:
         """Write events and the leases that they leave, in one transaction; without any, a page as it was.
 
-        A full disk is relieved as far as possible: a checkpoint lets the log start over, and everything but grants may
-        use the reserved space. Raises StoreUnavailable when surely nothing was written, StoreLost when nobody knows,
-        and ever after.
+        On a full disk, observations (an owner has exited) may use the reserved space, and a disk that portd
+        filled itself can be emptied by releasing. Raises StoreUnavailable when surely nothing was written, StoreLost
+        when nobody knows, and ever after.
         """
         try:
             rows = [(event.revision, event.at, event.type, encode_lease(event.lease)) for event in events]
         except (ValueError, OverflowError) as error:
             raise self._failure(database, error, committing=False) from error
+        if not self.regain_reserve(database):
+            self._is_own_doing = self._fills_disk()
+        if self.is_short and not all(map(self._may_use_reserve, events)):
+            raise StoreUnavailable(f"{FULL} ({self._path}): nothing has changed; free some space")
         try:
             self._write_rows(database, events, rows)
         except StoreUnavailable as error:
-            if not _is_full(error):
+            if not _is_full(error) or not self._relieve(database, events):
                 raise
-            self._run_checkpoint(database, "PASSIVE")
-            if all(event.type != "granted" for event in events):
-                self._lock.release_space()
             self._write_rows(database, events, rows)
+        if self.is_short and self._is_own_doing:
+            self._delete_surplus(database)  # so that the next release finds free pages
+
+    def regain_reserve(self, database: sqlite3.Connection) -> bool:
+        """Reserve space again if the reserve was used; False while the disk is too full for grants."""
+        if self.is_short:
+            self.is_short = False
+            self._run_checkpoint(database, "PASSIVE")  # may find the disk full again
+            self.is_short = not self._lock.reserve_space() or self.is_short
+        return not self.is_short
 
     def start(self, database: sqlite3.Connection, revision: int) -> None:
         """Record the revision after which this start gives its own. Raises as `write` does."""
@@ -202,6 +224,8 @@ class Writer:
             _, in_log, copied = database.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
         except sqlite3.Error as error:
             problem = f"the checkpoint of the log failed: {_reason(error) or error}"
+            # What is in the log must still fit into the database with the reserve's help.
+            self.is_short = _reason(error) == FULL or self.is_short
         else:
             self._pages = max(0, in_log - copied)
         if problem is None and self._pages >= CAP_PAGES:
@@ -219,6 +243,43 @@ class Writer:
         if _name(error).startswith(_DAMAGE):
             self._damage = f"{self._path} is damaged ({error}): stop portd and restore a copy"
         return self._damage is not None
+
+    def _relieve(self, database: sqlite3.Connection, events: Sequence[Event]) -> bool:
+        """Make space on a full disk for these events, as far as they may have it; False where they may not."""
+        self._is_own_doing = self._fills_disk()
+        may_use_reserve = all(map(self._may_use_reserve, events))
+        if may_use_reserve:
+            self.is_short = self._lock.release_space() or self.is_short
+        if self._is_own_doing:
+            self._run_checkpoint(database, "PASSIVE")  # the log starts over
+        if self._is_own_doing and may_use_reserve:
+            self._delete_surplus(database)  # the database has free pages again
+        return may_use_reserve or self._is_own_doing
+
+    def _delete_surplus(self, database: sqlite3.Connection) -> None:
+        """Delete the oldest history and events that nothing live needs, as far as the disk lets it."""
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(_DELETE_OLDEST)
+            surplus = [revision for (revision,) in database.execute(_OLDEST_SURPLUS).fetchall()]
+            if surplus:
+                database.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'pruned_to'", surplus[-1:])
+                database.execute(_for_rows(_DELETE_EVENTS, 1, len(surplus)), surplus)
+            database.execute("COMMIT")
+        except sqlite3.Error as error:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            logger.debug("%s: nothing could be deleted on the full disk: %s", self._path, error)
+        self._watch.record()
+
+    def _fills_disk(self) -> bool:
+        """Tell whether portd's own files are most of what is on the disk."""
+        return 2 * sum(self._watch.sizes) >= _used_bytes(self._path)
+
+    def _may_use_reserve(self, event: Event) -> bool:
+        if event.type == "ended":
+            return self._is_own_doing or event.lease.ended_because != "released"
+        return event.type in OBSERVED
 
     def _write_rows(self, database: sqlite3.Connection, events: Sequence[Event], rows: Sequence[Row]) -> None:
         self._check_files()
@@ -296,6 +357,11 @@ def _checkpoint_at(path: Path) -> int:
         return CHECKPOINT_PAGES
     free_pages = disk.f_bavail * disk.f_frsize // PAGE_BYTES
     return max(CHECKPOINT_PAGES_MIN, min(CHECKPOINT_PAGES, free_pages // 4))
+
+
+def _used_bytes(path: Path) -> int:
+    disk = os.statvfs(path.parent)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
 
 def _is_full(error: StoreUnavailable) -> bool:
