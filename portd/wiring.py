@@ -155,16 +155,9 @@ def host_name() -> str:
 def store_holds(holds: KernelHolds) -> int:
     """Leave the holds to the service manager, so that nobody gets their ports before the next start.
 
-    Returns how many were stored. UDP sockets that were handed over are not among them: they are their owners', and need
-    no keeper. Raises OSError at a limit of descriptors.
+    Returns how many were stored. Raises OSError at a limit of descriptors.
     """
-    ours = holds.inodes()
-    owned = [
-        (lease_id, held)
-        for lease_id, sockets in holds.held()
-        for part, held in sockets.items()
-        if part == "tcp" or os.fstat(held.fileno()).st_ino in ours
-    ]
+    owned = list(holds.unclaimed())
     return len(owned) if systemd.store(owned) else 0
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from portd.core.bindings import LOCALHOST
 from portd.core.errors import AnnounceUnreachable, InvalidRequest
 from portd.core.model import MAIN_ENDPOINT, OWN_ADDRESS, Announcement, Check, HttpCheck, Protocol
 from portd.core.requests import AnnounceRequest
@@ -187,7 +188,7 @@ def resolve(
 
 def reachable(address: str) -> bool:
     """Return whether other hosts can reach the address: not a loopback one, and not `own`."""
-    if address == OWN_ADDRESS:
+    if address in (OWN_ADDRESS, LOCALHOST):
         return False
     parsed = ip_address(address)
     if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:

@@ -17,7 +17,7 @@ import msgspec
 
 from portd.core import announcing
 from portd.core.allocator import Allocator, Ask
-from portd.core.bindings import Binding
+from portd.core.bindings import LOCALHOST, Binding
 from portd.core.errors import (
     FILE_LIMIT,
     Busy,
@@ -170,7 +170,8 @@ class Granter:
         privileged = caller.admin or own or (static is not None and wish == static.port)
         token = self._make_token()
         lease_id = self._make_id(now.at)
-        place = self._find(lease_id, ask, hold, now, privileged=privileged)
+        whole = not (request.exact or own)
+        place = self._find(lease_id, ask, hold, now, privileged=privileged, whole=whole)
         lifetime: Lifetime = "process"
         if request.ttl is not None:
             lifetime = "ttl"
@@ -220,7 +221,8 @@ class Granter:
         self._holds.drop(lease.id)
         ask = Ask(lease.name, lease.protocol, lease.address, None, lease.pool, exact=False)
         try:
-            place = self._find(lease.id, ask, lease.hold, now, privileged=privileged)
+            whole = not lease.own_address
+            place = self._find(lease.id, ask, lease.hold, now, privileged=privileged, whole=whole)
         except BaseException:
             self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
             raise
@@ -356,7 +358,8 @@ class Granter:
             return self._allocator.own_address(request.service, instance), True
         return _normal_address(request.address), False
 
-    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool) -> Binding:
+    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool, whole: bool) -> Binding:
+        """Find a port that works. `whole`: its number must be free at every address of this host."""
         tries = 0
 
         def works(place: Binding) -> bool:
@@ -374,7 +377,7 @@ class Granter:
             tries += 1
             if tries > TRIES_MAX:
                 raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by foreign processes; try again")
-            taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold)
+            taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold, whole=whole)
             if taken == "taken":
                 return True
             if taken == "busy" and self._allocator.pool_of(place.port) is not None and not self._mine(place):
@@ -398,10 +401,12 @@ class Granter:
 @lru_cache(maxsize=1024)
 def _normal_address(text: str) -> str:
     """Return an address in its one spelling; raises InvalidRequest for what no service binds."""
+    if text == LOCALHOST:
+        return text
     try:
         address = ipaddress.ip_address(text)
     except ValueError as error:
-        raise InvalidRequest(f"{text!r} is not an IP address, nor 'own'", pointer="/address") from error
+        raise InvalidRequest(f"{text!r} is not an IP address, 'localhost' or 'own'", pointer="/address") from error
     if address.is_multicast or (address.version == 6 and (address.ipv4_mapped or address.scope_id)):
         raise InvalidRequest(f"{text} is not an address that a service listens on", pointer="/address")
     return str(address)

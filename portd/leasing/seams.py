@@ -29,8 +29,12 @@ Taken = Literal["taken", "busy", "no_address", "forbidden", "no_descriptors"]
 class Holds(Protocol):
     """The sockets that portd keeps bound so that nobody gets a leased port by accident. All calls return at once."""
 
-    def take(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> Taken:
+    def take(
+        self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind, *, whole: bool = False
+    ) -> Taken:
         """Bind the port for the lease, all of its protocols or none. With `none` the port is only tested.
+
+        `whole`: the number must be free at every address of this host, not only at this one.
 
         Whatever the kind, `taken` means that at this moment no other process had the port.
         """
@@ -41,8 +45,8 @@ class Holds(Protocol):
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
 
-    def is_free(self, protocol: LeaseProtocol, address: str, port: int) -> bool:
-        """Tell whether nobody has the port bound, without keeping it. Sockets in TIME_WAIT don't count."""
+    def is_free(self, protocol: LeaseProtocol, address: str, port: int, *, whole: bool = False) -> bool:
+        """Tell whether nobody has the port bound (`whole`: at any address), without keeping it. Sockets in TIME_WAIT don't count."""
 
 
 class Process(NamedTuple):

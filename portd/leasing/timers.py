@@ -90,7 +90,9 @@ class LeaseClocks:
                 change.fields["renewed_at"] = renewed_at
             self._journal.observe(change)
         for quarantine in self._allocator.due_looks(now.tick):
-            self._allocator.seen(quarantine, self._holds.is_free(*quarantine.place), now.tick)
+            self._allocator.seen(
+                quarantine, self._holds.is_free(*quarantine.place, whole=quarantine.kind == "declined"), now.tick
+            )
         if now.tick >= self._hold_again_at:
             self._hold_again_at = now.tick + HOLD_AGAIN_S
             for lease_id in tuple(self._without_hold):

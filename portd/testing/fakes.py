@@ -42,15 +42,17 @@ class FakeHolds:
         self.descriptors_left = 1_000_000
         self.take_count = 0
 
-    def take(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> Taken:
-        """Bind the place unless somebody has it."""
+    def take(
+        self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind, *, whole: bool = False
+    ) -> Taken:
+        """Bind the port unless somebody has it."""
         self.take_count += 1
         if address in self.foreign_addresses:
             return "no_address"
         if len(self.held) >= self.descriptors_left:
             return "no_descriptors"
         place = Binding(protocol, address, port)
-        if not self.is_free(protocol, address, port):
+        if not self.is_free(protocol, address, port, whole=whole):
             return "busy"
         if kind != "none":
             assert lease_id not in self.held, f"{lease_id} has a hold already"
@@ -65,8 +67,10 @@ class FakeHolds:
         """Let go."""
         self.held.pop(lease_id, None)
 
-    def is_free(self, protocol: Protocol, address: str, port: int) -> bool:
-        """Tell whether nobody has the place."""
+    def is_free(self, protocol: Protocol, address: str, port: int, *, whole: bool = False) -> bool:
+        """Tell whether nobody has the port."""
+        if whole and not self.is_free(protocol, "::", port):
+            return False
         place = Binding(protocol, address, port)
         others = [held for held, _ in self.held.values()]
         return not any(conflicts(place, other) for other in (*others, *self.foreign))

@@ -184,10 +184,16 @@ def test_a_held_port_is_kept_from_all_that_do_not_bind_as_servers_do(daemon: Dae
 
 
 def test_a_port_that_somebody_listens_on_is_never_granted(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon(port_count=3).start()
-    with listen_on(daemon.first_port), listen_on(daemon.first_port + 1, "0.0.0.0"):
-        wish = daemon.lease("wish", port=daemon.first_port)
-        assert wish["port"] == daemon.first_port + 2
+    daemon = make_daemon(port_count=5).start()
+    first = daemon.first_port
+    with (
+        listen_on(first),
+        listen_on(first + 1, "0.0.0.0"),
+        listen_on(first + 2, "::1"),
+        listen_on(first + 3, "127.0.0.9"),
+    ):
+        wish = daemon.lease("wish", port=first)
+        assert wish["port"] == first + 4
         refused = daemon.call("POST", "/v1/leases", {"service": "more"})
         assert (refused.status, refused.code) == (503, "pool_exhausted")
         assert daemon.verdict(daemon.first_port) in ("unmanaged", "declined")

@@ -5,7 +5,8 @@ With it, whoever sets it too may bind and listen, of any user, and all others st
 as well. The option takes effect on a bound socket at once, so one descriptor is lock and open door in turn. It is kept,
 never made anew: a second bind fails once the owner listens.
 
-A port is first bound *without* the option: that alone proves that nobody has it. This module must not know owners.
+A port is first bound *without* the option: that alone proves that nobody has it. A number that portd chooses is free at
+every address of the host: a bind of dual-stack `::` finds all of them. This module must not know owners.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal
 
-from portd.core.bindings import overlaps
+from portd.core.bindings import ANY, ANY_V4, addresses_of, overlaps
 from portd.core.model import HoldKind, Listener, Protocol
 from portd.leasing.seams import Taken
 
 Part = Literal["tcp", "udp"]
 """What the kernel binds: `both` is one of each."""
-Sockets = dict[Part, socket.socket]
+Slot = Literal["tcp", "udp", "tcp6", "udp6"]
+"""The sockets of a hold: `localhost` has two of each part, on 127.0.0.1 and on ::1."""
+Sockets = dict[Slot, socket.socket]
 
 BoundSockets = Callable[[Part, int], Collection[Listener]]
 """Gives what is bound to a port without a connection, listening or not, portd's own too (`SocketDiag.bound`)."""
 
 _FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _TYPES: Final[dict[Part, int]] = {"tcp": socket.SOCK_STREAM | _FLAGS, "udp": socket.SOCK_DGRAM | _FLAGS}
+_SLOTS: Final[dict[Part, tuple[Slot, Slot]]] = {"tcp": ("tcp", "tcp6"), "udp": ("udp", "udp6")}
+_PART_OF: Final[dict[Slot, Part]] = {"tcp": "tcp", "tcp6": "tcp", "udp": "udp", "udp6": "udp"}
 _PARTS: Final[dict[Protocol, tuple[Part, ...]]] = {"tcp": ("tcp",), "udp": ("udp",), "both": ("tcp", "udp")}
 _REFUSALS: Final[dict[int | None, Taken]] = {
     errno.EADDRINUSE: "busy",
@@ -55,17 +60,24 @@ class KernelHolds:
 
     # --- the seam ---
 
-    def take(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> Taken:
-        """Bind the port for the lease, all of its protocols or none; with `none` it is only tested."""
+    def take(
+        self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind, *, whole: bool = False
+    ) -> Taken:
+        """Bind the port for the lease, all of its protocols or none; with `none` it is only tested.
+
+        `whole`: the number must be free at every address of the host.
+        """
         assert lease_id not in self._held, f"lease {lease_id} has a hold"
         parts, kept = _PARTS[protocol], _kept_parts(protocol, kind)
         try:
+            if whole:
+                self._test_number(parts, port)
             sockets = self._bind_all(parts, address, port)
         except OSError as error:
             return _refusal(error)
-        for part in parts:
-            if part not in kept:
-                sockets.pop(part).close()
+        for slot in tuple(sockets):
+            if _PART_OF[slot] not in kept:
+                sockets.pop(slot).close()
         self._keep(lease_id, sockets, kind)
         return "taken"
 
@@ -84,18 +96,20 @@ class KernelHolds:
 
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
-        for part, held in self._held.pop(lease_id, {}).items():
-            if part == "udp":
+        for slot, held in self._held.pop(lease_id, {}).items():
+            if _PART_OF[slot] == "udp":
                 self._udp_inodes.discard(_inode(held))
             held.close()
 
-    def is_free(self, protocol: Protocol, address: str, port: int) -> bool:
-        """Tell whether nobody has the port bound, without keeping it.
+    def is_free(self, protocol: Protocol, address: str, port: int, *, whole: bool = False) -> bool:
+        """Tell whether nobody has the port bound (`whole`: at any address of the host), without keeping it.
 
         What can't be tried, for want of descriptors or of rights, does not count as free. An address that has left
         this host does: there is nothing to wait for.
         """
         try:
+            if whole:
+                self._test_number(_PARTS[protocol], port)
             sockets = self._bind_all(_PARTS[protocol], address, port)
         except OSError as error:
             return _refusal(error) == "no_address"
@@ -105,11 +119,11 @@ class KernelHolds:
 
     # --- for the handoff, and for what outlives the daemon ---
 
-    def sockets(self, lease_id: str) -> Mapping[Part, socket.socket]:
+    def sockets(self, lease_id: str) -> Mapping[Slot, socket.socket]:
         """Return the lease's held sockets, none where it has no hold. They stay the holds': pass on a duplicate."""
         return self._held.get(lease_id, {})
 
-    def pass_on(self, lease_id: str, protocol: Protocol, address: str, port: int) -> Mapping[Part, socket.socket]:
+    def pass_on(self, lease_id: str, protocol: Protocol, address: str, port: int) -> Mapping[Slot, socket.socket]:
         """Return the lease's sockets to be passed to its owner: from now on they count as its own.
 
         What the hold does not keep (UDP, or anything with `none`) is bound now; raises OSError where somebody has it.
@@ -118,31 +132,42 @@ class KernelHolds:
         missing = self._bind_all([part for part in _PARTS[protocol] if part not in held], address, port)
         if missing:
             held = self._held[lease_id] = {**held, **missing}
-        if "udp" in held:
-            self._udp_inodes.discard(_inode(held["udp"]))
+        for slot in _SLOTS["udp"]:
+            if slot in held:
+                self._udp_inodes.discard(_inode(held[slot]))
         return held
 
     def door(self, lease_id: str, *, is_open: bool) -> None:
         """Let others that set SO_REUSEADDR bind over the lease's TCP hold, or nobody; it may be called at any time."""
-        held = self._held.get(lease_id, {}).get("tcp")
-        if held is not None:
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_open)
+        sockets = self._held.get(lease_id, {})
+        for slot in _SLOTS["tcp"]:
+            if slot in sockets:
+                sockets[slot].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_open)
 
     def adopt(self, lease_id: str, sockets: Iterable[socket.socket]) -> None:
-        """Take over bound sockets that outlived another daemon, one of a protocol at most; doors stay as they are."""
+        """Take over bound sockets that outlived another daemon, one of a protocol and address; options stay."""
         assert lease_id not in self._held, f"lease {lease_id} has a hold"
         adopted: Sockets = {}
         for passed in sockets:
             part: Part = "udp" if passed.type == socket.SOCK_DGRAM else "tcp"
-            assert part not in adopted, f"lease {lease_id} was passed two {part} sockets"
+            slot = next((slot for slot in _SLOTS[part] if slot not in adopted), None)
+            assert slot is not None, f"lease {lease_id} was passed three {part} sockets"
             passed.set_inheritable(False)
             passed.setblocking(False)
-            adopted[part] = passed
+            adopted[slot] = passed
         self._register(lease_id, adopted)
 
-    def held(self) -> Iterator[tuple[str, Mapping[Part, socket.socket]]]:
+    def held(self) -> Iterator[tuple[str, Mapping[Slot, socket.socket]]]:
         """Yield every lease that has a hold, with its sockets."""
         yield from self._held.items()
+
+    def unclaimed(self) -> Iterator[tuple[str, socket.socket]]:
+        """Yield the sockets that keep ports, with their leases. UDP sockets that were handed over are not among them:
+        they are their owners', and need no keeper."""
+        for lease_id, sockets in self._held.items():
+            for slot, held in sockets.items():
+                if _PART_OF[slot] == "tcp" or _inode(held) in self._udp_inodes:
+                    yield lease_id, held
 
     @property
     def count(self) -> int:
@@ -164,22 +189,41 @@ class KernelHolds:
     # --- parts ---
 
     def _keep(self, lease_id: str, sockets: Sockets, kind: HoldKind) -> None:
-        if kind == "shared" and "tcp" in sockets:
-            sockets["tcp"].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        if kind == "shared":
+            for slot in _SLOTS["tcp"]:
+                if slot in sockets:
+                    sockets[slot].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
         self._register(lease_id, sockets)
 
     def _register(self, lease_id: str, sockets: Sockets) -> None:
         if sockets:
             self._held[lease_id] = sockets
-        if "udp" in sockets:
-            self._udp_inodes.add(_inode(sockets["udp"]))
+        self._udp_inodes.update(_inode(sockets[slot]) for slot in _SLOTS["udp"] if slot in sockets)
+
+    def _test_number(self, parts: Iterable[Part], port: int) -> None:
+        """Raise OSError, EADDRINUSE, where somebody has the number at any address of the host. Costs 10 µs a part."""
+        for part in parts:
+            try:
+                self._bind_alone(part, ANY, port).close()
+            except OSError as error:
+                if _REFUSALS.get(error.errno) != "no_address":
+                    raise
+                self._bind_alone(part, ANY_V4, port).close()  # no IPv6 on this host
 
     def _bind_all(self, parts: Iterable[Part], address: str, port: int) -> Sockets:
-        """Bind all of the protocols or none, each as a lock; raises OSError, EADDRINUSE when somebody has one."""
+        """Bind all of the protocols and addresses or none, each as a lock; raises OSError, EADDRINUSE when somebody has
+        one. Of `localhost` one family is enough where the host has no other."""
         sockets: Sockets = {}
+        addresses = addresses_of(address)
         try:
             for part in parts:
-                sockets[part] = self._bind_alone(part, address, port)
+                for slot, one in zip(_SLOTS[part], addresses, strict=False):
+                    try:
+                        sockets[slot] = self._bind_alone(part, one, port)
+                    except OSError as error:
+                        is_last = one == addresses[-1] and _SLOTS[part][0] not in sockets
+                        if len(addresses) == 1 or is_last or _REFUSALS.get(error.errno) != "no_address":
+                            raise
         except BaseException:
             for bound in sockets.values():
                 bound.close()
@@ -209,8 +253,8 @@ class KernelHolds:
     def _is_alone(self, bound: socket.socket, address: str, port: int) -> bool:
         """Tell whether the socket table shows this TCP socket, and no other one in its way.
 
-        A table that does not show it (Linux before 6.8), or can't be read, would not show a foreign process's either: then
-        nothing is proved, and the port counts as taken until the old connections have ended (a minute in TIME_WAIT).
+        A table that does not show it (Linux before 6.8), or can't be read, would not show a foreign process's either:
+        then nothing is proved, and the port counts as taken until the old connections have ended (TIME_WAIT: a minute).
         """
         try:
             in_table = self._bound_sockets("tcp", port)

@@ -40,6 +40,36 @@ def test_a_strangers_tcp_port_is_not_taken(holds, port, descriptors, kind, addre
     assert holds.take("a", "both", address, port, kind) == "taken"
 
 
+@pytest.mark.parametrize("options", [{"listen": True, "reuse": True}, {"reuse": True}, {"udp": True}])
+@pytest.mark.parametrize("address", ["127.0.0.2", "::1", "0.0.0.0", "::"])
+def test_a_number_that_is_taken_at_any_address_is_not_whole(holds, port, descriptors, address, options):
+    protocol = "udp" if options.get("udp") else "tcp"
+    with foreign(address, port, **options):
+        before = descriptors()
+        assert holds.take("a", protocol, "127.0.0.1", port, "none", whole=True) == "busy"
+        assert not holds.is_free(protocol, "127.0.0.1", port, whole=True)
+        assert descriptors() == before
+    assert holds.take("a", protocol, "127.0.0.1", port, "none", whole=True) == "taken"
+
+
+@pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
+def test_connections_that_a_dead_server_left_do_not_keep_its_number(holds, spawn, port, leave):
+    with leave_behind(spawn, "127.0.0.1", port, leave, reuse="reuse"):
+        assert holds.take("a", "tcp", "127.0.0.1", port, "shared", whole=True) == "taken"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_localhost_is_held_at_both_loopback_addresses(holds, port, address):
+    with foreign(address, port):
+        assert holds.take("a", "tcp", "localhost", port, "shared") == "busy"
+    assert holds.take("a", "tcp", "localhost", port, "shared") == "taken"
+    assert not can_bind(address, port)
+    assert can_bind(address, port, reuse=True, listen=True)
+    assert len(holds.pass_on("a", "tcp", "localhost", port)) == 2
+    holds.drop("a")
+    assert can_bind(address, port)
+
+
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_strangers_udp_port_is_not_taken_nor_half_of_it(holds, port, descriptors, kind, reuse):
