@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,20 +199,21 @@ def test_clients_that_send_descriptors_or_hang_up_leave_nothing_behind(daemon: D
     wait_for(lambda: open_files() <= before, "all is closed")
 
 
-def test_more_connections_than_the_bound_are_closed_and_there_is_room_again(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon(prelude="import portd.adapters.handoff as h; h.CONNECTIONS_MAX = 5; h.IDLE_S = 0.5").start()
-    with contextlib.ExitStack() as stack:
+def test_one_users_connections_keep_no_other_user_out(make_daemon: MakeDaemon) -> None:
+    limits = "h.CONNECTIONS_PER_USER = 5; h.IDLE_S = 0.5"
+    daemon = make_daemon(prelude=f"import portd.adapters.handoff as h; {limits}").start()
+    with contextlib.ExitStack() as stack, Puppet(daemon, uid=NOBODY) as other:
         silent = [stack.enter_context(handoff(daemon)) for _ in range(5)]
         late = stack.enter_context(handoff(daemon))
-        with contextlib.suppress(ConnectionResetError):
-            assert late.recv(1) == b""
-        assert silent[0].recv(1) == b"", "the silent are cut off"
+        assert json.loads(late.recv(65536))["problem"]["code"] == "busy"
+        assert other.hand_over({"request": {"service": "other"}})[0]["lease"]
+        assert silent[0].recv(1) == b"", "silent connections are closed"
     with Puppet(daemon) as puppet:
-        answer, _ = wait_for(lambda: puppet.hand_over({"request": {"service": "room"}}), "there is room again")
+        answer, _ = wait_for(lambda: puppet.hand_over({"request": {"service": "again"}}), "the share is free again")
     assert answer["lease"]
 
 
-def test_at_the_file_limit_it_says_busy_and_goes_on_when_there_is_room(make_daemon: MakeDaemon) -> None:
+def test_at_the_file_limit_every_caller_is_answered_busy(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     with owner() as process, handoff(daemon) as connection:
         lease = daemon.lease("none", pid=process.pid, hold="none")
@@ -226,12 +226,13 @@ def test_at_the_file_limit_it_says_busy_and_goes_on_when_there_is_room(make_daem
         assert ask({"lease": "none"})[0]["problem"]["code"] == "not_found"  # it has been let in
         allow_files(daemon.pid, None)
         with handoff(daemon) as late:
-            late.send(b'{"lease": "none"}')
-            problem = ask({"lease": lease["id"]})[0]["problem"]
-            assert (problem["code"], problem["status"]) == ("busy", 503)
-            assert not select.select([late], [], [], 0)[0], "nobody is let in without a descriptor"
-            allow_files(daemon.pid, 4096)
-            assert json.loads(receive(late)[0])["problem"]["code"] == "not_found"
+            assert json.loads(receive(late)[0])["problem"]["code"] == "busy"
+        problem = ask({"lease": lease["id"]})[0]["problem"]
+        assert (problem["code"], problem["status"]) == ("busy", 503)
+        allow_files(daemon.pid, 4096)
+        with handoff(daemon) as later:
+            later.send(b'{"lease": "none"}')
+            assert json.loads(receive(later)[0])["problem"]["code"] == "not_found"
         _, (passed,) = ask({"lease": lease["id"]})
         with passed:
             assert passed.getsockname() == (lease["address"], lease["port"])

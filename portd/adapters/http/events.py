@@ -20,10 +20,10 @@ from portd.adapters.http.calls import Call, Route, encode
 from portd.adapters.http.front import FRONT
 from portd.adapters.http.problems import problem_of
 from portd.adapters.http.revisions import After, Revisions
-from portd.adapters.http.shares import Shares
 from portd.core.errors import InvalidRequest, RevisionGone
 from portd.core.model import Event, Label
 from portd.core.rights import Caller, sees_cmdline
+from portd.core.shares import Shares
 from portd.core.views import EventView, view_event
 from portd.leasing.feed import Feed
 

@@ -11,11 +11,11 @@ from msgspec import Meta, Struct
 from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, Rows, decode_cursor, in_order, page
 from portd.adapters.http.revisions import After, Revisions
-from portd.adapters.http.shares import Shares
 from portd.core.announcing import LanService
 from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
 from portd.core.rights import sees_cmdline
+from portd.core.shares import Shares
 from portd.core.views import LeaseView, OwnerView, moment
 from portd.core.visibility import serving
 from portd.leasing.feed import Feed

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from portd.adapters.http import paging
 from portd.adapters.http.paging import Rows, decode_cursor, encode_cursor, in_order, page
 from portd.adapters.http.problems import InvalidQuery
-from portd.adapters.http.shares import Shares
 from portd.core.errors import Busy
+from portd.core.shares import Shares
 
 encode = msgspec.json.encode
 
