@@ -1,12 +1,11 @@
-"""`portd doctor`: what on this host stands in portd's way, why it matters, and the exact mend.
+"""`portd doctor`: reads the daemon and the host, and prints what is wrong with the fix for each.
 
-A check is a function from what was read of the host to findings, so that each can be tried on any host's words. A
-`problem` will hurt sooner or later and makes the exit status 1; `advice` is what more could be had.
+The rules are in `diagnoses`; here is what they need to know. The settings are those of the daemon that answers: its own
+status where that says it, else the file that its command line names.
 """
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 
@@ -14,334 +13,211 @@ from portd._client import calls
 from portd._client.client import Client
 from portd._client.endpoints import SYSTEM_SOCKET
 from portd._client.errors import DaemonUnavailable, PortdError
-from portd.cli import printing
+from portd.cli import diagnoses, printing
+from portd.cli.diagnoses import Diagnosis
 from portd.cli.options import JSON, Command, Option
-from portd.config import Paths, Settings, dns_addresses, load, pool_ports, system_paths, user_paths
+from portd.config import Settings, load, pool_ports, system_paths, user_paths
 from portd.core.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Literal
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
 
-DESCRIPTORS_SPARE = 1024
-"""What a daemon needs beside one descriptor a held port and one an owner: connections, checks, the store."""
-CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE = 10, 19
-"""Bits of capabilities(7)."""
-AVAHI = "avahi-daemon"
-
-
-class Finding:
-    """One thing that is not as it should be."""
-
-    __slots__ = ("mend", "severity", "what", "why")
-
-    def __init__(self, severity: Literal["problem", "advice"], what: str, why: str, mend: str) -> None:
-        self.severity = severity
-        self.what = what
-        self.why = why
-        self.mend = mend
+RESOLVER_TIMEOUT_S = 6.0
+"""Seconds for the host's resolver to answer: one retry of a glibc resolver (resolv.conf(5))."""
+PROBE_NAME = "ns"
+"""A name in portd's zone that always has an address: the one that its NS record points to."""
+TIME_ERROR = 5
+"""What adjtimex(2) returns for a clock that is not synchronized."""
 
 
 def doctor(values: dict[str, Any]) -> int:
-    """Examine the host, and print what was found."""
-    findings = list(_examine(values["config"]))
+    """Examine the host and print the diagnoses."""
+    found = list(_examine(values["config"]))
+    problems = sum(one.severity == "problem" for one in found)
     if values["json"]:
-        printing.json(
-            {
-                "findings": [
-                    {name: getattr(finding, name) for name in ("severity", "what", "why", "mend")}
-                    for finding in findings
-                ]
-            }
-        )
-    for finding in findings if not values["json"] else ():
-        mend, *more = finding.mend.split("\n")
-        printing.facts(
-            [(finding.severity, finding.what), ("why", finding.why), ("mend", mend), *(("", line) for line in more)]
-        )
+        fields = ("severity", "what", "why", "fix")
+        printing.json({"diagnoses": [{name: getattr(one, name) for name in fields} for one in found]})
+        return 1 if problems else 0
+    for one in found:
+        fix, *more = one.fix.split("\n")
+        printing.facts([(one.severity, one.what), ("why", one.why), ("fix", fix), *(("", line) for line in more)])
         print()
-    problems = sum(finding.severity == "problem" for finding in findings)
-    if not values["json"]:
-        print(
-            "Nothing stands in portd's way."
-            if not findings
-            else f"{problems} of these {'is a problem' if problems == 1 else 'are problems'}, "
-            f"{len(findings) - problems} advice."
-        )
+    advice = len(found) - problems
+    print(f"{problems} problem{'s' * (problems != 1)}, {advice} advice." if found else "No problem found.")
     return 1 if problems else 0
 
 
-def _examine(config: str | None) -> Iterator[Finding]:
+def _examine(config: str | None) -> Iterator[Diagnosis]:
+    client = Client(timeout_s=5.0)
     status: dict[str, Any] | None = None
     ports: list[dict[str, Any]] = []
-    client = Client(timeout_s=5.0)
+    leases: list[Any] = []
     try:
         status = client.call(calls.status())
         ports = client.call(calls.ports())["ports"]
+        leases = list(client.leases())
     except DaemonUnavailable as error:
-        yield from unreachable(error)
+        yield from diagnoses.unreachable(error, os.getuid())
     except PortdError as error:
-        yield Finding(
+        yield Diagnosis(
             "problem",
             f"what answers at {client.url} is not a working portd: {error}",
             "nothing can be leased.",
             "see the daemon's log: journalctl -u portd",
         )
-    is_system = client.endpoint.path in {"", SYSTEM_SOCKET} if status is not None else os.getuid() == 0
-    paths = system_paths() if is_system else user_paths()
+    words = _command_line(status["pid"]) if status is not None else []
+    is_system = _is_system(words, client) if status is not None else os.getuid() == 0
+    named = config or _named_config(words, status["pid"] if status is not None else 0)
+    place = named or _default_place(is_system=is_system)
+    settings: Settings | None = None
     try:
-        settings = load(config, paths)
+        settings = load(place, system_paths()) if named or os.path.exists(place) else Settings()
     except ConfigError as error:
-        yield Finding(
+        yield Diagnosis(
             "problem",
             f"the configuration can't be used: {error}",
             "the daemon won't start again with it.",
-            f"mend that line, then: portd serve --check-config --config {config or paths.config}",
+            f"correct that line, then: portd serve --check-config --config {place}",
         )
-        settings = Settings()
-    pool = {port for part in settings.pools.values() for port in pool_ports(part)}
-    yield from ephemeral(
+    yield from _ports(settings, status, ports, place)
+    yield from diagnoses.listeners(leases)
+    if status is not None:
+        yield from _daemon(settings, status, is_system=is_system)
+        yield from diagnoses.responders(ports, status, place)
+        yield from _resolver(status["dns"], ports)
+    yield from diagnoses.clock(_is_clock_synchronized())
+
+
+def _ports(
+    settings: Settings | None, status: Mapping[str, Any] | None, ports: Sequence[Mapping[str, Any]], place: str
+) -> Iterator[Diagnosis]:
+    if settings is None:
+        return
+    pools = {name: pool_ports(pool) for name, pool in settings.pools.items()}
+    pool = {port for part in pools.values() for port in part}
+    if status is not None:
+        yield from diagnoses.stale_settings({name: len(part) for name, part in pools.items()}, status, place)
+    yield from diagnoses.ephemeral(
         pool,
+        _static_ports(settings),
         _read("/proc/sys/net/ipv4/ip_local_port_range"),
         _read("/proc/sys/net/ipv4/ip_local_reserved_ports"),
-        paths.config,
+        place,
     )
-    yield from foreign(pool, ports, paths.config)
-    if status is not None:
-        yield from descriptors(len(pool), _read(f"/proc/{status['pid']}/limits"))
-        yield from capabilities(_read(f"/proc/{status['pid']}/status"), settings, is_system=is_system)
-        for warning in status["warnings"]:
-            yield Finding("problem", warning, "the daemon says so itself.", "see its log: journalctl -u portd")
-    yield from clock(_is_clock_synchronized())
-    if settings.mdns.enabled:
-        yield from responders(ports, status, settings, paths)
-    if settings.dns.listen:
-        yield from resolver(settings, _read("/etc/resolv.conf"), _forwarders())
+    yield from diagnoses.unleased(pool, ports, place)
 
 
-# --- the checks ---
-
-
-def unreachable(error: DaemonUnavailable) -> Iterator[Finding]:
-    """No daemon; a socket file that nobody listens behind is told apart."""
-    places = ", ".join(f"{url} ({reason})" for url, reason in error.tried)
-    yield Finding(
-        "problem",
-        f"no daemon answers at {places}",
-        "nothing can be leased.",
-        "start one: systemctl start portd\nor, for yourself alone: portd serve --user",
+def _daemon(settings: Settings | None, status: Mapping[str, Any], *, is_system: bool) -> Iterator[Diagnosis]:
+    pid = status["pid"]
+    yield from diagnoses.descriptors(
+        sum(pool["size"] for pool in status["pools"].values()), _read(f"/proc/{pid}/limits")
     )
-    for url, reason in error.tried:
-        path = url.removeprefix("unix://")
-        if path != url and reason == "connection refused":
-            yield Finding(
-                "problem",
-                f"{path} is a socket that nobody listens behind",
-                "its daemon died without tidying up, or is stopped; a new one replaces it.",
-                f"start the daemon again, or if it is gone for good: rm {path}",
-            )
-        elif path != url and reason == "permission denied":
-            yield Finding(
-                "problem",
-                f"{path} may not be opened by uid {os.getuid()}",
-                "another user's daemon is not for you.",
-                "run your own: portd serve --user",
-            )
+    yield from diagnoses.capabilities(
+        _read(f"/proc/{pid}/status"),
+        _static_ports(settings) if settings is not None else (),
+        _read("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
+        is_system=is_system,
+    )
+    for warning in status["warnings"]:
+        yield Diagnosis("problem", warning, "the daemon reports it itself.", "see its log: journalctl -u portd")
 
 
-def ephemeral(pool: Iterable[int], range_text: str, reserved_text: str, config: str) -> Iterator[Finding]:
-    """Pool ports that the kernel may give away as its own choice (ip_local_port_range, ip_local_reserved_ports)."""
-    if len(range_text.split()) != 2:
+def _resolver(dns: Mapping[str, Any], ports: Sequence[Mapping[str, Any]]) -> Iterator[Diagnosis]:
+    if not dns.get("enabled") or not dns.get("listen") or dns.get("problem"):
         return
-    first, last = (int(word) for word in range_text.split())
-    reserved = expand(reserved_text)
-    exposed = sorted(port for port in set(pool) - reserved if first <= port <= last)
-    if not exposed:
-        return
-    wanted = spans(sorted(reserved | set(exposed)))
-    yield Finding(
-        "problem",
-        f"pool ports {spans(exposed)} are inside the kernel's ephemeral range {first}-{last}",
-        "any outgoing connection may take one of them; the lease then fails, or its owner can't bind.",
-        f"keep the kernel off them: sysctl -w net.ipv4.ip_local_reserved_ports={wanted}\n"
-        f"(and for the next boot, the same in /etc/sysctl.d/portd.conf), or move the pool in {config}",
-    )
-
-
-def foreign(pool: Iterable[int], ports: Sequence[Mapping[str, Any]], config: str) -> Iterator[Finding]:
-    """Listeners inside the pool that have no lease."""
-    pool = set(pool)
-    found = [view for view in ports if view["verdict"] == "unmanaged" and view["port"] in pool]
-    if not found:
-        return
-    named = ", ".join(
-        f"{view['port']}/{view['protocol']} ({printing.owner(view['listeners'][0])})" for view in found[:8]
-    )
-    numbers = ", ".join(str(port) for port in sorted({view["port"] for view in found}))
-    yield Finding(
-        "problem",
-        f"{len(found)} pool ports are listened on without a lease: {named}",
-        "portd steps around them, one probation after the other; who else counts on them is not known here.",
-        f"lease them (portd run), or leave them out in {config}: exclude = [{numbers}]",
-    )
-
-
-def descriptors(port_count: int, limits_text: str) -> Iterator[Finding]:
-    """The daemon's file limit against what a full pool takes: a held port is one descriptor, an owner another."""
-    line = next((line for line in limits_text.splitlines() if line.startswith("Max open files")), "")
-    hard = line.split()[4] if len(line.split()) > 4 else ""
-    needed = 2 * port_count + DESCRIPTORS_SPARE
-    if hard.isdecimal() and int(hard) < needed:
-        yield Finding(
-            "problem",
-            f"the daemon may open {hard} files; a full pool of {port_count} ports takes {needed}",
-            "at the limit grants are refused as busy, and owners can't be watched.",
-            f"in its unit: LimitNOFILE={needed}   (systemctl edit portd)\n"
-            f"or before 'portd serve': ulimit -n {needed}, or a smaller pool",
-        )
-
-
-def capabilities(status_text: str, settings: Settings, *, is_system: bool) -> Iterator[Finding]:
-    """What the daemon would need to be allowed (capabilities(7)), for what it is asked to do."""
-    line = next((line for line in status_text.splitlines() if line.startswith("CapEff:")), "")
-    if not line:
-        return
-    granted = int(line.split()[1], 16)
-    low = sorted({port for static in settings.static.values() for port in static.endpoints.values() if port < 1024})
-    if low and not granted >> CAP_NET_BIND_SERVICE & 1:
-        yield Finding(
-            "problem",
-            f"the daemon may not bind ports below 1024, and {spans(low)} are static",
-            "those leases are refused.",
-            "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE",
-        )
-    if is_system and not granted >> CAP_SYS_PTRACE & 1:
-        yield Finding(
-            "advice",
-            "the daemon may not look into other users' processes (CAP_SYS_PTRACE)",
-            "'portd who' can't name the process behind another user's port, only the user.",
-            "in its unit: AmbientCapabilities=CAP_SYS_PTRACE",
-        )
-
-
-def clock(is_synchronized: bool | None) -> Iterator[Finding]:
-    """Whether anybody keeps this host's clock right (None: not known)."""
-    if is_synchronized is False:
-        yield Finding(
-            "advice",
-            "nobody keeps this host's clock right (adjtimex says unsynchronized)",
-            "leases run on another clock and don't mind; times in history and logs may jump or lie.",
-            "timedatectl set-ntp true, or run chrony",
-        )
-
-
-def responders(
-    ports: Sequence[Mapping[str, Any]], status: Mapping[str, Any] | None, settings: Settings, paths: Paths
-) -> Iterator[Finding]:
-    """Other mDNS responders on port 5353 (RFC 6762 section 15: one a host)."""
-    # The guardian, which sends goodbyes for a killed daemon, has the daemon's own sockets.
-    own = {status["pid"], (status.get("mdns") or {}).get("guardian")} if status is not None else set()
-    others = {
-        listener["pid"]: printing.owner(listener)
+    name = f"{PROBE_NAME}.{dns['zone'].rstrip('.')}"
+    programs = [
+        printing.process(socket).partition("[")[0]
         for view in ports
-        if view["port"] == 5353 and view["protocol"] == "udp"
-        for listener in view["listeners"]
-        if listener["pid"] is None or listener["pid"] not in own
-    }
-    names = sorted(set(others.values()))
-    if not names or (all(name.startswith(AVAHI) for name in names) and settings.mdns.responder != "embedded"):
-        return
-    yield Finding(
-        "problem",
-        f"another mDNS responder has port 5353: {', '.join(names)}",
-        "two responders on one host take each other's unicast answers (RFC 6762, section 15).",
-        "systemd-resolved: MulticastDNS=no in /etc/systemd/resolved.conf, and restart it\n"
-        f'Avahi: responder = "avahi" under [mdns] in {paths.config}',
-    )
+        if view["port"] == 53 and view["protocol"] == "udp"
+        for socket in view["listeners"]
+    ]
+    is_resolved = str(Path("/etc/resolv.conf").resolve()).startswith("/run/systemd/resolve")
+    program = "systemd-resolved" if is_resolved or "systemd-resolved" in programs else next(iter(programs), "")
+    yield from diagnoses.resolver(_is_found(name), name, dns, program)
 
 
-def resolver(settings: Settings, resolv_text: str, forwarders: str) -> Iterator[Finding]:
-    """Whether this host's resolver asks portd about portd's zone."""
-    zone = settings.dns.zone.rstrip(".")
-    host, port = (dns_addresses(settings) or [("", 0)])[0]
-    lines = (line.split() for line in resolv_text.splitlines())
-    servers = [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
-    if zone in forwarders or (port == 53 and host in servers):
-        return
-    named = ", ".join(servers) or "none"
-    yield Finding(
-        "advice",
-        f"this host's resolver (nameserver {named}) does not ask portd about {zone}",
-        f"programs can't look up NAME.{zone}; portd resolve, the clients and dig @{host} -p {port} can.",
-        "systemd-resolved: write /etc/systemd/resolved.conf.d/portd.conf and restart it:\n"
-        f"[Resolve]\nDNS={host}:{port}\nDomains=~{zone}\n"
-        f"dnsmasq: server=/{zone}/{host}#{port}",
-    )
+# --- reading the daemon and the host ---
 
 
-# --- reading the host ---
+def _static_ports(settings: Settings) -> dict[int, str]:
+    """Return static ports and their services."""
+    return {port: service for service, static in settings.static.items() for port in static.endpoints.values()}
 
 
-def expand(text: str) -> set[int]:
-    """Expand "8080,9148-9150" as ip_local_reserved_ports writes it."""
-    found: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return found
+def _command_line(pid: int) -> list[str]:
+    """Return a daemon's arguments; empty where they can't be read."""
+    return _read(f"/proc/{pid}/cmdline").split("\0")[:-1]
 
 
-def spans(ports: Sequence[int]) -> str:
-    """Write ascending ports as ranges: 8080,9148-9150."""
-    parts: list[list[int]] = []
-    for port in ports:
-        if parts and port == parts[-1][1] + 1:
-            parts[-1][1] = port
-        else:
-            parts.append([port, port])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+def _named_config(words: Sequence[str], pid: int) -> str | None:
+    """Return the file that a daemon's `--config` names; None where it has none."""
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--config" and (equals or at + 1 < len(words)):
+            path = value if equals else words[at + 1]
+            return path if os.path.isabs(path) else os.path.join(os.path.realpath(f"/proc/{pid}/cwd"), path)
+    return None
+
+
+def _is_system(words: Sequence[str], client: Client) -> bool:
+    return "--user" not in words if "serve" in words else client.endpoint.path in {"", SYSTEM_SOCKET}
+
+
+def _default_place(*, is_system: bool) -> str:
+    try:
+        return (system_paths() if is_system else user_paths()).config
+    except (RuntimeError, ConfigError):  # no home directory
+        return system_paths().config
 
 
 def _read(path: str) -> str:
-    """Read a small file; "" where that can't be done: what can't be seen is not found wanting."""
+    """Read a small file; "" where that is not possible."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _forwarders() -> str:
-    """Read where systemd-resolved and dnsmasq are told which server to ask for which zone."""
-    places = (
-        "/etc/systemd/resolved.conf",
-        "/etc/systemd/resolved.conf.d/*.conf",
-        "/run/systemd/resolved.conf.d/*.conf",
-        "/etc/systemd/network/*.network",
-        "/etc/dnsmasq.conf",
-        "/etc/dnsmasq.d/*",
-    )
-    lines = [line for place in places for path in sorted(glob.glob(place)) for line in _read(path).splitlines()]
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("#", ";")))
+def _is_found(name: str) -> bool:
+    """Ask the host's resolver for a name, as every program does; one that does not answer in time does not find it."""
+    import socket
+    import threading
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            answers.append(bool(socket.getaddrinfo(name, None)))
+        except OSError:
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)  # getaddrinfo(3) has no time limit of its own
+    thread.start()
+    thread.join(RESOLVER_TIMEOUT_S)
+    return answers[0] if answers else False
 
 
 def _is_clock_synchronized() -> bool | None:
-    """Ask adjtimex(2) whether the clock is kept right; None where that can't be asked."""
+    """Ask adjtimex(2) whether the clock is synchronized; None where that is not possible."""
     import ctypes
 
     buffer = ctypes.create_string_buffer(512)  # struct timex, 208 bytes; modes = 0 only reads
     state = ctypes.CDLL(None).adjtimex(buffer)
-    return None if state < 0 else state != 5  # TIME_ERROR
+    return None if state < 0 else state != TIME_ERROR
 
 
 COMMANDS = (
     Command(
         "doctor",
         [],
-        "Tell what on this host stands in portd's way, with the mend",
+        "Check this host for problems and show how to fix them",
         doctor,
-        (Option("--config", "FILE", "the daemon's configuration, if it is not at its usual place"), JSON),
+        (Option("--config", "FILE", "the daemon's configuration (the one that the daemon reads)"), JSON),
         """
-Each finding says what is so, why it matters, and the exact mend. Exit status 1 when one of them is a problem.""",
+Each diagnosis says what is wrong, why it matters, and the fix. Exit status 1
+when one of them is a problem.""",
     ),
 )

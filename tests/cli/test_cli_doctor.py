@@ -1,17 +1,22 @@
-"""What the doctor makes of a host's own words: each finding, and its absence where all is well."""
+"""What the doctor makes of what it read: each diagnosis, its fix, and its absence where all is well."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from typing import Any
 
 import pytest
 
 from portd._client.errors import DaemonUnavailable
-from portd.cli import doctor
-from portd.config import Dns, Mdns, Settings, Static, system_paths
+from portd.cli import diagnoses
+from tests.cli.bed import Daemon, serving, wait_for
 
 POOL = range(20000, 30000)
 LINUX_RANGE = "32768\t60999\n"
+NOTHING_GRANTED = "CapEff:\t0000000000000000\n"
+DNS = {"enabled": True, "listen": ["127.0.0.1:8600"], "zone": "portd.internal.", "problem": None}
 
 
 def view(port: int, protocol: str, verdict: str, exe: str, pid: int | None = 7) -> dict[str, Any]:
@@ -19,113 +24,174 @@ def view(port: int, protocol: str, verdict: str, exe: str, pid: int | None = 7) 
     return {"port": port, "protocol": protocol, "verdict": verdict, "lease": None, "listeners": [listener]}
 
 
-def one(findings: Any) -> doctor.Finding:
-    found = list(findings)
-    assert len(found) == 1
-    return found[0]
+def lease(**fields: Any) -> dict[str, Any]:
+    return {
+        "id": "0" * 24,
+        "service": "web",
+        "instance": "web-1",
+        "endpoint": "main",
+        "address": "127.0.0.1",
+        "port": 20000,
+        "state": "bound",
+        "listening": ["127.0.0.1"],
+        "elsewhere": [],
+        **fields,
+    }
 
 
-def test_a_pool_inside_the_ephemeral_range_is_a_problem_with_the_exact_sysctl_as_mend() -> None:
-    found = one(doctor.ephemeral([32766, 32767, 32768, 32769, 40000], LINUX_RANGE, "8080,9148-9149\n", "portd.toml"))
+def one(found: Any) -> diagnoses.Diagnosis:
+    made = list(found)
+    assert len(made) == 1
+    return made[0]
+
+
+def test_pool_ports_in_the_ephemeral_range_get_the_exact_sysctl() -> None:
+    ports = [32766, 32767, 32768, 32769, 40000]
+    found = one(diagnoses.ephemeral(ports, {}, LINUX_RANGE, "8080,9148-9149\n", "portd.toml"))
     assert found.severity == "problem"
     assert "32768-32769,40000" in found.what
-    assert "ip_local_reserved_ports=8080,9148-9149,32768-32769,40000" in found.mend  # a write replaces the list
+    assert "ip_local_reserved_ports=8080,9148-9149,32768-32769,40000" in found.fix  # a write replaces the list
+
+
+def test_a_static_port_in_the_ephemeral_range_names_its_service() -> None:
+    found = one(diagnoses.ephemeral(POOL, {50051: "grpc", 5432: "postgres"}, LINUX_RANGE, "", "portd.toml"))
+    assert "50051 (grpc)" in found.what
+    assert "5432" not in found.what
+    assert "ip_local_reserved_ports=50051" in found.fix
 
 
 @pytest.mark.parametrize(("pool", "reserved"), [(POOL, ""), ([40000, 40001], "1,40000-40100")])
-def test_a_pool_outside_of_the_ephemeral_range_or_reserved_is_none(pool: Any, reserved: str) -> None:
-    assert not list(doctor.ephemeral(pool, LINUX_RANGE, reserved, "portd.toml"))
+def test_ports_outside_the_ephemeral_range_or_reserved_are_fine(pool: Any, reserved: str) -> None:
+    assert not list(diagnoses.ephemeral(pool, {40000: "web"} if reserved else {}, LINUX_RANGE, reserved, "portd.toml"))
 
 
-def test_what_cannot_be_read_is_not_found_wanting() -> None:
-    assert not list(doctor.ephemeral(POOL, "", "", "portd.toml"))
-    assert not list(doctor.descriptors(10_000, ""))
-    assert not list(doctor.capabilities("", Settings(), is_system=True))
-    assert not list(doctor.clock(None))
+def test_what_cannot_be_read_is_not_diagnosed() -> None:
+    assert not list(diagnoses.ephemeral(POOL, {}, "", "", "portd.toml"))
+    assert not list(diagnoses.descriptors(10_000, ""))
+    assert not list(diagnoses.capabilities("", [80], "", is_system=True))
+    assert not list(diagnoses.clock(None))
+    assert not list(diagnoses.resolver(None, "ns.portd.internal", DNS, ""))
 
 
-def test_only_strangers_inside_the_pool_are_told_with_their_process_and_the_line_to_write() -> None:
+def test_only_listeners_inside_the_pool_need_a_lease() -> None:
     ports = [
         view(20005, "tcp", "unmanaged", "/usr/bin/node"),
         view(20006, "tcp", "bound", "/usr/bin/python3"),
         view(80, "tcp", "unmanaged", "/usr/sbin/nginx"),
     ]
-    found = one(doctor.foreign(POOL, ports, "portd.toml"))
+    found = one(diagnoses.unleased(POOL, ports, "portd.toml"))
     assert "20005/tcp (node[7] root)" in found.what
-    assert "exclude = [20005]" in found.mend
-    assert not list(doctor.foreign(POOL, ports[1:], "portd.toml"))
+    assert "portd adopt SERVICE 20005" in found.fix
+    assert "exclude = [20005]" in found.fix
+    assert not list(diagnoses.unleased(POOL, ports[1:], "portd.toml"))
 
 
-def test_a_file_limit_below_what_a_full_pool_takes_is_told_with_the_number_to_write() -> None:
+def test_an_owner_that_listens_elsewhere_is_a_problem() -> None:
+    found = one(diagnoses.listeners([lease(state="held", elsewhere=[{"address": "::1", "port": 5173}])]))
+    assert "leased port 20000, and its owner listens on [::1]:5173" in found.what
+    assert "{port}" in found.fix
+
+
+def test_a_loopback_lease_open_to_the_lan_is_advice() -> None:
+    found = one(diagnoses.listeners([lease(listening=["0.0.0.0"])]))
+    assert (found.severity, "open to the LAN" in found.what) == ("advice", True)
+    assert not list(diagnoses.listeners([lease(), lease(address="0.0.0.0", listening=["0.0.0.0"])]))
+
+
+def test_a_foreign_process_on_a_leased_port_is_a_problem() -> None:
+    assert "portd who 20000" in one(diagnoses.listeners([lease(state="conflict")])).fix
+
+
+def test_a_file_limit_too_low_for_a_full_pool_gets_the_number() -> None:
     limits = "Max open files            1024                 {}               files     \n"
-    found = one(doctor.descriptors(10_000, limits.format(4096)))
-    assert "LimitNOFILE=21024" in found.mend
-    assert not list(doctor.descriptors(10_000, limits.format(524288)))
-    assert not list(doctor.descriptors(10_000, limits.format("unlimited")))
+    found = one(diagnoses.descriptors(10_000, limits.format(4096)))
+    assert "LimitNOFILE=21024" in found.fix
+    assert not list(diagnoses.descriptors(10_000, limits.format(524288)))
+    assert not list(diagnoses.descriptors(10_000, limits.format("unlimited")))
 
 
 def test_a_static_port_that_the_daemon_may_not_bind_is_a_problem() -> None:
-    settings = Settings(static={"web": Static(port=80)})
-    found = one(doctor.capabilities("CapEff:\t0000000000000000\n", settings, is_system=False))
+    found = one(diagnoses.capabilities(NOTHING_GRANTED, [80], "1024\n", is_system=False))
     assert "80" in found.what
-    assert "CAP_NET_BIND_SERVICE" in found.mend
-    assert not list(doctor.capabilities("CapEff:\t000001ffffffffff\n", settings, is_system=True))
+    assert "CAP_NET_BIND_SERVICE" in found.fix
+    assert not list(diagnoses.capabilities("CapEff:\t000001ffffffffff\n", [80], "1024\n", is_system=True))
+    assert not list(diagnoses.capabilities(NOTHING_GRANTED, [80], "80\n", is_system=False))  # as the kernel says
 
 
-def test_only_a_system_daemon_is_told_that_it_cannot_see_others_processes() -> None:
+def test_only_a_system_daemon_needs_to_see_others_processes() -> None:
     blind = "CapEff:\t0000000000000400\n"
-    assert "CAP_SYS_PTRACE" in one(doctor.capabilities(blind, Settings(), is_system=True)).mend
-    assert not list(doctor.capabilities(blind, Settings(), is_system=False))
+    assert "CAP_SYS_PTRACE" in one(diagnoses.capabilities(blind, [], "", is_system=True)).fix
+    assert not list(diagnoses.capabilities(blind, [], "", is_system=False))
 
 
-def test_another_mdns_responder_is_told_but_neither_the_daemon_itself_nor_an_avahi_that_it_speaks_through() -> None:
+def test_only_a_foreign_mdns_responder_is_a_problem() -> None:
     resolved = view(5353, "udp", "unmanaged", "/usr/lib/systemd/systemd-resolved")
     avahi = view(5353, "udp", "unmanaged", "/usr/sbin/avahi-daemon")
 
-    def told(ports: list[dict[str, Any]], responder: Any = "auto", pid: int = 1) -> list[doctor.Finding]:
-        settings = Settings(mdns=Mdns(responder=responder))
-        return list(doctor.responders(ports, {"pid": pid}, settings, system_paths()))
+    def found(ports: list[dict[str, Any]], responder: str = "embedded", **status: Any) -> list[diagnoses.Diagnosis]:
+        mdns = {"enabled": True, "responder": responder, "guardian": status.get("guardian")}
+        return list(diagnoses.responders(ports, {"pid": status.get("pid", 1), "mdns": mdns}, "portd.toml"))
 
-    assert "systemd-resolved" in one(told([resolved])).what
-    assert not told([resolved], pid=7)
-    assert not told([avahi])
-    assert told([avahi], responder="embedded")
-
-
-def test_the_daemons_own_guardian_is_no_other_responder() -> None:
-    guardian = view(5353, "udp", "unmanaged", "/usr/bin/python3")
-    for guardian_pid, is_other in ((7, False), (8, True), (None, True)):
-        status = {"pid": 1, "mdns": {"guardian": guardian_pid}}
-        assert bool(list(doctor.responders([guardian], status, Settings(), system_paths()))) is is_other
+    assert "systemd-resolved" in one(found([resolved])).what
+    assert not found([resolved], pid=7)
+    assert not found([resolved], guardian=7)
+    assert not found([avahi], responder="avahi")
+    assert found([avahi])
+    assert not list(diagnoses.responders([avahi], {"pid": 1, "mdns": {"enabled": False}}, "portd.toml"))
 
 
 @pytest.mark.parametrize(
-    "forwarders", ["[Resolve]\nDNS=127.0.0.1:8600\nDomains=~portd.internal", "server=/portd.internal/127.0.0.1#8600"]
+    ("program", "fix"),
+    [
+        ("systemd-resolved", "Domains=~portd.internal"),
+        ("dnsmasq", "server=/portd.internal/127.0.0.1#8600"),
+        ("unbound", "stub-addr: 127.0.0.1@8600"),
+        ("", "dnsmasq: in /etc/dnsmasq.d"),
+    ],
 )
-def test_a_resolver_that_asks_portd_is_fine_and_another_is_told_what_to_write(forwarders: str) -> None:
-    resolv = "# made by hand\nnameserver 192.0.2.1\noptions edns0\n"
-    assert not list(doctor.resolver(Settings(), resolv, forwarders))
-    found = one(doctor.resolver(Settings(), resolv, ""))
-    assert found.severity == "advice"
-    assert "192.0.2.1" in found.what
-    assert "Domains=~portd.internal" in found.mend
-    at_port_53 = Settings(dns=Dns(listen="192.0.2.1:53"))
-    assert not list(doctor.resolver(at_port_53, resolv, ""))
+def test_a_resolver_that_does_not_find_portd_gets_its_own_lines(program: str, fix: str) -> None:
+    assert fix in one(diagnoses.resolver(False, "ns.portd.internal", DNS, program)).fix
+    assert not list(diagnoses.resolver(True, "ns.portd.internal", DNS, program))
 
 
-def test_a_socket_that_nobody_listens_behind_is_told_apart_from_one_that_is_missing() -> None:
+def test_a_socket_file_without_a_listener_is_diagnosed_apart() -> None:
     error = DaemonUnavailable(
         [
             ("unix:///run/user/1/portd/portd.sock", "connection refused"),
             ("unix:///run/portd/portd.sock", "no such file or directory"),
         ]
     )
-    missing, stale = doctor.unreachable(error)
+    missing, stale = diagnoses.unreachable(error, 1)
     assert "no daemon answers" in missing.what
-    assert "rm /run/user/1/portd/portd.sock" in stale.mend
+    assert "rm /run/user/1/portd/portd.sock" in stale.fix
 
 
 def test_port_lists_are_read_and_written_as_the_kernel_does() -> None:
-    assert doctor.expand("8080,9148-9150\n") == {8080, 9148, 9149, 9150}
-    assert doctor.expand("\n") == set()
-    assert doctor.spans([8080, 9148, 9149, 9150]) == "8080,9148-9150"
+    assert diagnoses.expand("8080,9148-9150\n") == {8080, 9148, 9149, 9150}
+    assert diagnoses.expand("\n") == set()
+    assert diagnoses.spans([8080, 9148, 9149, 9150]) == "8080,9148-9150"
+
+
+def test_the_running_daemons_settings_are_examined(daemon: Daemon) -> None:
+    found = json.loads(daemon.portd("doctor", "--json").stdout)["diagnoses"]
+    said = " ".join(f"{one['what']} {one['fix']}" for one in found)
+    assert "other pools" not in said
+    assert "10000 ports" not in said
+    assert "8600" not in said  # this daemon has no DNS
+    assert "mDNS" not in said
+
+
+def test_changed_pools_in_the_file_are_noticed(own_daemon: Daemon) -> None:
+    own_daemon.start()
+    config = own_daemon.directory / "portd.toml"
+    config.write_text(config.read_text().replace("24400-24499", "24400-24450"))
+    found = json.loads(own_daemon.portd("doctor", "--json").stdout)["diagnoses"]
+    assert any(f"default 100 ports) than {config} has (default 51)" in one["what"] for one in found)
+
+
+def test_a_listener_inside_the_pool_is_found_on_this_host(daemon: Daemon) -> None:
+    with serving(daemon, "examined"), socket.create_server(("127.0.0.1", 24398)):
+        done = wait_for(lambda: daemon.portd("doctor"), "the doctor answers")
+    assert done.returncode == 1
+    assert f"[{os.getpid()}]" in done.stdout
+    assert "portd adopt SERVICE 24398" in done.stdout
