@@ -103,6 +103,7 @@ class Journal:
         self._observed: deque[Change] = deque()
         self._unwritten: list[Event] = []
         self._committing = False
+        self._hanging = False
         self._applying = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -146,8 +147,8 @@ class Journal:
         hangs, it is taken back when the disk has answered). Raises Busy when too many wait already, StoreUnavailable
         while a commit hangs.
         """
-        if self._committing and self.problem is not None:
-            raise StoreUnavailable(self.problem)  # a commit hangs: don't let others wait behind it
+        if self._hanging and self.problem is not None:
+            raise StoreUnavailable(self.problem)  # nobody waits behind a commit that hangs
         if len(self._entries) >= PENDING_MAX:
             raise Busy("too many requests wait for the disk: try again in a second")
         entry = Entry(changes, undo)
@@ -221,16 +222,22 @@ class Journal:
             self.problem = None
             del self._unwritten[:observed]
             for entry, made in sequenced:
-                self._finish(entry, made)
+                if entry.abandoned:
+                    self._revoke(entry)
+                else:
+                    self._finish(entry, made)
             if events:
                 self._confirm(events[-1].revision)
         finally:
             impatience.cancel()
-            self._committing = False
+            self._committing = self._hanging = False
             self._apply_observations()
 
     def _abandon(self, under_way: list[Entry]) -> None:
-        """Answer those who wait for a disk that hangs, and those behind them, which may still be taken out."""
+        """Answer the requests that wait for a disk that hangs, and those behind them.
+
+        Observations are applied again from here on, with later revisions: an exit is true whatever the disk does.
+        """
         problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted till then")
         self._set_problem(problem.detail)
         logger.error("%s", problem.detail)
@@ -240,6 +247,16 @@ class Journal:
         waiting, self._entries = self._entries, []
         for entry in waiting:
             self._refuse(entry, problem)
+        self._hanging, self._committing = True, False
+        self._apply_observations()
+
+    def _revoke(self, entry: Entry) -> None:
+        """Take back what the disk wrote after its requests were refused: others have happened since, so the changes
+        come again, behind them, and grants end at once (nobody knows of them, so nobody owns them)."""
+        for change in entry.changes:
+            self._observed.append(change)
+            if change.type == "granted":
+                self._observed.append(end(change.lease_id, "revoked", self._clock.now().at))
 
     def _sequence(self, batch: Iterable[Entry]) -> list[tuple[Entry, list[Event]]]:
         """Turn requests into events with the next revisions; each change sees the ones before it."""
@@ -308,11 +325,6 @@ class Journal:
         for event in made:
             self._publish(event)
         entry.settle([event.lease for event in made])
-        if entry.abandoned:
-            # Nobody was told of this grant (its caller got 503), so nobody owns it.
-            for event in made:
-                if event.type == "granted":
-                    self._observed.append(end(event.lease.id, "revoked", event.at))
 
     def _give_up(
         self, sequenced: Iterable[tuple[Entry, list[Event]]], error: StoreUnavailable, *, undo: bool = True

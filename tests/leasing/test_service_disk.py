@@ -185,3 +185,35 @@ async def test_a_disk_that_hangs_is_answered_and_what_it_wrote_late_is_taken_bac
         ("ended", "revoked"),
     ]
     assert world.holds.held == {}
+
+
+@in_world()
+async def test_an_exit_is_noticed_while_a_grant_hangs_on_the_disk(world):
+    world.processes.start(41)
+    world.processes.start(42)
+    known = await world.grant(42, service="billing")
+    world.journal.patience_s = 0.01
+    world.store.gate.clear()
+    with pytest.raises(StoreUnavailable):
+        await world.grant(41, service="orders")
+    world.processes.end(42)
+    assert world.table.get(known.id) is None, "a dead instance is in no look-up"
+    world.store.gate.set()
+    await world.settle()
+    revisions = [event.revision for event in world.events]
+    assert revisions == sorted(set(revisions))
+    assert {lease.id for lease in (await world.store.load()).live} == set()
+
+
+@in_world()
+async def test_a_release_that_hung_and_an_exit_meanwhile_end_the_lease_once(world):
+    world.processes.start(41)
+    lease = await world.grant(41, service="orders")
+    world.journal.patience_s = 0.01
+    world.store.gate.clear()
+    with pytest.raises(StoreUnavailable):
+        await world.service.release(lease.id, world.caller(41))
+    world.processes.end(41)
+    world.store.gate.set()
+    await world.settle()
+    assert [event.lease.ended_because for event in world.events if event.type == "ended"] == ["owner_exited"]

@@ -37,7 +37,7 @@ class StateLock:
 
     def __init__(self, database: Path) -> None:
         """Lock; raises StateInUse when another daemon has the lock, OSError when there can be no lock file."""
-        path = database.with_name(database.name + ".lock")
+        self._path = path = database.with_name(database.name + ".lock")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,14 @@ class StateLock:
         return False
 
     def release(self) -> None:
-        """Let another daemon start here. Call it once."""
+        """Let another daemon start here. Call it once.
+
+        A lock file that was deleted is written again: the next start must know that there was a store.
+        """
+        if not self._path.exists():
+            with suppress(OSError):
+                self._path.write_bytes(os.pread(self._descriptor, TEXT_BYTES, 0))
+                self._path.chmod(0o600)
         os.close(self._descriptor)
 
     def _write(self, run: LastRun) -> None:

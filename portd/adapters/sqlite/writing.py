@@ -56,7 +56,8 @@ _APPEND_ENDED: Final = """
     INSERT INTO ended (revision, id, service, instance, endpoint, protocol, address, port, uid, created_at, ended_at,
         body) VALUES {rows}"""
 _RESUME_ENDED: Final = "DELETE FROM ended WHERE id IN (VALUES {rows})"
-"""An ended lease that passed to another process is live again, under its id."""
+"""An ended lease that passed to another process is live again, under its id; one may end twice where the disk wrote an
+end after its request was refused."""
 _DELETE_ENDED: Final = f"""
     DELETE FROM ended WHERE revision IN
         (SELECT revision FROM ended WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
@@ -291,6 +292,7 @@ class Writer:
             _for_all(database, _SET_LIVE, live)
             _for_all(database, _END_LIVE, [row[1:2] for row in ended])
             _for_all(database, _RESUME_ENDED, [(event.lease.id,) for event in events if event.type == "passed"])
+            _for_all(database, _RESUME_ENDED, [row[1:2] for row in ended])
             _for_all(database, _APPEND_ENDED, ended)
             if not events:
                 database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

@@ -130,6 +130,15 @@ async def test_a_store_that_is_gone_whole_is_reported(tmp_path):
         assert store.notes == []
 
 
+async def test_a_store_that_was_deleted_while_in_use_is_reported(tmp_path):
+    async with opened(tmp_path / "portd.db") as store:
+        await filled(store)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    async with opened(tmp_path / "portd.db") as store:
+        assert [note for note in store.notes if "is missing, and an empty one was made" in note]
+
+
 async def test_a_log_lost_after_a_crash_is_reported(tmp_path):
     path, crashed = tmp_path / "portd.db", tmp_path / "crashed" / "portd.db"
     crashed.parent.mkdir()
