@@ -1,7 +1,7 @@
 """The framing of netlink messages (netlink(7)): pure functions over bytes.
 
 Two adapters read netlink, sockets by sock_diag and interfaces by rtnetlink. They may not import each other, so what
-they share is here. A library would be pyroute2: far more code than these 60 lines, for routes, namespaces and firewalls,
+they share is here. A library would be pyroute2: far more code than these 60 lines, for routes and firewalls too,
 in every start. Which sockets and messages there are must not be known here.
 """
 

@@ -36,7 +36,7 @@ def test_without_an_http_check_the_default_type_is_the_service(protocol: Any, ty
 
 
 @pytest.mark.parametrize("service", ["a-very-long-service", "4711", "a--b"])
-def test_a_service_that_is_no_service_name_of_rfc_6335_needs_a_type(service: str) -> None:
+def test_a_service_name_invalid_by_rfc_6335_needs_a_type(service: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.default_type(service, "tcp", None)
     assert refused.value.pointer == "/announce/type"
@@ -52,7 +52,7 @@ def test_a_service_that_is_no_service_name_of_rfc_6335_needs_a_type(service: str
         ("_x4711._tcp", "_x4711._tcp"),
     ],
 )
-def test_a_type_has_one_spelling(given_type: str, kept: str) -> None:
+def test_a_type_has_one_canonical_form(given_type: str, kept: str) -> None:
     assert announcing.check_type(given_type) == kept
 
 
@@ -76,13 +76,13 @@ def test_a_type_has_one_spelling(given_type: str, kept: str) -> None:
         "_http._tcp\n",
     ],
 )
-def test_what_is_no_type_is_refused(wrong: str) -> None:
+def test_an_invalid_type_is_rejected(wrong: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.check_type(wrong)
     assert refused.value.pointer == "/announce/type"
 
 
-def test_a_subtype_and_its_base_are_told_apart() -> None:
+def test_a_subtype_is_parsed_apart_from_its_base() -> None:
     assert announcing.parse_type("_printer._sub._http._tcp") == ("_http._tcp", "_printer")
     assert announcing.parse_type("_http._tcp") == ("_http._tcp", None)
 
@@ -93,7 +93,7 @@ def test_a_name_is_kept_in_nfc_with_its_dots_and_blanks() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["", "ü" * 32, "a\x00b", "a\nb", "a\x7f", "a\x85", "\ud800"])
-def test_what_is_no_name_is_refused(wrong: str) -> None:
+def test_an_invalid_name_is_rejected(wrong: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.check_name(wrong)
     assert refused.value.pointer == "/announce/name"
@@ -114,7 +114,7 @@ def test_txt_begins_with_service_and_instance() -> None:
     assert list(pairs.items()) == [("service", "orders"), ("instance", "orders-1"), ("path", "/")]
 
 
-def test_txt_that_was_read_can_be_sent_back() -> None:
+def test_txt_as_read_is_accepted_again() -> None:
     pairs = announcing.check_txt({"a": "b"}, service="orders", instance="orders-1")
     assert announcing.check_txt(pairs, service="orders", instance="orders-1") == pairs
 
@@ -131,7 +131,7 @@ def test_txt_that_was_read_can_be_sent_back() -> None:
         ({str(i): "x" * 250 for i in range(6)}, "/announce/txt"),
     ],
 )
-def test_what_is_no_txt_is_refused(wrong: dict[str, str], pointer: str) -> None:
+def test_an_invalid_txt_is_rejected(wrong: dict[str, str], pointer: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         announcing.check_txt(wrong, service="orders", instance="orders-1")
     assert refused.value.pointer == pointer
@@ -170,7 +170,7 @@ def test_announce_true_names_the_service_after_its_instance() -> None:
     assert other.name == "orders-1 metrics"
 
 
-def test_what_is_asked_for_is_announced() -> None:
+def test_the_requested_fields_are_announced() -> None:
     asked = AnnounceRequest(type="_http._tcp", name="Orders", txt={"path": "/"})
     announcement = announcing.resolve(asked, **FACTS)
     assert announcement is not None
@@ -196,6 +196,6 @@ def test_types_that_real_lans_have_can_be_browsed_for(type_: str) -> None:
 @pytest.mark.parametrize(
     "wrong", ["", "http", "_http", "_http._sctp", "_http._tcp.example", "_a._b._c._tcp", "\ud800._x._tcp"]
 )
-def test_what_is_no_type_can_not_be_browsed_for(wrong: str) -> None:
+def test_an_invalid_type_can_not_be_browsed_for(wrong: str) -> None:
     with pytest.raises(InvalidRequest):
         announcing.check_lan_type(wrong)

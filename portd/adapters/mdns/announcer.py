@@ -280,17 +280,12 @@ class Announcer:
                 await asyncio.wait_for(self._presence_changed.wait(), left)
 
     async def _choose(self) -> None:
-        if self._choice != "embedded" and not self._bus.is_connected:
-            try:
-                await self._bus.connect()
-            except OSError as error:
-                if self._choice == "avahi":
-                    raise
-                self._why = f"embedded: {error}"
-        if self._choice == "avahi" or (self._choice == "auto" and self._bus.is_present):
-            if not self._bus.is_present:
-                await self._switch(None)
-                raise OSError('[mdns] responder is "avahi", but avahi-daemon does not run')
+        """Switch to the responder that the configuration and avahi-daemon's presence call for; raises OSError."""
+        await self._connect_bus()
+        if self._choice == "avahi" and not self._bus.is_present:
+            await self._switch(None)
+            raise OSError('[mdns] responder is "avahi", but avahi-daemon does not run')
+        if self._choice != "embedded" and self._bus.is_present:
             self._why = "avahi: avahi-daemon runs on this host, and a host has one responder (RFC 6762 section 15)"
             # A new avahi-daemon has none of the services that the last one published: a new responder publishes all.
             await self._switch(AvahiResponder(self._bus, self._on_outcome, self._interfaces))
@@ -300,6 +295,17 @@ class Announcer:
             elif self._bus.is_connected:
                 self._why = "embedded: no avahi-daemon runs on this host"
             await self._switch(EmbeddedResponder(self._host, self._on_outcome, self._interfaces, self._lan.receive))
+
+    async def _connect_bus(self) -> None:
+        """Connect to D-Bus where avahi-daemon may be used; without a bus, only `responder = "avahi"` raises OSError."""
+        if self._choice == "embedded" or self._bus.is_connected:
+            return
+        try:
+            await self._bus.connect()
+        except OSError as error:
+            if self._choice == "avahi":
+                raise
+            self._why = f"embedded: {error}"
 
     async def _switch(self, responder: Responder | None) -> None:
         """Replace the responder: without goodbyes, since the new one announces the same."""

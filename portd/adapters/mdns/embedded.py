@@ -1,7 +1,7 @@
 """The embedded responder: connects sockets and interfaces to the rules for names (`claims`) and answers (`answering`).
 
-It owns the one timer of both, decodes what arrives, and packs what they say into shared, paced packets. It takes no
-decision of its own: which name is whose, and what to answer, must stay out of here.
+It owns the one timer of both, decodes packets, and encodes what both send into shared, paced packets. Which name is
+whose, and what to answer, must not be decided here.
 """
 
 from __future__ import annotations

@@ -130,16 +130,19 @@ class GuardianClient:
         self._timer = None
         slot = self._dirty.pop()
         records = [wire.with_ttl(record, 0) for records in self._slots[slot].values() for record in records]
-        for kind, some in (
-            (b"P", [record for record in records if isinstance(record, DNSPointer)]),
-            (b"R", [record for record in records if not isinstance(record, DNSPointer)]),
-        ):
-            packets = wire.encode_response(some)[:PACKETS_PER_SLOT] if some else []
-            for number in range(max(len(packets), self._packet_counts.get((kind, slot), 0))):
-                self._send(kind, slot * PACKETS_PER_SLOT + number, packets[number] if number < len(packets) else b"")
-            self._packet_counts[kind, slot] = len(packets)
+        self._replace(b"P", slot, [record for record in records if isinstance(record, DNSPointer)])
+        self._replace(b"R", slot, [record for record in records if not isinstance(record, DNSPointer)])
         if self._dirty:
             self._timer = asyncio.get_running_loop().call_later(0, self._flush)
+
+    def _replace(self, kind: bytes, slot: int, records: Sequence[DNSRecord]) -> None:
+        """Send the guardian the packets of a slot, and empty ones for those that it had more of before."""
+        packets = wire.encode_response(records)[:PACKETS_PER_SLOT] if records else []
+        before = self._packet_counts.get((kind, slot), 0)
+        self._packet_counts[kind, slot] = len(packets)
+        packets += [b""] * (before - len(packets))
+        for number, packet in enumerate(packets):
+            self._send(kind, slot * PACKETS_PER_SLOT + number, packet)
 
     def _send(self, kind: bytes, number: int, body: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():

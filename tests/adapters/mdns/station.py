@@ -1,4 +1,4 @@
-"""A host that runs portd's announcer, driven by events as the service would, and a host that only listens."""
+"""A host that runs portd's announcer, driven by events as the service would, and a host that only observes."""
 
 from __future__ import annotations
 
@@ -129,32 +129,34 @@ class Station:
         self.host.call(self.announcer.close(takeover=takeover))
 
 
-class Ear:
-    """Hears everything on a host's link, and can ask."""
+class Observer:
+    """Receives everything on a host's link, and sends queries."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.heard: list[tuple[float, Arrival, DNSIncoming]] = []
+        self.received: list[tuple[float, Arrival, DNSIncoming]] = []
         self.sockets = host.call(self._open())
         host.at_close.append(self.close)
 
     async def _open(self) -> Sockets:
-        sockets = Sockets(self._hear, unicast=True)
+        sockets = Sockets(self._receive, unicast=True)
         sockets.open()
         sockets.join(list_interfaces())
         return sockets
 
-    def _hear(self, arrival: Arrival) -> None:
+    def _receive(self, arrival: Arrival) -> None:
         message = wire.decode(arrival.data, 1.0)
         if message is not None:
-            self.heard.append((time.monotonic(), arrival, message))
+            self.received.append((time.monotonic(), arrival, message))
 
     def forget(self) -> None:
-        self.heard.clear()
+        self.received.clear()
 
     def responses(self) -> list[DNSRecord]:
         """Return all records of all responses so far."""
-        return [record for _, _, message in list(self.heard) if message.is_response() for record in message.answers()]
+        return [
+            record for _, _, message in list(self.received) if message.is_response() for record in message.answers()
+        ]
 
     def goodbyes(self) -> set[str]:
         """Return the names that a PTR's goodbye was said to."""

@@ -13,13 +13,13 @@ import pytest
 
 from portd.adapters.mdns import wire
 from tests.adapters.mdns.bed import Host, Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, ask_directly, ask_the_group, lease, legacy_query
+from tests.adapters.mdns.station import Observer, Station, ask_directly, ask_the_group, lease, legacy_query
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
 
 
-def test_a_peer_sees_names_with_dots_blanks_and_umlauts_type_and_subtype_and_resolves_the_host(lan: Lan) -> None:
+def test_a_peer_resolves_names_with_dots_blanks_and_umlauts(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = Station(here, "box").start()
@@ -36,10 +36,10 @@ def test_a_peer_sees_names_with_dots_blanks_and_umlauts_type_and_subtype_and_res
     assert peer.resolve("box-portd.local") == here.address
 
 
-def test_what_turns_critical_drains_or_ends_disappears_and_what_recovers_returns(lan: Lan) -> None:
+def test_critical_draining_and_ended_leases_disappear_and_recovered_ones_return(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     station.put(*(lease(name) for name in ("critical", "draining", "ended", "unannounced", "staying")))
     station.wait_published("critical", "draining", "ended", "unannounced", "staying")
@@ -49,7 +49,7 @@ def test_what_turns_critical_drains_or_ends_disappears_and_what_recovers_returns
     station.change("unannounced", announce=None)
     station.change("ended", "ended", state="ended")
     gone = {f"{name}._http._tcp.local." for name in ("critical", "draining", "ended", "unannounced")}
-    wait_for(lambda: ear.goodbyes() == gone, "each says goodbye, and no other")
+    wait_for(lambda: observer.goodbyes() == gone, "each says goodbye, and no other")
     wait_for(lambda: peer.seen(WEB) == {"staying"}, "the peer has lost them")
     assert station.published("critical") is None
     station.change("critical", "health", health="passing")
@@ -59,7 +59,7 @@ def test_what_turns_critical_drains_or_ends_disappears_and_what_recovers_returns
 
 def test_endpoints_of_an_instance_appear_and_disappear_together(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     main = lease("main", instance="orders-1", announce=None)
     admin = lease("Admin", instance="orders-1", endpoint="admin", check=None)
@@ -67,7 +67,9 @@ def test_endpoints_of_an_instance_appear_and_disappear_together(lan: Lan) -> Non
     station.put(main, admin, other)
     station.wait_published("Admin", "Other")
     station.change("main", "health", health="critical")
-    wait_for(lambda: ear.goodbyes() == {"Admin._http._tcp.local."}, "a critical main endpoint takes the others out")
+    wait_for(
+        lambda: observer.goodbyes() == {"Admin._http._tcp.local."}, "a critical main endpoint takes the others out"
+    )
     station.change("main", "health", health="warning")
     station.wait_published("Admin")
     station.change("main", "draining", drain=True)
@@ -87,7 +89,7 @@ def test_a_service_appears_only_once_its_check_has_passed(lan: Lan) -> None:
 def test_port_and_txt_change_in_place_without_a_goodbye(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     station.put(lease("a", "Orders", txt={"version": "1"}, port=20001))
     station.wait_published("a")
@@ -96,13 +98,13 @@ def test_port_and_txt_change_in_place_without_a_goodbye(lan: Lan) -> None:
     assert announce is not None
     station.put(lease("a", "Orders", txt={"version": "2"}, port=20002, published_as=announce.published_as))
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("",) * 4)[2:] == ("20002", '"version=2"'), "the change is seen")
-    assert ear.goodbyes() == set()
+    assert observer.goodbyes() == set()
 
 
-def test_an_orderly_stop_says_goodbye_to_all_and_a_takeover_to_none(lan: Lan) -> None:
+def test_an_orderly_stop_withdraws_all_and_a_takeover_none(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     station.put(*(lease(f"s{number}", port=20000 + number) for number in range(20)))
     station.wait_published(*(f"s{number}" for number in range(20)))
@@ -112,14 +114,14 @@ def test_an_orderly_stop_says_goodbye_to_all_and_a_takeover_to_none(lan: Lan) ->
     assert not Path(f"/proc/{guardian}").exists(), "the guardian went with the daemon"
     successor = Station(here).start(*station.leases.values())
     wait_for(lambda: len(successor.reports) == 20, "the successor announces them again")
-    assert ear.goodbyes() == set(), "nobody was told otherwise in between"
+    assert observer.goodbyes() == set(), "no goodbye in between"
     assert [name for _, name, _ in successor.reports] == [f"s{number}" for number in range(20)]
     successor.close()
-    wait_for(lambda: len(ear.goodbyes()) == 20, "an orderly stop says goodbye")
+    wait_for(lambda: len(observer.goodbyes()) == 20, "an orderly stop says goodbye")
     wait_for(lambda: peer.seen(WEB) == set(), "the peer has lost them")
 
 
-def test_what_ended_while_the_daemon_was_down_is_taken_back_from_the_lan(lan: Lan) -> None:
+def test_a_lease_that_ended_while_portd_was_down_is_retracted(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = Station(here).start()
@@ -162,34 +164,34 @@ def start_daemon(host: Host, names: list[str]) -> tuple[subprocess.Popen[bytes],
     return process, int(process.stdout.readline())
 
 
-def test_a_killed_daemon_is_gone_from_the_lan_at_once_by_its_guardian(lan: Lan) -> None:
+def test_the_guardian_withdraws_the_services_of_a_killed_daemon(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
-    ear = Ear(peer)
+    observer = Observer(peer)
     names = [f"s{number}" for number in range(40)]
     process, guardian = start_daemon(here, names)
     wait_for(lambda: len(peer.seen(WEB)) == 40, "all are seen")
     os.kill(guardian, signal.SIGTERM)  # as a service manager would: it is to outlive that
     process.kill()
     process.wait()
-    wait_for(lambda: len(ear.goodbyes()) == 40, "the guardian said goodbye to all")
+    wait_for(lambda: len(observer.goodbyes()) == 40, "the guardian said goodbye to all")
     wait_for(lambda: peer.seen(WEB) == set(), "the peer has lost them")
     wait_for(lambda: not Path(f"/proc/{guardian}").exists(), "the guardian has gone too")
 
 
-def test_a_guardian_that_is_killed_is_started_again_and_knows_all(lan: Lan) -> None:
+def test_a_killed_guardian_is_started_again(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     station.put(lease("a", "Orders"))
     station.wait_published("a")
     first = station.condition()["guardian"]
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: station.condition()["guardian"] not in (None, first), "another guardian is there")
-    assert ear.goodbyes() == set()
+    assert observer.goodbyes() == set()
 
 
-def test_a_thousand_are_all_seen_and_all_lost(lan: Lan) -> None:
+def test_a_thousand_services_are_all_seen_and_all_lost(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = Station(here).start()
@@ -201,7 +203,7 @@ def test_a_thousand_are_all_seen_and_all_lost(lan: Lan) -> None:
     wait_for(lambda: len(peer.seen(WEB)) == 0, "all are lost")
 
 
-def test_a_resolver_that_knows_no_multicast_gets_one_packet_however_many_services_there_are(lan: Lan) -> None:
+def test_a_legacy_resolver_gets_one_packet_of_many_services(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     station = Station(here, "box").start()
     names = [f"s{number}" for number in range(300)]
@@ -229,73 +231,75 @@ def test_a_forged_source_of_another_network_gets_no_packet(lan: Lan) -> None:
     names = [f"s{number}" for number in range(50)]
     station.put(*(lease(name) for name in names))
     station.wait_published(*names)
-    ear = Ear(peer)
+    observer = Observer(peer)
     query = wire.encode_query([("_http._tcp.local.", wire.PTR)], unicast=True)[0]
     replies = peer.call(ask_the_group("203.0.113.9", peer.address, query))
     assert replies == []
-    wait_for(lambda: any(record.name == "_http._tcp.local." for record in ear.responses()), "the group gets the answer")
+    wait_for(
+        lambda: any(record.name == "_http._tcp.local." for record in observer.responses()), "the group gets the answer"
+    )
 
 
-def test_what_is_known_is_not_said_again(lan: Lan) -> None:
+def test_known_answers_are_not_repeated(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     station = Station(here).start()
     station.put(lease("a", "Orders"), lease("b", "Billing"))
     station.wait_published("a", "b")
-    ear = Ear(peer)
+    observer = Observer(peer)
     known = wire.pointer("_http._tcp.local.", "Orders._http._tcp.local.")
-    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+    observer.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
 
     def said() -> set[str]:
         return {
             record.alias
-            for _, _, message in ear.heard
+            for _, _, message in observer.received
             if message.is_response()
             for record in message.answers()[: message.num_answers]
             if isinstance(record, wire.DNSPointer) and record.name == "_http._tcp.local."
         }
 
     wait_for(said, "there is an answer")
-    ear.forget()
-    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+    observer.forget()
+    observer.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
     wait_for(said, "there is another answer, after a second at the earliest")
-    ear.forget()
-    ear.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
+    observer.forget()
+    observer.send(wire.encode_query([("_http._tcp.local.", wire.PTR)], [known], now_ms=known.created))
     wait_for(said, "there is a third answer")
     assert said() == {"Billing._http._tcp.local."}
 
 
-def test_the_host_has_no_other_address_and_says_so(lan: Lan) -> None:
+def test_a_missing_address_family_of_the_host_is_denied(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     station = Station(here, "box").start()
     station.put(lease("a"))
     station.wait_published("a")
-    ear = Ear(peer)
-    ear.ask(("box-portd.local.", wire.AAAA))
+    observer = Observer(peer)
+    observer.ask(("box-portd.local.", wire.AAAA))
     wait_for(
-        lambda: any(record.type == 47 and record.name == "box-portd.local." for record in ear.responses()),
+        lambda: any(record.type == 47 and record.name == "box-portd.local." for record in observer.responses()),
         "NSEC denies the AAAA",
     )
 
 
-def test_an_announcement_that_is_written_anew_keeps_the_name_that_it_had_won(lan: Lan) -> None:
+def test_a_replaced_announcement_keeps_the_name_that_it_had_won(lan: Lan) -> None:
     station = Station(lan.host()).start()
     station.put(lease("a", "Orders"), lease("b", "Orders"))
     station.wait_published("a", "b")
     station.put(lease("b", "Orders"), type_="updated")
-    assert station.published("b") == "Orders (2)", "told at once: nothing has changed on the LAN"
+    assert station.published("b") == "Orders (2)", "reported at once: nothing has changed on the LAN"
     station.put(lease("b", "Orders", txt={"path": "/"}), type_="updated")
     station.wait_published("b")
     assert station.published("b") == "Orders (2)"
     station.put(lease("b", "Billing"), type_="updated")
-    wait_for(lambda: station.published("b") == "Billing", "another wish is another name")
+    wait_for(lambda: station.published("b") == "Billing", "another requested name is another name")
 
 
-def test_a_live_lease_that_is_not_announced_right_after_a_restart_is_taken_back_and_keeps_its_name(lan: Lan) -> None:
+def test_a_lease_that_stopped_serving_meanwhile_keeps_its_name(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start(lease("a", "Orders", published_as="Orders (2)", state="held"))
-    wait_for(lambda: ear.goodbyes() == {"Orders (2)._http._tcp.local."}, "the LAN is told that it is not there")
-    wait_for(lambda: station.published("a") is None, "and the lease too")
+    wait_for(lambda: observer.goodbyes() == {"Orders (2)._http._tcp.local."}, "a goodbye is sent")
+    wait_for(lambda: station.published("a") is None, "and the lease is not published")
     station.change("a", "bound", state="bound")
     station.wait_published("a")
     assert station.published("a") == "Orders (2)"

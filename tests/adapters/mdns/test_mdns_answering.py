@@ -101,7 +101,7 @@ def test_a_neighbour_gets_the_unicast_answer_it_asked_for(host: NetHost) -> None
     assert decode(sending.packets[0]).answers()[0].name == name
 
 
-def test_unicast_answers_to_one_address_are_bounded_and_the_rest_is_multicast(host: NetHost) -> None:
+def test_unicast_answers_beyond_the_bound_are_multicast(host: NetHost) -> None:
     rest(host)
     host.net.run(1.0 - host.net.now % 1.0)
     sent = [sending for _ in range(50) for sending in receive(host, query(unicast=True), NEIGHBOUR)]
@@ -121,7 +121,7 @@ def test_answers_to_all_addresses_together_are_bounded(host: NetHost) -> None:
     assert size(sent) < answering.DIRECT_BYTES_IN_ALL * 1.1
 
 
-def test_a_legacy_resolver_gets_one_packet_with_tc_if_it_was_cut(host: NetHost) -> None:
+def test_a_cut_legacy_answer_is_one_packet_with_tc(host: NetHost) -> None:
     (sending,) = receive(host, legacy(), NEIGHBOUR, port=5999)
     (packet,) = sending.packets
     assert len(packet) <= 1460
@@ -169,7 +169,7 @@ def test_a_record_is_multicast_once_a_second_whoever_asks(
             answered[record] = at
 
 
-def test_a_probe_is_answered_by_multicast_at_once_even_from_elsewhere(host: NetHost) -> None:
+def test_a_probe_is_answered_by_multicast_at_once(host: NetHost) -> None:
     name = "s7._http._tcp.local."
     (packet,) = wire.encode_probe([(name, [wire.service(name, 9, "other.local.")])])
     assert receive(host, packet, ELSEWHERE) == []
@@ -203,7 +203,7 @@ def test_a_truncated_query_waits_for_its_known_answers(host: NetHost) -> None:
     }
 
 
-def test_what_truncated_queries_leave_in_memory_is_bounded(host: NetHost) -> None:
+def test_truncated_queries_take_bounded_memory(host: NetHost) -> None:
     first = bytearray(query())
     first[2] |= 0x02
     for number in range(1, 255):

@@ -1,4 +1,4 @@
-"""Where avahi-daemon runs, it publishes for us; where it comes or goes, the other way takes over."""
+"""A running avahi-daemon publishes for portd; when it starts or stops, the responder changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from portd.adapters.mdns import announcer
 from tests.adapters.mdns.bed import Host, Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, lease
+from tests.adapters.mdns.station import Observer, Station, lease
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
@@ -18,7 +18,7 @@ def beside_avahi(host: Host, **options: str) -> Station:
     return Station(host, bus_address=host.bus).start()
 
 
-def test_where_avahi_runs_it_publishes_for_us_and_keeps_its_port_for_itself(lan: Lan) -> None:
+def test_a_running_avahi_publishes_and_keeps_its_unicast_port(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = beside_avahi(here)
@@ -36,7 +36,7 @@ def test_where_avahi_runs_it_publishes_for_us_and_keeps_its_port_for_itself(lan:
         line
         for line in sockets.splitlines()
         if "avahi-daemon" not in line and "224.0.0.251:5353" not in line and "[ff02::fb]:5353" not in line
-    ] == [], "nothing that is sent to this host is taken from Avahi"
+    ] == [], "Avahi still gets what is sent to this host"
 
 
 def test_changes_and_withdrawals_go_through_avahi(lan: Lan) -> None:
@@ -45,19 +45,19 @@ def test_changes_and_withdrawals_go_through_avahi(lan: Lan) -> None:
     station = beside_avahi(here)
     station.put(lease("a", "Orders", port=20001, txt={"version": "1"}), lease("b", "Other"))
     station.wait_published("a", "b")
-    ear = Ear(peer)
+    observer = Observer(peer)
     station.put(lease("a", "Orders", port=20001, txt={"version": "2"}, published_as="Orders"))
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("",) * 4)[3] == '"version=2"', "the new TXT is seen")
-    assert ear.goodbyes() == set()
+    assert observer.goodbyes() == set()
     station.put(lease("a", "Orders", port=20002, txt={"version": "2"}, published_as="Orders"))
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("",) * 4)[2] == "20002", "the new port is seen")
     station.change("a", "health", health="critical")
     wait_for(lambda: peer.seen(WEB) == {"Other"}, "it is gone, and no other")
     station.close()
-    wait_for(lambda: peer.seen(WEB) == set(), "an orderly stop takes all back")
+    wait_for(lambda: peer.seen(WEB) == set(), "an orderly stop withdraws all")
 
 
-def test_a_name_that_is_taken_is_changed_and_told_through_avahi_too(lan: Lan) -> None:
+def test_a_name_in_use_is_changed_through_avahi_too(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     owner = Station(peer).start()
     owner.put(lease("o", "Orders"))
@@ -69,9 +69,7 @@ def test_a_name_that_is_taken_is_changed_and_told_through_avahi_too(lan: Lan) ->
     assert owner.published("o") == "Orders"
 
 
-def test_when_avahi_goes_we_publish_ourselves_and_when_it_comes_back_it_does(
-    lan: Lan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_responder_changes_when_avahi_stops_and_starts(lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcer, "GRACE_S", 0.5)
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
@@ -87,7 +85,7 @@ def test_when_avahi_goes_we_publish_ourselves_and_when_it_comes_back_it_does(
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("",))[0] == "h1.local", "the peer sees Avahi's")
 
 
-def test_when_avahi_is_restarted_everything_is_published_again(lan: Lan) -> None:
+def test_everything_is_published_again_after_a_restart_of_avahi(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = beside_avahi(here)
@@ -99,7 +97,7 @@ def test_when_avahi_is_restarted_everything_is_published_again(lan: Lan) -> None
     assert station.condition()["responder"] == "avahi"
 
 
-def test_avahi_by_configuration_waits_for_it_and_says_what_is_missing(lan: Lan) -> None:
+def test_a_configured_avahi_that_does_not_run_is_reported(lan: Lan) -> None:
     here = lan.host()
     here.start_avahi()
     here.stop_avahi()
@@ -111,13 +109,15 @@ def test_avahi_by_configuration_waits_for_it_and_says_what_is_missing(lan: Lan) 
     assert station.condition()["problem"] is None
 
 
-def test_a_port_that_allows_no_other_stack_is_a_problem_and_nothing_else(lan: Lan) -> None:
+def test_an_exclusive_port_5353_is_reported_and_stops_nothing_else(lan: Lan) -> None:
     here = lan.host()
     here.start_avahi(disallow_other_stacks="yes")
     embedded = Station(here, responder="embedded").start()
     embedded.put(lease("a", "Orders"))
     assert "Address already in use" in embedded.condition()["problem"]
-    announce = wait_for(lambda: (found := embedded.leases["a"].announce) and found.problem and found, "its lease tells")
+    announce = wait_for(
+        lambda: (found := embedded.leases["a"].announce) and found.problem and found, "its lease reports it"
+    )
     assert announce.published_as is None
     auto = Station(here, bus_address=here.bus).start()
     auto.put(lease("b", "Billing"))

@@ -16,23 +16,23 @@ from portd.adapters.mdns import wire
 from portd.core.announcing import LanService
 from portd.core.errors import InvalidRequest
 from tests.adapters.mdns.bed import Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, lease
+from tests.adapters.mdns.station import Observer, Station, lease
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
 
 
-def queries(ear: Ear) -> list[str]:
+def queries(observer: Observer) -> list[str]:
     """The names that were asked for, probes aside."""
     return [
         question.name
-        for _, _, message in ear.heard
+        for _, _, message in observer.received
         if message.is_query() and not message.is_probe()
         for question in message.questions
     ]
 
 
-def test_all_types_and_instances_are_listed_resolved_ours_and_others(lan: Lan) -> None:
+def test_all_types_and_instances_are_listed_ours_and_others(lan: Lan) -> None:
     here, other, avahi = lan.host(), lan.host(), lan.host()
     avahi.start_avahi()
     avahi.publish_by_avahi("Avahi's Printer", "_ipp._tcp", 631, "rp=queue", "note=a.b")
@@ -67,7 +67,7 @@ def test_all_types_and_instances_are_listed_resolved_ours_and_others(lan: Lan) -
     assert station.lan("_nothing._tcp") == {}
 
 
-def test_nobody_browses_when_nobody_asks_and_the_second_time_the_cache_answers(lan: Lan) -> None:
+def test_browsing_starts_with_a_listing_and_then_uses_the_cache(lan: Lan) -> None:
     here, other = lan.host(), lan.host()
     others = Station(other).start()
     others.put(lease("o", "There"))
@@ -75,11 +75,11 @@ def test_nobody_browses_when_nobody_asks_and_the_second_time_the_cache_answers(l
     station.put(lease("m", "Mine"))
     others.wait_published("o")
     station.wait_published("m")
-    ear = Ear(other)
+    observer = Observer(other)
     assert station.condition()["browsing"] is False
     assert set(station.lan(WEB)) == {"There", "Mine"}
-    wait_for(lambda: queries(ear), "it was asked")
-    assert set(queries(ear)) <= {"_http._tcp.local."}, "for what somebody wanted to know, and no more"
+    wait_for(lambda: queries(observer), "it was asked")
+    assert set(queries(observer)) <= {"_http._tcp.local."}, "for what somebody wanted to know, and no more"
 
     async def twice() -> bool:
         """The second answer needs no time: it is there before the loop does anything else."""
@@ -94,7 +94,7 @@ def test_a_service_that_falls_silent_is_lost_within_its_ttl(lan: Lan) -> None:
     here, other = lan.host(), lan.host()
     station = Station(here).start()
     station.lan(WEB)
-    ear = Ear(other)  # announces once, for two seconds, and is never heard again
+    observer = Observer(other)  # announces once, for two seconds, and then falls silent
     name = "Silent._http._tcp.local."
     records = [
         wire.pointer("_http._tcp.local.", name),
@@ -102,12 +102,12 @@ def test_a_service_that_falls_silent_is_lost_within_its_ttl(lan: Lan) -> None:
         wire.text(name, b"\0"),
         wire.address("silent.local.", bytes([10, 9, 0, 99])),
     ]
-    ear.send(wire.encode_response([wire.with_ttl(record, 2) for record in records]))
+    observer.send(wire.encode_response([wire.with_ttl(record, 2) for record in records]))
     wait_for(lambda: "Silent" in station.lan(WEB), "it is listed")
     wait_for(lambda: "Silent" not in station.lan(WEB), "it is lost")
 
 
-def test_what_is_no_type_is_refused(lan: Lan) -> None:
+def test_an_invalid_type_is_rejected(lan: Lan) -> None:
     station = Station(lan.host()).start()
     for wrong in ("http", "_http", "_http._sctp", "\udc80._x._tcp"):
         with pytest.raises(InvalidRequest):
@@ -127,13 +127,13 @@ def test_a_thousand_services_of_another_host_are_seen_and_lost(lan: Lan) -> None
     wait_for(lambda: len(station.lan(WEB)) == 0, "all are lost")
 
 
-def test_packets_that_are_broken_on_purpose_break_nothing(lan: Lan) -> None:
+def test_malformed_packets_break_nothing(lan: Lan) -> None:
     here, other = lan.host(), lan.host()
     station = Station(here).start()
     station.put(lease("m", "Mine"))
     station.wait_published("m")
     station.lan(WEB)
-    ear = Ear(other)
+    observer = Observer(other)
     chance = random.Random(6762)
     sane = [
         *wire.encode_probe([("Mine._http._tcp.local.", [wire.text("Mine._http._tcp.local.", b"\0")])]),
@@ -164,7 +164,7 @@ def test_packets_that_are_broken_on_purpose_break_nothing(lan: Lan) -> None:
             + len(target).to_bytes(2, "big")
             + target
         )
-    ear.send(broken)
+    observer.send(broken)
     others = Station(other).start()
     others.put(lease("o", "There"))
     others.wait_published("o")
@@ -203,13 +203,13 @@ def test_nodes_bonjour_service_and_portd_see_each_other(lan: Lan, bonjour: Path)
     station.wait_published("m")
     process = node.start("node", str(bonjour / "peer.js"), stdout=subprocess.PIPE, stderr=None)
     assert process.stdout is not None
-    told = process.stdout.fileno()
+    output = process.stdout.fileno()
     text = bytearray()
     seen: dict[str, dict[str, object]] = {}
 
     def read() -> bool:
-        if select.select([told], [], [], 0)[0]:  # not by line: a reader would keep a second one to itself
-            text.extend(os.read(told, 65536))
+        if select.select([output], [], [], 0)[0]:  # not by line: a reader would keep a second one to itself
+            text.extend(os.read(output, 65536))
         *lines, text[:] = text.split(b"\n")
         seen.update({service["name"]: service for service in map(json.loads, lines)})
         return "Café Orders" in seen

@@ -34,7 +34,7 @@ def test_a_flood_of_other_records_is_bounded() -> None:
     assert len(kept) == cache.RECORDS_MAX
 
 
-def test_nothing_is_kept_longer_than_its_longest_sensible_ttl() -> None:
+def test_no_record_is_kept_longer_than_the_longest_ttl() -> None:
     kept = RecordCache()
     records = flood(100)
     kept.update(records, records[0].created)
@@ -49,7 +49,7 @@ def test_nothing_is_kept_longer_than_its_longest_sensible_ttl() -> None:
         max_size=80,
     )
 )
-def test_the_count_is_that_of_the_records_whatever_is_received(steps: list[tuple[int, int, int, bool]]) -> None:
+def test_the_count_equals_the_records_after_any_history(steps: list[tuple[int, int, int, bool]]) -> None:
     kept, now_ms = RecordCache(), 1000.0
     for number, ttl, wait_s, is_pointer in steps:
         now_ms += wait_s * 1000
@@ -66,7 +66,7 @@ def test_the_count_is_that_of_the_records_whatever_is_received(steps: list[tuple
     assert len(kept) == 0
 
 
-def test_records_whose_names_cannot_be_asked_for_or_shown_are_dropped() -> None:
+def test_records_with_unusable_names_are_dropped() -> None:
     kept = RecordCache()
     names = ["\ufffd" * 10 + "." + WEB, "x" * 64 + "." + WEB, "\x1b[31mred." + WEB, "\x9b31m." + WEB]
     kept.update([wire.pointer(WEB, name) for name in names], 1.0)

@@ -113,7 +113,7 @@ def test_a_joined_lan_ends_with_one_owner_once_somebody_asks() -> None:
     assert sorted(str(host.published("a")) for host in hosts) == ["Orders", "Orders (2)"]
 
 
-def test_an_owner_keeps_its_name_when_a_contradiction_was_a_mistake() -> None:
+def test_an_owner_keeps_its_name_if_a_probe_finds_nobody() -> None:
     net = Net()
     host = owned(net, "a")
     contradict(host)
@@ -166,7 +166,7 @@ def test_a_storm_of_conflicts_slows_probing_down() -> None:
     assert host.entry("a").conflict_count == 0, "a name that was won starts afresh"
 
 
-def test_a_peer_that_always_contradicts_gets_a_bounded_number_of_packets() -> None:
+def test_endless_contradictions_cause_a_bounded_number_of_packets() -> None:
     """Two cloned machines that invalidated each other's records without end sent 350 packets a second."""
     net = Net()
     host = owned(net, "a")
@@ -177,7 +177,7 @@ def test_a_peer_that_always_contradicts_gets_a_bounded_number_of_packets() -> No
     assert len(net.sent) / 60.0 < 8
 
 
-def test_probing_asks_three_times_and_announcing_says_it_twice() -> None:
+def test_a_name_is_probed_three_times_and_announced_twice() -> None:
     net = Net()
     owned(net, "a")
     probes = [at for at, _, _, message in net.sent if message.is_probe()]
@@ -188,13 +188,13 @@ def test_probing_asks_three_times_and_announcing_says_it_twice() -> None:
     assert announcements[1] - announcements[0] >= 1.0
 
 
-def test_services_that_come_together_share_packets() -> None:
+def test_services_published_together_share_packets() -> None:
     net = Net()
     owned(net, *(f"s{number}" for number in range(60)))
     assert len([message for _, _, _, message in net.sent if message.is_probe()]) <= 3 * 6
 
 
-def test_a_service_that_was_only_probed_for_goes_in_silence() -> None:
+def test_a_service_that_was_never_announced_sends_no_goodbye() -> None:
     net = Net()
     host = net.host()
     host.publish(service("a"))
@@ -204,7 +204,7 @@ def test_a_service_that_was_only_probed_for_goes_in_silence() -> None:
     assert goodbyes(net) == set()
 
 
-def test_a_withdrawn_service_says_goodbye_twice_and_is_never_announced_again() -> None:
+def test_a_withdrawn_service_sends_two_goodbyes_and_nothing_else() -> None:
     net = Net()
     host = owned(net, "a", "b")
     net.sent.clear()
@@ -226,7 +226,7 @@ def test_a_name_that_is_published_again_is_not_withdrawn_afterwards() -> None:
     assert goodbyes(net) == set()
 
 
-def test_a_goodbye_of_another_host_for_our_record_is_contradicted() -> None:
+def test_another_hosts_goodbye_for_our_record_is_contradicted() -> None:
     net = Net()
     host = owned(net, "a")
     net.sent.clear()
@@ -251,7 +251,7 @@ def test_changes_are_announced_once_a_second_at_most() -> None:
     assert texts[-1] == host.entry("a").unique(host.link)[1]
 
 
-def test_a_lost_interface_is_reported_and_its_return_checks_the_names() -> None:
+def test_the_return_of_a_lost_interface_probes_again() -> None:
     net = Net()
     host = owned(net, "a")
     host.set_link(up=False)
@@ -294,7 +294,7 @@ def test_a_stale_service_is_retracted_unless_its_name_is_in_use() -> None:
     assert goodbyes(net) == {"old._http._tcp.local."}
 
 
-def test_an_orderly_stop_withdraws_everything_and_then_has_nothing_to_do() -> None:
+def test_an_orderly_stop_withdraws_everything_and_ends() -> None:
     net = Net()
     host = owned(net, *(f"s{number}" for number in range(200)))
     host.claims.withdraw_all(net.now)
@@ -315,6 +315,6 @@ def test_every_timed_state_ends() -> None:
         assert at in (State.OWNED, None)
 
 
-def test_the_table_never_leaves_goodbye_and_enters_states_that_time_or_a_link_ends() -> None:
+def test_no_move_of_the_table_leads_into_a_dead_end() -> None:
     assert all(state is not State.GOODBYE for state, _ in TABLE)
     assert all(move.state in STEPS or move.state is State.WAITING for move in TABLE.values())

@@ -63,7 +63,7 @@ class Daemon:
         return service
 
 
-def test_what_is_killed_is_gone_from_the_lan_and_what_returns_is_back(lan: Lan, tmp_path: Path) -> None:
+def test_killed_services_leave_the_lan_and_restarted_daemons_return(lan: Lan, tmp_path: Path) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     daemon = Daemon(here, tmp_path)

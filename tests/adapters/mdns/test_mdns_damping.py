@@ -7,10 +7,10 @@ import pytest
 from portd.adapters.mdns import desired
 from portd.adapters.mdns.desired import Damping
 from tests.adapters.mdns.bed import Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, lease
+from tests.adapters.mdns.station import Observer, Station, lease
 
 
-def test_the_first_withdrawal_is_forgiven_and_each_further_one_doubles_the_wait_up_to_a_minute() -> None:
+def test_each_further_withdrawal_doubles_the_delay_up_to_a_minute() -> None:
     damping = Damping()
     waits = []
     for now in range(10):
@@ -19,7 +19,7 @@ def test_the_first_withdrawal_is_forgiven_and_each_further_one_doubles_the_wait_
     assert waits == [0, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
-def test_after_a_calm_minute_a_withdrawal_is_the_first_again() -> None:
+def test_a_calm_minute_resets_the_damping() -> None:
     damping = Damping()
     for now in (0.0, 1.0, 2.0, 2.0 + desired.CALM_S):
         damping.note_withdrawal(now)
@@ -27,18 +27,18 @@ def test_after_a_calm_minute_a_withdrawal_is_the_first_again() -> None:
 
 
 @pytest.mark.netns
-def test_a_lease_that_flaps_is_announced_later_withdrawn_at_once_and_says_why(lan: Lan) -> None:
+def test_a_flapping_lease_is_announced_later_and_reports_why(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here).start()
     station.put(lease("a", "Orders"), lease("calm"))
     station.wait_published("a", "calm")
     station.change("a", "health", health="critical")
     station.change("a", "health", health="passing")
     station.wait_published("a")
-    ear.forget()
+    observer.forget()
     station.change("a", "health", health="critical")
-    wait_for(lambda: ear.goodbyes() == {"Orders._http._tcp.local."}, "it is gone at once")
+    wait_for(lambda: observer.goodbyes() == {"Orders._http._tcp.local."}, "it is gone at once")
     station.change("a", "health", health="passing")
     announce = station.leases["a"].announce
     assert announce is not None

@@ -1,4 +1,4 @@
-"""The interfaces are the kernel's word: which lead to a LAN, with which addresses, and when that changes."""
+"""The interfaces are as the kernel reports them: those that lead to a LAN, their addresses, and changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from portd.adapters.mdns import wire
 from portd.adapters.mdns.interfaces import Interfaces, list_interfaces
 from tests.adapters.mdns.bed import Host, Lan, wait_for
-from tests.adapters.mdns.station import Ear, Station, lease
+from tests.adapters.mdns.station import Observer, Station, lease
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
@@ -21,7 +21,7 @@ def names(host: Host, *wanted: str) -> set[str]:
     return {link.name for link in host.call(_list(*wanted)).values()}
 
 
-def test_loopback_container_bridges_and_ports_of_bridges_are_left_out_unless_asked_for(lan: Lan) -> None:
+def test_interfaces_that_lead_to_no_lan_need_configuration(lan: Lan) -> None:
     host = lan.host()
     for number, name in enumerate(("docker0", "br-0123456789ab", "virt0")):
         host.ip("link", "add", name, "type", "bridge")
@@ -39,7 +39,7 @@ def test_loopback_container_bridges_and_ports_of_bridges_are_left_out_unless_ask
     assert names(host, "nothing") == set()
 
 
-def test_an_address_that_changes_is_announced_and_the_old_one_is_answered_no_more(lan: Lan) -> None:
+def test_a_changed_address_replaces_the_old_one_on_the_lan(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
     station = Station(here, "box").start()
@@ -51,28 +51,28 @@ def test_an_address_that_changes_is_announced_and_the_old_one_is_answered_no_mor
     here.ip("address", "replace", "10.9.0.77/24", "dev", "eth0")  # it was secondary, and went with the primary
     wait_for(lambda: peer.resolve("box-portd.local") == "10.9.0.77", "the new address is known")
     wait_for(lambda: peer.browsed(WEB).get("Orders", ("", ""))[1] == "10.9.0.77", "the service has moved")
-    ear = Ear(peer)  # asked again, past all caches
-    ear.ask(("box-portd.local.", wire.A))
-    wait_for(lambda: any(isinstance(record, wire.DNSAddress) for record in ear.responses()), "there is an answer")
-    assert {record.address for record in ear.responses() if isinstance(record, wire.DNSAddress)} == {
+    observer = Observer(peer)  # asked again, past all caches
+    observer.ask(("box-portd.local.", wire.A))
+    wait_for(lambda: any(isinstance(record, wire.DNSAddress) for record in observer.responses()), "there is an answer")
+    assert {record.address for record in observer.responses() if isinstance(record, wire.DNSAddress)} == {
         bytes([10, 9, 0, 77])
     }
 
 
-def test_a_host_on_two_lans_tells_each_its_own_address_alone(lan: Lan) -> None:
+def test_each_of_two_lans_gets_its_own_address_alone(lan: Lan) -> None:
     here, near = lan.host(), lan.host()
     with Lan() as second:
         here.attach(second, "10.10.0.1/24")
         far = second.host()
         far.ip("address", "replace", "10.10.0.9/24", "dev", "eth0")
         far.ip("address", "del", f"{far.address}/24", "dev", "eth0")
-        ears = [Ear(near), Ear(far)]
+        observers = [Observer(near), Observer(far)]
         station = Station(here, "box").start()
         station.put(lease("a", "Everywhere"), lease("b", "There", address="10.10.0.1"))
         station.wait_published("a", "b")
 
-        def told(ear: Ear) -> tuple[set[bytes], set[str]]:
-            records = ear.responses()
+        def announced(observer: Observer) -> tuple[set[bytes], set[str]]:
+            records = observer.responses()
             return (
                 {record.address for record in records if isinstance(record, wire.DNSAddress)},
                 {
@@ -82,13 +82,15 @@ def test_a_host_on_two_lans_tells_each_its_own_address_alone(lan: Lan) -> None:
                 },
             )
 
-        wait_for(lambda: all(told(ear)[1] for ear in ears), "both LANs hear it")
-        assert told(ears[0]) == ({bytes([10, 9, 0, 1])}, {"Everywhere"})
-        wait_for(lambda: "There" in told(ears[1])[1], "a lease of one address is told where that address is")
-        assert told(ears[1]) == ({bytes([10, 10, 0, 1])}, {"Everywhere", "There"})
+        wait_for(lambda: all(announced(observer)[1] for observer in observers), "both LANs get it")
+        assert announced(observers[0]) == ({bytes([10, 9, 0, 1])}, {"Everywhere"})
+        wait_for(
+            lambda: "There" in announced(observers[1])[1], "a lease of one address is announced where that address is"
+        )
+        assert announced(observers[1]) == ({bytes([10, 10, 0, 1])}, {"Everywhere", "There"})
 
 
-def test_an_address_that_no_interface_has_is_a_problem_of_its_lease_alone(lan: Lan) -> None:
+def test_an_address_without_interface_is_its_own_leases_problem(lan: Lan) -> None:
     here = lan.host()
     station = Station(here).start()
     station.put(lease("a", address="10.99.0.1"), lease("b"))
@@ -107,15 +109,15 @@ def test_an_address_that_no_interface_has_is_a_problem_of_its_lease_alone(lan: L
 def test_ipv6_is_announced_over_ipv6_too(lan: Lan) -> None:
     here, peer = lan.host(ipv6=True), lan.host(ipv6=True)
     here.ip("address", "add", "fd00:9::1/64", "dev", "eth0")
-    ear = Ear(peer)
+    observer = Observer(peer)
     station = Station(here, "box").start()
     station.put(lease("a", "Six", address="::"))
     station.wait_published("a")
     wait_for(
         lambda: (
-            {arrival.family.name for _, arrival, message in ear.heard if message.is_response()}
+            {arrival.family.name for _, arrival, message in observer.received if message.is_response()}
             == {"AF_INET", "AF_INET6"}
         ),
-        "it is told in both families",
+        "it is announced in both families",
     )
-    wait_for(lambda: any(record.type == wire.AAAA for record in ear.responses()), "with the IPv6 address")
+    wait_for(lambda: any(record.type == wire.AAAA for record in observer.responses()), "with the IPv6 address")

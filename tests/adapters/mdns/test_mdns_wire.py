@@ -30,11 +30,11 @@ def labels(name: str) -> tuple[bytes, ...]:
     return names.pop().labels
 
 
-def test_zeroconf_is_the_version_whose_parts_are_used_from_inside() -> None:
+def test_zeroconf_is_the_pinned_version() -> None:
     assert importlib.metadata.version("zeroconf") == "0.154.0"
 
 
-def test_the_parts_used_from_inside_are_as_they_were() -> None:
+def test_the_internals_of_zeroconf_are_as_wire_expects() -> None:
     out = wire._Message(0)
     assert (out.names, out.size, out.data) == ({}, 12, [])
     assert list(inspect.signature(wire.DNSOutgoing.write_name).parameters) == ["self", "name"]
@@ -52,7 +52,7 @@ def test_an_instance_name_with_dots_is_one_label() -> None:
     assert labels(DOTTED) == (b"Dr. Who v1.2", b"_http", b"_tcp", b"local", b"")
 
 
-def test_a_subtype_is_labels_of_their_own() -> None:
+def test_a_subtype_is_separate_labels() -> None:
     assert labels("_printer._sub._http._tcp.local.") == (b"_printer", b"_sub", b"_http", b"_tcp", b"local", b"")
 
 
@@ -71,7 +71,7 @@ def test_every_instance_name_survives_the_wire(text: str) -> None:
     assert wire.split_instance(message.answers()[0].alias) == (name, "_http._tcp.local.")
 
 
-def test_only_records_of_our_own_carry_cache_flush() -> None:
+def test_only_unique_records_carry_cache_flush() -> None:
     packet = wire.encode_response(
         [
             wire.pointer("_http._tcp.local.", DOTTED),
@@ -88,7 +88,7 @@ def test_only_records_of_our_own_carry_cache_flush() -> None:
     ]
 
 
-def test_a_probe_asks_any_for_many_names_and_proposes_their_records() -> None:
+def test_a_probe_asks_for_many_names_and_proposes_their_records() -> None:
     claims = [
         (f"S{number}._http._tcp.local.", [wire.service(f"S{number}._http._tcp.local.", 80, "h.local.")])
         for number in range(30)
@@ -109,7 +109,7 @@ def test_a_probe_with_long_txts_keeps_each_question_with_its_proposal() -> None:
         assert {rrset.name for rrset in message.authority} == {question.name for question in message.question}
 
 
-def test_a_goodbye_is_the_record_with_no_time_left() -> None:
+def test_a_goodbye_is_the_record_with_ttl_0() -> None:
     for record in (
         wire.pointer("_http._tcp.local.", DOTTED),
         wire.service(DOTTED, 80, "h.local."),
@@ -128,7 +128,7 @@ def test_data_is_compared_uncompressed() -> None:
     assert wire.rdata(record) == b"\0\0\0\0\0\x50\1h\5local\0"
 
 
-def test_a_legacy_answer_is_one_packet_with_the_question_and_says_when_it_was_cut() -> None:
+def test_a_legacy_answer_is_one_packet_with_the_question() -> None:
     query = wire.decode(b"\x12\x34" + wire.encode_query([("_http._tcp.local.", wire.PTR)])[0][2:], 1.0)
     assert query is not None
     many = [wire.pointer("_http._tcp.local.", f"Service {n} with a long name._http._tcp.local.") for n in range(200)]
@@ -140,25 +140,25 @@ def test_a_legacy_answer_is_one_packet_with_the_question_and_says_when_it_was_cu
     assert not read(wire.encode_legacy(query, many[:2], [])).flags & dns.flags.TC
 
 
-def test_txt_pairs_survive_and_an_empty_txt_is_one_empty_string() -> None:
+def test_txt_pairs_survive_encoding() -> None:
     assert wire.decode_txt(wire.encode_txt([("a", "1=2"), ("b", ""), ("é", "ü")])) == {"a": "1=2", "b": "", "é": "ü"}
     assert wire.encode_txt([]) == b"\0"
     assert wire.decode_txt(b"\0") == {}
 
 
 @pytest.mark.parametrize("data", [b"\4flag", b"\2=x", b"\3a=1\3a=2", b"\xffshort", b"\1\xff"])
-def test_a_strange_txt_is_read_as_far_as_it_makes_sense(data: bytes) -> None:
+def test_an_unusual_txt_has_pairs_or_nothing(data: bytes) -> None:
     assert all(key and isinstance(value, str) for key, value in wire.decode_txt(data).items())
 
 
 @given(st.binary(max_size=200))
-def test_garbage_is_no_packet_and_no_exception(data: bytes) -> None:
+def test_garbage_raises_no_exception(data: bytes) -> None:
     message = wire.decode(data, 1.0)
     if message is not None:
         message.answers()
 
 
-def test_a_goodbye_lets_a_cached_record_live_a_second_more() -> None:
+def test_a_goodbye_expires_a_cached_record_after_one_second() -> None:
     cache, record = wire.DNSCache(), wire.pointer("_http._tcp.local.", DOTTED)
     assert not wire.apply_goodbye(cache, record)
     cache.async_add_records([record])
