@@ -23,7 +23,7 @@ from portd.adapters.kernel import descriptors
 from portd.adapters.sqlite.store import History, SqliteStore
 from portd.config import MIB, Paths, Settings, load, system_paths, user_paths
 from portd.core.errors import ConfigError, Fault, StateInUse, StateUnusable, StoreDamaged, StoreLost
-from portd.listeners import describe_listener, is_off, open_listeners
+from portd.listeners import describe_listener, is_off, open_listeners, split_dns
 from portd.logs import set_up
 from portd.pruning import prune_regularly
 from portd.runtime import run, tune_gc
@@ -98,6 +98,7 @@ class Daemon:
     async def _serve(self, parts: Parts, passed: list[socket.socket]) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload, parts)
         engine, watchers = parts.engine, parts.watchers
+        of_dns, others = split_dns(self._settings, passed)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(part)
@@ -113,8 +114,8 @@ class Daemon:
             if self._settings.mdns.enabled:
                 await watchers.announcer.start()
             with suppress(OSError):  # a DNS port that is taken is reported in the status: leases matter more
-                await watchers.dns.start()
-            addresses = await self._listen(parts, passed)
+                await watchers.dns.start(of_dns)
+            addresses = await self._listen(parts, others)
             tune_gc()
             systemd.notify("READY=1", f"STATUS={len(engine.table)} leases")
             logger.info("portd %s serves %s", __version__, ", ".join(addresses))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from portd.config import Paths, Settings, http_addresses
+from portd.config import Paths, Settings, dns_addresses, http_addresses
 from portd.core.errors import StateInUse, StateUnusable
 
 
@@ -43,6 +43,18 @@ def open_listeners(settings: Settings, paths: Paths, passed: Sequence[socket.soc
         ]
         undo.pop_all()
     return opened
+
+
+def split_dns(settings: Settings, passed: Sequence[socket.socket]) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Split passed sockets into those of DNS and all others.
+
+    DNS has the datagram sockets, and the TCP sockets at the address of one of these or at one of [dns] listen.
+    """
+    internet = [one for one in passed if one.family != socket.AF_UNIX]
+    addresses = {one.getsockname()[:2] for one in internet if one.type == socket.SOCK_DGRAM}
+    addresses.update(dns_addresses(settings))
+    of_dns = [one for one in internet if one.getsockname()[:2] in addresses]
+    return of_dns, [one for one in passed if one not in of_dns]
 
 
 def is_off(settings: Settings, listener: socket.socket) -> bool:

@@ -41,12 +41,13 @@ from portd.adapters.metrics import Metrics
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.condition import Condition
-from portd.config import Paths, Settings, dns_addresses, http_addresses, pool_ports
+from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports
 from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import ConfigError
 from portd.core.model import Event, Lease
 from portd.core.rights import hash_token
 from portd.core.table import LeaseTable
+from portd.core.visibility import WhenAllCritical
 from portd.leasing.deciding import Granter, Policy
 from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
@@ -216,9 +217,16 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
             responder=settings.mdns.responder,
             interfaces=settings.mdns.interfaces,
         ),
-        DnsServer(dns_addresses(settings), settings.dns.zone, settings.dns.ttl, metrics.query),
+        DnsServer(
+            dns_addresses(settings), settings.dns.zone, settings.dns.ttl, metrics.query, _when_all_critical(settings)
+        ),
         LeaseLog(),
     )
+
+
+def _when_all_critical(settings: Settings) -> Callable[[str], WhenAllCritical]:
+    """Return what decides, for a service, what is given when all its instances are critical."""
+    return lambda service: (settings.services.get(service) or Service()).when_all_critical
 
 
 def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from portd.config import parse
 from portd.core.errors import StateUnusable
-from portd.listeners import open_unix
+from portd.listeners import open_unix, split_dns
 
 ANOTHER = 4242
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
@@ -60,3 +61,18 @@ def test_directory_of_another_user_is_refused(tmp_path: Path, level: str) -> Non
     os.chown(tmp_path / level, ANOTHER, ANOTHER)
     with pytest.raises(StateUnusable, match="belongs to"):
         served(directory / "portd.sock")
+
+
+def test_passed_sockets_of_dns_are_separated_from_those_of_http() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as http,
+        socket.create_server(("127.0.0.1", 0)) as stream,
+        socket.create_server(("127.0.0.1", 0)) as stream_alone,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram,
+        socket.socket(socket.AF_UNIX) as local,
+    ):
+        datagram.bind(stream.getsockname())
+        settings = parse(f'[dns]\nlisten = "127.0.0.1:{stream_alone.getsockname()[1]}"')
+        of_dns, others = split_dns(settings, [http, stream, stream_alone, datagram, local])
+        assert of_dns == [stream, stream_alone, datagram]
+        assert others == [http, local]

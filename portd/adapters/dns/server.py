@@ -90,6 +90,8 @@ class DnsServer:
         `passed` are bound sockets of the service manager, TCP and UDP, which it owns from now on: while the daemon
         restarts, queries wait in them. Where the pair of an address is there, it is not bound again.
         """
+        for one in (passed := list(passed)):
+            one.setblocking(False)
         given = {(one.getsockname()[0], one.getsockname()[1], one.type): one for one in passed}
         try:
             for host, port in self._listen:

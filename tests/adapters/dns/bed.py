@@ -63,7 +63,8 @@ def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE
 class Station:
     """A DnsServer that runs while the `with` block does."""
 
-    def __init__(self, *listen: tuple[str, int], loop: str = "uvloop", **options: Any) -> None:
+    def __init__(self, *listen: tuple[str, int], loop: str = "uvloop", passed: Any = (), **options: Any) -> None:
+        self._passed = passed
         self.server = DnsServer(listen or [("127.0.0.1", 0)], **options)
         self._loop = uvloop.new_event_loop() if loop == "uvloop" else asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -72,7 +73,7 @@ class Station:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
-            self.run(self.server.start())
+            self.run(self.server.start(self._passed))
         except BaseException:
             self._stop()
             raise

@@ -411,3 +411,22 @@ class TestDig:
         shown = self.dig(station, "+noedns", "SRV", "_orders._tcp.portd.internal")
         assert "retrying in TCP mode" in shown
         assert "ANSWER: 100," in shown
+
+
+def test_queries_wait_in_passed_sockets_while_nobody_serves():
+    tcp_socket = socket.create_server(("127.0.0.1", 0))
+    udp_socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    address = tcp_socket.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client, udp_socket, tcp_socket:
+        udp_socket.bind(address)
+        client.settimeout(DEADLINE_S)
+        client.connect(address)
+        client.send(ask_for("orders", "A").to_wire())  # nobody serves yet
+        with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+            connection.sendall(framed(ask_for("orders", "A")))
+            with Station(address, passed=[tcp_socket, udp_socket]) as station:
+                station.apply(lease(address="127.77.0.9"))
+                client.send(ask_for("orders", "A").to_wire())
+                answers = {tuple(texts(dns.message.from_wire(client.recv(4096)))) for _ in range(2)}
+                assert ("127.77.0.9",) in answers
+                assert read_message(connection).rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN)
