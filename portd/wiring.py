@@ -280,7 +280,7 @@ def _fronts(
         leases,
         ServiceCalls(service, watchers.feed, watchers.announcer.lan, revisions),
         events,
-        PortCalls(service, engine.sockets),
+        PortCalls(service, KernelSocketTable(engine.diag)),
         LanCalls(watchers.announcer.lan),
         StatusCalls(service, condition.conditions(), condition.facts, watchers.metrics.render, condition.warnings),
     )

@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 from portd.core.model import Event, HoldKind, KnownBy, Lease, Listener, Now, Owner, ProcessId, VouchedBy
 from portd.core.model import Protocol as LeaseProtocol
-from portd.core.ownership import ProcessKey, Seen
+from portd.core.ownership import Holder, ProcessKey, Seen
 
 
 class Clock(Protocol):
@@ -148,6 +148,16 @@ class LeaseStore(Protocol):
     async def close(self) -> None: ...
 
 
+SocketKind = Literal["listening", "bound", "connected"]
+
+
+class PortSocket(NamedTuple):
+    """A socket of a local port, and what it does there: a connection counts by its local port."""
+
+    socket: Listener
+    kind: SocketKind
+
+
 class SocketTable(Protocol):
     """The kernel's own table of sockets."""
 
@@ -159,6 +169,12 @@ class SocketTable(Protocol):
 
         Where the kernel does not let portd see it, the inode is left out: its uid is all there is.
         """
+
+    def on_port(self, port: int) -> list[PortSocket]:
+        """List every socket of a local port, whatever its state and address, portd's own holds left out."""
+
+    async def holders(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Holder]:
+        """Find the process of each socket as `owners` does, with what tells whose listener it is."""
 
 
 class Peer(NamedTuple):

@@ -1,31 +1,44 @@
-"""Who has which port: the kernel's word and the lease table, side by side."""
+"""Who has which port: the kernel's sockets and the lease table, side by side.
+
+One port is read whole: every socket on the number, whatever its state and address. The list of all ports reads the
+listeners alone; calls that come together share one search for their processes, and answers are rendered in slices.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
 from portd.adapters.http.authenticator import user_name
 from portd.adapters.http.calls import Answer, Call, Route
+from portd.adapters.http.paging import SCAN_SLICE, Rows
 from portd.core.bindings import overlaps
 from portd.core.errors import InvalidRequest
-from portd.core.model import Listener, Owner, Protocol
+from portd.core.model import Lease, Listener, Owner, Protocol
+from portd.core.ownership import Holder, key_of, shows
 from portd.core.rights import Caller, sees_cmdline
 from portd.core.views import LeaseView, moment
-from portd.leasing.seams import SocketTable
+from portd.leasing.seams import PortSocket, SocketKind, SocketTable
 from portd.leasing.service import LeaseService
 
-Verdict = Literal["held", "bound", "conflict", "unmanaged", "cooling", "declined", "static", "free"]
+Verdict = Literal["held", "bound", "conflict", "unmanaged", "taken", "cooling", "declined", "static", "free"]
 KernelProtocol = Literal["tcp", "udp"]
 
+CONNECTED_MAX: Final = 100
+"""Connections that are listed of one port. Those of a process that listens there are its clients, and left out."""
+ENDED_MAX: Final = 50
+"""Ended leases of a port among which the one is searched whose process a socket belongs to."""
 
-class ListenerView(Struct, frozen=True):
-    """A listening socket and its process; what the kernel hides from portd is null, but never the uid."""
+
+class SocketView(Struct, frozen=True):
+    """A socket on the port and its process; what the kernel hides is null, but never the uid."""
 
     address: str
+    socket: SocketKind
     pid: int | None
     uid: int
     user: str | None
@@ -36,13 +49,19 @@ class ListenerView(Struct, frozen=True):
 
 
 class PortView(Struct, frozen=True):
-    """One port number of one protocol."""
+    """One port number of one protocol.
+
+    `verdict`: `held`, `bound` or `conflict` (leased), `unmanaged` (listened on without a lease), `taken` (bound or
+    connected, not listened on), `cooling`, `declined`, `static` or `free`. `left_over_of` is the ended lease whose
+    process a socket belongs to; the list of all ports leaves it out.
+    """
 
     port: int
     protocol: KernelProtocol
     verdict: Verdict
     lease: LeaseView | None
-    listeners: list[ListenerView]
+    left_over_of: LeaseView | None
+    listeners: list[SocketView]
 
 
 class PortList(Struct, frozen=True):
@@ -52,13 +71,13 @@ class PortList(Struct, frozen=True):
 
 
 class PortQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """Without a protocol the one that is in use is shown, tcp first."""
+    """Without a protocol the one that is in use is shown, TCP first."""
 
     protocol: KernelProtocol | None = None
 
 
 class HistoryQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """`at` asks for one moment (RFC 3339)."""
+    """`at` selects one moment (RFC 3339)."""
 
     protocol: Protocol | None = None
     at: datetime | None = None
@@ -72,11 +91,12 @@ class History(Struct, frozen=True):
 
 
 class PortCalls:
-    """The handlers of /v1/ports."""
+    """The handlers of /v1/ports. `sockets` is a table of its own: calls never delay the state watch's."""
 
     def __init__(self, service: LeaseService, sockets: SocketTable) -> None:
         self._service = service
         self._sockets = sockets
+        self._owners = OwnerSearch(sockets)
 
     def routes(self) -> list[Route]:
         """Return the routes of this module."""
@@ -98,37 +118,40 @@ class PortCalls:
         listeners: dict[tuple[int, KernelProtocol], list[Listener]] = {}
         for listener in self._sockets.listeners():
             listeners.setdefault((listener.port, listener.protocol), []).append(listener)
-        places = set(listeners)
-        for lease in self._service.table:
-            places.update((lease.port, protocol) for protocol in lease.protocols)
-        for place in (
-            *(q.place for q in self._service.allocator.quarantines()),
-            *(static.place for static in self._service.allocator.statics()),
+        owners = await self._owners.find({one.inode for some in listeners.values() for one in some})
+        used = set(listeners)
+        for count, lease in enumerate(list(self._service.table), 1):
+            used.update((lease.port, protocol) for protocol in lease.protocols)
+            if count % SCAN_SLICE == 0:
+                await asyncio.sleep(0)
+        allocator = self._service.allocator
+        for binding in (
+            *(quarantine.place for quarantine in allocator.quarantines()),
+            *(static.place for static in allocator.statics()),
         ):
-            places.update((place.port, protocol) for protocol in _parts(place.protocol))
-        owners = await self._sockets.owners({one.inode for some in listeners.values() for one in some})
-        views = [
-            view
-            for place in sorted(places)
-            for view in self._views(*place, listeners.get(place, []), owners, call.caller)
-        ]
-        return Answer(PortList(views))
+            used.update((binding.port, protocol) for protocol in _parts(binding.protocol))
+
+        def views() -> Iterator[PortView]:
+            for port, protocol in sorted(used):
+                sockets = [PortSocket(one, "listening") for one in listeners.get((port, protocol), ())]
+                yield from self._views(port, protocol, sockets, owners, call.caller)
+
+        return Answer(Rows(b'{"ports":[', views(), lambda count: b"]}"))
 
     async def show(self, call: Call) -> Answer:
-        """GET /v1/ports/{port}."""
+        """GET /v1/ports/{port}: one view of everything on the number."""
         port = _port(call)
-        listeners = self._sockets.listeners(port)
-        likely = [lease.owner.pid for lease in self._service.table.on_port(port) if lease.owner.pid is not None]
-        owners = await self._sockets.owners({one.inode for one in listeners}, likely)
         wanted = call.query.protocol
         protocols: tuple[KernelProtocol, ...] = (wanted,) if wanted else ("tcp", "udp")
-        views = [
-            view
-            for protocol in protocols
-            for view in self._views(
-                port, protocol, [one for one in listeners if one.protocol == protocol], owners, call.caller
-            )
-        ]
+        sockets = [each for each in self._sockets.on_port(port) if each.socket.protocol in protocols]
+        likely = [lease.owner.pid for lease in self._service.table.on_port(port) if lease.owner.pid is not None]
+        holders = await self._sockets.holders({each.socket.inode for each in sockets}, likely)
+        sockets = without_clients(sockets, holders)
+        views = []
+        for protocol in protocols:
+            of_protocol = [each for each in sockets if each.socket.protocol == protocol]
+            ended = await self._left_over(port, protocol, [holders[each.socket.inode] for each in of_protocol])
+            views.append(self._view(port, protocol, of_protocol, _owners_of(holders), call.caller, ended))
         return Answer(next((view for view in views if view.verdict != "free"), views[0]))
 
     async def history(self, call: Call) -> Answer:
@@ -136,51 +159,149 @@ class PortCalls:
         query: HistoryQuery = call.query
         at = query.at.timestamp() if query.at is not None else None
         leases = await self._service.history(_port(call), query.protocol, at, query.limit)
-        return Answer(
-            History([self._service.view(lease, cmdline=sees_cmdline(call.caller, lease.owner.uid)) for lease in leases])
+        return Answer(History([self._show_lease(lease, call.caller) for lease in leases]))
+
+    # --- views ---
+
+    def _view(
+        self,
+        port: int,
+        protocol: KernelProtocol,
+        sockets: Sequence[PortSocket],
+        owners: Mapping[int, Owner],
+        caller: Caller,
+        ended: Lease | None,
+    ) -> PortView:
+        """Show a port with all of its sockets, and of its leases the one in the most telling state."""
+        leases = [lease for lease in self._service.table.on_port(port) if protocol in lease.protocols]
+        lease = min(leases, key=lambda each: _TELLING.index(each.state), default=None)
+        return PortView(
+            port,
+            protocol,
+            self._verdict(port, protocol, sockets) if lease is None or lease.state == "ended" else lease.state,
+            None if lease is None else self._show_lease(lease, caller),
+            None if ended is None else self._show_lease(ended, caller),
+            [_show_socket(each, owners, caller) for each in sockets],
         )
 
     def _views(
-        self, port: int, protocol: KernelProtocol, listeners: list[Listener], owners: dict[int, Owner], caller: Caller
+        self,
+        port: int,
+        protocol: KernelProtocol,
+        sockets: list[PortSocket],
+        owners: Mapping[int, Owner],
+        caller: Caller,
     ) -> Iterable[PortView]:
-        """View a port: once for each lease that is on it, on whatever address, and once for listeners of nobody's."""
+        """Show a port in the list: once, or once for each of the leases on its addresses (own addresses)."""
         leases = [lease for lease in self._service.table.on_port(port) if protocol in lease.protocols]
-        unclaimed = list(listeners)
+        if len(leases) < 2:
+            yield self._view(port, protocol, sockets, owners, caller, None)
+            return
+        unclaimed = list(sockets)
         for lease in leases:
-            its_own = [one for one in listeners if overlaps(one.address, lease.address, v6only=one.v6only)]
-            unclaimed = [one for one in unclaimed if one not in its_own]
-            yield PortView(
-                port,
-                protocol,
-                lease.state if lease.state != "ended" else "free",
-                self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid)),
-                [_listener_view(one, owners, caller) for one in its_own],
-            )
-        if unclaimed or not leases:
-            verdict = "unmanaged" if unclaimed else self._verdict(port, protocol)
-            yield PortView(port, protocol, verdict, None, [_listener_view(one, owners, caller) for one in unclaimed])
+            own = [each for each in sockets if overlaps(each.socket.address, lease.address, v6only=each.socket.v6only)]
+            unclaimed = [each for each in unclaimed if each not in own]
+            shown = [_show_socket(each, owners, caller) for each in own]
+            if lease.state != "ended":
+                yield PortView(port, protocol, lease.state, self._show_lease(lease, caller), None, shown)
+        if unclaimed:
+            shown = [_show_socket(each, owners, caller) for each in unclaimed]
+            yield PortView(port, protocol, self._verdict(port, protocol, unclaimed), None, None, shown)
 
-    def _verdict(self, port: int, protocol: KernelProtocol) -> Verdict:
+    def _verdict(self, port: int, protocol: KernelProtocol, sockets: Sequence[PortSocket]) -> Verdict:
+        """Judge a port without a lease. A static port is static whoever has it: its sockets are listed."""
         allocator = self._service.allocator
+        if any(static.port == port and protocol in _parts(static.protocol) for static in allocator.statics()):
+            return "static"
+        if any(each.kind == "listening" for each in sockets):
+            return "unmanaged"
+        if sockets:
+            return "taken"
         kinds = {q.kind for q in allocator.quarantines_on(port) if protocol in _parts(q.place.protocol)}
         if "declined" in kinds:
             return "declined"
-        if any(static.port == port and protocol in _parts(static.protocol) for static in allocator.statics()):
-            return "static"
         return "cooling" if kinds else "free"
 
+    def _show_lease(self, lease: Lease, caller: Caller) -> LeaseView:
+        return self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid))
 
-def _listener_view(listener: Listener, owners: dict[int, Owner], caller: Caller) -> ListenerView:
-    owner = owners.get(listener.inode)
-    if owner is None:  # hidden from portd: the socket's uid is all that the kernel tells
-        return ListenerView(listener.address, None, listener.uid, user_name(listener.uid), None, None, None, None)
-    return ListenerView(
-        listener.address,
+    async def _left_over(self, port: int, protocol: KernelProtocol, holders: Sequence[Holder]) -> Lease | None:
+        """Find the ended lease that a process on the port was the owner of, descends from, or has the token of."""
+        if not any(holder.owner is not None for holder in holders):
+            return None
+        leases = await self._service.history(port, None, None, ENDED_MAX)
+        ended = [lease for lease in leases if lease.state == "ended" and protocol in lease.protocols]
+        return next((lease for lease in ended if any(is_left_over(holder, lease) for holder in holders)), None)
+
+
+_TELLING: Final = ("conflict", "bound", "held", "ended")
+
+
+class OwnerSearch:
+    """Searches for the processes of sockets, once for all calls that come while a search is under way."""
+
+    def __init__(self, sockets: SocketTable) -> None:
+        self._sockets = sockets
+        self._wanted: set[int] | None = None
+        self._search: asyncio.Task[dict[int, Owner]] | None = None
+
+    async def find(self, inodes: Collection[int]) -> Mapping[int, Owner]:
+        """Find and describe the process of each socket; hidden ones are left out."""
+        if self._wanted is None:
+            self._wanted = set()
+            self._search = asyncio.create_task(self._search_after(self._search))
+        assert self._search is not None
+        self._wanted.update(inodes)
+        return await asyncio.shield(self._search)
+
+    async def _search_after(self, before: asyncio.Task[dict[int, Owner]] | None) -> dict[int, Owner]:
+        if before is not None and not before.done():
+            await asyncio.wait([before])
+        wanted, self._wanted = self._wanted or set(), None
+        return await self._sockets.owners(wanted)
+
+
+def is_left_over(holder: Holder, ended: Lease) -> bool:
+    """Tell whether a process is an ended lease's: its owner, a descendant of it, or a bearer of its token."""
+    known = {*ended.kin} | (set() if ended.process is None else {key_of(ended.process)})
+    return any(ancestor in known for ancestor in holder.ancestors) or any(
+        shows(credential, ended) for credential in holder.credentials
+    )
+
+
+def without_clients(sockets: Sequence[PortSocket], holders: Mapping[int, Holder]) -> list[PortSocket]:
+    """Leave out the connections that a listener on the port has accepted, and all but the first of the others."""
+    listening = {_pid(holders[each.socket.inode]) for each in sockets if each.kind == "listening"}
+    kept = [each for each in sockets if each.kind != "connected"]
+    connected = [
+        each for each in sockets if each.kind == "connected" and _pid(holders[each.socket.inode]) not in listening
+    ]
+    return kept + connected[:CONNECTED_MAX]
+
+
+def _pid(holder: Holder) -> int | None:
+    return None if holder.owner is None else holder.owner.pid
+
+
+def _owners_of(holders: Mapping[int, Holder]) -> dict[int, Owner]:
+    return {inode: holder.owner for inode, holder in holders.items() if holder.owner is not None}
+
+
+def _show_socket(each: PortSocket, owners: Mapping[int, Owner], caller: Caller) -> SocketView:
+    """Show a socket. The program of another user's process may hold secrets as its command line does: the kernel shows
+    its path to that user alone."""
+    found, owner = each.socket, owners.get(each.socket.inode)
+    if owner is None:  # hidden from portd: the socket's uid is all that the kernel shows
+        return SocketView(found.address, each.kind, None, found.uid, user_name(found.uid), None, None, None, None)
+    is_shown = sees_cmdline(caller, owner.uid)
+    return SocketView(
+        found.address,
+        each.kind,
         owner.pid,
-        owner.uid if owner.uid is not None else listener.uid,
+        owner.uid if owner.uid is not None else found.uid,
         owner.user,
-        owner.exe,
-        owner.cmdline if sees_cmdline(caller, owner.uid) else None,
+        owner.exe if is_shown else None,
+        owner.cmdline if is_shown else None,
         owner.unit,
         moment(owner.started_at),
     )

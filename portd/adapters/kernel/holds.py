@@ -56,7 +56,7 @@ class KernelHolds:
     def __init__(self, bound_sockets: BoundSockets) -> None:
         self._bound_sockets = bound_sockets
         self._held: dict[str, Sockets] = {}
-        self._udp_inodes: set[int] = set()
+        self._inodes: set[int] = set()
 
     # --- the seam ---
 
@@ -97,8 +97,7 @@ class KernelHolds:
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
         for slot, held in self._held.pop(lease_id, {}).items():
-            if _PART_OF[slot] == "udp":
-                self._udp_inodes.discard(_inode(held))
+            self._inodes.discard(_inode(held))
             held.close()
 
     def is_free(self, protocol: Protocol, address: str, port: int, *, whole: bool = False) -> bool:
@@ -132,9 +131,8 @@ class KernelHolds:
         missing = self._bind_all([part for part in _PARTS[protocol] if part not in held], address, port)
         if missing:
             held = self._held[lease_id] = {**held, **missing}
-        for slot in _SLOTS["udp"]:
-            if slot in held:
-                self._udp_inodes.discard(_inode(held[slot]))
+        for passed in held.values():
+            self._inodes.discard(_inode(passed))
         return held
 
     def door(self, lease_id: str, *, is_open: bool) -> None:
@@ -166,7 +164,7 @@ class KernelHolds:
         they are their owners', and need no keeper."""
         for lease_id, sockets in self._held.items():
             for slot, held in sockets.items():
-                if _PART_OF[slot] == "tcp" or _inode(held) in self._udp_inodes:
+                if _PART_OF[slot] == "tcp" or _inode(held) in self._inodes:
                     yield lease_id, held
 
     @property
@@ -175,11 +173,8 @@ class KernelHolds:
         return len(self._held)
 
     def inodes(self) -> Collection[int]:
-        """Return the held sockets that look like a server's but are none: the bound UDP ones.
-
-        A TCP hold never listens. A socket of one that does was handed over: it is its owner's listener.
-        """
-        return self._udp_inodes
+        """Return the sockets that nobody but portd has: those that were handed over are their owners'."""
+        return self._inodes
 
     def close(self) -> None:
         """Close every hold."""
@@ -198,7 +193,7 @@ class KernelHolds:
     def _register(self, lease_id: str, sockets: Sockets) -> None:
         if sockets:
             self._held[lease_id] = sockets
-        self._udp_inodes.update(_inode(sockets[slot]) for slot in _SLOTS["udp"] if slot in sockets)
+        self._inodes.update(map(_inode, sockets.values()))
 
     def _test_number(self, parts: Iterable[Part], port: int) -> None:
         """Raise OSError, EADDRINUSE, where somebody has the number at any address of the host. Costs 10 µs a part."""

@@ -17,6 +17,7 @@ from portd.adapters.kernel import procfs
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.model import Listener, Owner
 from portd.core.ownership import Holder
+from portd.leasing.seams import PortSocket
 
 DESCENDANTS_MAX: Final = 1024
 """Children of likely processes that are looked at before all others: more, and all of /proc is as near."""
@@ -41,6 +42,10 @@ class KernelSocketTable:
     def listeners(self, port: int | None = None) -> list[Listener]:
         """List listeners of one port, or of all; raises OSError."""
         return self._diag.listeners(port)
+
+    def on_port(self, port: int) -> list[PortSocket]:
+        """List every socket of a local port, whatever its state; raises OSError."""
+        return self._diag.on_port(port)
 
     async def owners(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Owner]:
         """Find and describe the process of each socket, in a thread; hidden ones are left out. Raises OSError.

@@ -27,6 +27,7 @@ from portd.core.netlink import (
     error_code,
     messages,
 )
+from portd.leasing.seams import PortSocket, SocketKind
 
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
@@ -89,6 +90,18 @@ class SocketDiag:
         states = 1 << TCP_CLOSE if protocol == "udp" else 1 << TCP_LISTEN | 1 << TCP_BOUND_INACTIVE
         return [found for family in _FAMILIES for found in self._dump(protocol, family, states, port)]
 
+    def on_port(self, port: int) -> list[PortSocket]:
+        """List every socket of a local port, in whatever state, but those that are only the rest of one (TIME_WAIT and
+        orphans, inode 0) and portd's holds. Raises OSError."""
+        own = self._own_inodes()
+        return [
+            PortSocket(found, kind)
+            for protocol in _NUMBERS
+            for family in _FAMILIES
+            for found, kind in self._dump_states(protocol, family, port)
+            if found.inode not in own or kind == "listening"
+        ]
+
     def exact(self, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int] | None:
         """Return (uid, inode) of the socket at the other end of a TCP connection on this host.
 
@@ -119,6 +132,13 @@ class SocketDiag:
             listener = _listener(protocol, answer)
             if listener.inode and port in (None, listener.port):
                 yield listener
+
+    def _dump_states(self, protocol: KernelProtocol, family: int, port: int) -> Iterator[tuple[Listener, SocketKind]]:
+        request = _REQUEST.pack(family, _NUMBERS[protocol], 0, ALL_STATES) + bytes(_SOCKET_ID.size)
+        for answer in self._ask_again(request + _port_filter(port)):
+            found, state = _listener.__wrapped__(protocol, answer), answer[1]  # connections come and go: not cached
+            if found.inode and found.port == port:
+                yield found, _kind(protocol, state)
 
     def _ask_again(self, request: bytes) -> list[bytes]:
         """Dump until the answer is whole; a table that never stands still raises OSError(EINTR) at last."""
@@ -160,6 +180,13 @@ class SocketDiag:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", TIMEOUT_S, 0))
             self._socket = connection
         return self._socket
+
+
+def _kind(protocol: KernelProtocol, state: int) -> SocketKind:
+    """Return what a socket's state means. A UDP socket that is bound and not connected receives from anybody."""
+    if state == TCP_LISTEN or (protocol == "udp" and state == TCP_CLOSE):
+        return "listening"
+    return "bound" if state in (TCP_CLOSE, TCP_BOUND_INACTIVE) else "connected"
 
 
 @functools.lru_cache(maxsize=16_384)
