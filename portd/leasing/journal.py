@@ -210,6 +210,8 @@ class Journal:
             await self._store.commit(events)
         except StoreUnavailable as error:
             self._give_up(sequenced, error)
+        except asyncio.CancelledError:
+            raise  # the daemon stops; what the disk has is found at the next start
         except BaseException as error:
             lost = error if isinstance(error, StoreLost) else StoreLost(f"the journal failed: {error!r}")
             self._give_up(
