@@ -23,7 +23,7 @@ from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, PortTaken, Refus
 from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.requests import LeaseRequest
-from portd.core.rights import Caller, check_change, sees_cmdline
+from portd.core.rights import Caller, check_change
 from portd.core.shares import Shares
 from portd.core.validation import explain
 from portd.leasing.service import LeaseService
@@ -180,7 +180,7 @@ class HandoffServer:
             sockets = self._open(lease, request)
         except Refusal as refusal:
             return self._render(refusal), []
-        view = self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
+        view = self._service.view(lease, caller, token=token)
         return msgspec.json.encode({"lease": view}), sockets
 
     def _render(self, refusal: Refusal) -> bytes:

@@ -62,10 +62,19 @@ def check_change(caller: Caller, lease: Lease) -> None:
     )
 
 
-def sees_cmdline(caller: Caller, lease_uid: int | None) -> bool:
-    """Tell whether the caller may read what may hold secrets of a process or lease of this uid: its command line, and
-    the headers and query of its check."""
-    return caller.admin or (caller.uid is not None and caller.uid == lease_uid)
+def sees_process(caller: Caller, uid: int | None) -> bool:
+    """Return whether the caller may see the executable and the command line of a process of this uid.
+
+    As for the kernel, they are its user's and root's: a path may be private, and a command line may hold secrets.
+    """
+    return caller.admin or (caller.uid is not None and caller.uid == uid)
+
+
+def sees_check(caller: Caller, lease: Lease) -> bool:
+    """Return whether the caller may see what may hold secrets in a lease's check: whoever may change the lease."""
+    if caller.token_hash is not None and hmac.compare_digest(caller.token_hash, lease.token_hash):
+        return True
+    return caller.admin or (caller.uid is not None and caller.uid == lease.uid)
 
 
 def can_run_as(daemon_uid: int, uid: int | None) -> bool:

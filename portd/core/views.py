@@ -1,4 +1,4 @@
-"""What others see of a lease: the contract's fields, no secrets, the command line only for those who may read it."""
+"""What a caller sees of leases, processes and events: the contract's fields, and secrets only if they are its own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
+from msgspec.structs import replace
 
 from portd.core.model import (
     Announcement,
     Check,
+    CommandCheck,
     Elsewhere,
     EndedBecause,
     Event,
     Health,
     HoldKind,
+    HttpCheck,
     KnownBy,
     Lease,
     Lifetime,
@@ -24,6 +27,7 @@ from portd.core.model import (
     State,
     VouchedBy,
 )
+from portd.core.rights import Caller, sees_check, sees_process
 
 
 class OwnerView(Struct, frozen=True, gc=False, kw_only=True):
@@ -79,8 +83,12 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
     token: str | UnsetType = UNSET
 
 
-class EventView(Struct, frozen=True, gc=False):
-    """An event as followers see it; `foreign` is who listens where a lease is in conflict."""
+class EventView(Struct, frozen=True, gc=False, kw_only=True):
+    """An event as followers see it.
+
+    `foreign` is the process that listens where a lease is in conflict. An event `passed` has the owner `from` which and
+    the one `to` which the lease passed.
+    """
 
     revision: int
     type: str
@@ -89,6 +97,8 @@ class EventView(Struct, frozen=True, gc=False):
     note: str
     lease: LeaseView
     foreign: OwnerView | None
+    previous: OwnerView | UnsetType = field(default=UNSET, name="from")
+    to: OwnerView | UnsetType = UNSET
 
 
 def moment(at: float | None) -> datetime | None:
@@ -97,32 +107,52 @@ def moment(at: float | None) -> datetime | None:
 
 
 @lru_cache(maxsize=1024)
-def view_owner(owner: Owner, *, cmdline: bool) -> OwnerView:
-    """Show an owner, its command line only where `cmdline` says so. One process often has many leases."""
+def view_owner(owner: Owner, *, whole: bool) -> OwnerView:
+    """Show a process; its executable and command line only if `whole`. One process often has many leases."""
     return OwnerView(
         pid=owner.pid,
         uid=owner.uid,
         user=owner.user,
-        exe=owner.exe,
-        cmdline=owner.cmdline if cmdline else None,
+        exe=owner.exe if whole else None,
+        cmdline=owner.cmdline if whole else None,
         unit=owner.unit,
         started_at=moment(owner.started_at),
         known_by=owner.known_by,
     )
 
 
+def view_process(owner: Owner, caller: Caller) -> OwnerView:
+    """Show a process to a caller."""
+    return view_owner(owner, whole=sees_process(caller, owner.uid))
+
+
+def view_check(check: Check | None, *, whole: bool) -> Check | None:
+    """Show a check; headers, the query of a path and the arguments of a command, which may hold secrets, only if
+    `whole`."""
+    if whole:
+        return check
+    if isinstance(check, HttpCheck):
+        return replace(check, headers={}, path=check.path.partition("?")[0])
+    if isinstance(check, CommandCheck):
+        return replace(check, command=check.command[:1])
+    return check
+
+
 def view_lease(
     lease: Lease,
+    caller: Caller,
     *,
-    cmdline: bool,
     renewed_at: float | None = None,
     expires_at: float | None = None,
     health_note: str | None = None,
     checked_at: float | None = None,
     token: str | UnsetType = UNSET,
 ) -> LeaseView:
-    """Show a lease. `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease,
-    `health_note` and `checked_at` from the prober's last result, which is renewed without an event."""
+    """Show a lease to a caller.
+
+    `renewed_at` and `expires_at` (epoch seconds) come from the running clock of a ttl lease, `health_note` and
+    `checked_at` from the prober's last result, which is renewed without an event.
+    """
     created_at: Any = moment(lease.created_at)
     return LeaseView(
         id=lease.id,
@@ -144,13 +174,13 @@ def view_lease(
         checked_at=moment(checked_at),
         drain=lease.drain,
         lifetime=lease.lifetime,
-        owner=view_owner(lease.owner, cmdline=cmdline),
+        owner=view_process(lease.owner, caller),
         uid=lease.uid,
         tags=lease.tags,
         metadata=lease.metadata,
         weight=lease.weight,
         priority=lease.priority,
-        check=lease.check,
+        check=lease.check if lease.check is None else view_check(lease.check, whole=sees_check(caller, lease)),
         announce=lease.announce,
         host=lease.host,
         created_at=created_at,
@@ -163,16 +193,20 @@ def view_lease(
     )
 
 
-def view_event(event: Event, *, cmdline: bool) -> EventView:
-    """Show an event with the lease as it was then."""
+def view_event(event: Event, caller: Caller) -> EventView:
+    """Show an event to a caller, with the lease as it was then."""
+    lease = event.lease
     at: Any = moment(event.at)
-    foreign = event.lease.foreign if event.lease.state == "conflict" else None
+    foreign = lease.foreign if lease.state == "conflict" else None
+    is_passed = event.type == "passed" and lease.passed_from is not None
     return EventView(
-        event.revision,
-        event.type,
-        at,
-        event.lease.service,
-        event.lease.health_note,
-        view_lease(event.lease, cmdline=cmdline),
-        None if foreign is None else view_owner(foreign, cmdline=False),
+        revision=event.revision,
+        type=event.type,
+        at=at,
+        service=lease.service,
+        note=lease.health_note,
+        lease=view_lease(lease, caller),
+        foreign=None if foreign is None else view_process(foreign, caller),
+        previous=view_process(lease.passed_from, caller) if is_passed and lease.passed_from else UNSET,
+        to=view_process(lease.owner, caller) if is_passed else UNSET,
     )

@@ -405,13 +405,13 @@ class LeaseService:
 
     # --- clocks ---
 
-    def view(self, lease: Lease, *, cmdline: bool, token: str | None = None) -> LeaseView:
-        """Show a lease with its running clock."""
+    def view(self, lease: Lease, caller: Caller, *, token: str | None = None) -> LeaseView:
+        """Show a lease with its running clock to a caller."""
         renewed_at, expires_at = self._clocks.times(lease)
         last = self.last_result(lease.id)
         return view_lease(
             lease,
-            cmdline=cmdline,
+            caller,
             renewed_at=renewed_at,
             expires_at=expires_at,
             health_note=None if last is None else last.note,

@@ -22,7 +22,7 @@ from portd.adapters.http.problems import problem_of
 from portd.adapters.http.revisions import After, Revisions
 from portd.core.errors import InvalidRequest, RevisionGone
 from portd.core.model import Event, Label
-from portd.core.rights import Caller, sees_cmdline
+from portd.core.rights import Caller
 from portd.core.shares import Shares
 from portd.core.views import EventView, view_event
 from portd.leasing.feed import Feed
@@ -148,12 +148,13 @@ class EventCalls:
         stream = _Stream(call.request.transport)
         call.request.get_extra_info(FRONT).is_stream = True
         response = self._response()
-        with contextlib.suppress(TimeoutError), self._joined(stream, call.caller, service):
+        viewer = _viewer(call.caller)
+        with contextlib.suppress(TimeoutError), self._joined(stream, viewer, service):
             # Nothing is missed: `past` ends where this context begins.
             await response.prepare(call.request)
             async with asyncio.timeout(CATCH_UP_S):
                 for number, event in enumerate(past, 1):
-                    await response.write(self._text(event, call.caller))
+                    await response.write(self._text(event, viewer))
                     if number % SLICE == 0:
                         await asyncio.sleep(0)
                 await response.write(b": following\n\n")
@@ -188,7 +189,7 @@ class EventCalls:
     @contextlib.contextmanager
     def _joined(self, stream: _Stream, caller: Caller, service: str | None) -> Iterator[None]:
         """Be one of those who see the same while the context is open."""
-        key = (caller.admin, None if caller.admin else caller.uid, service)
+        key = (caller.admin, caller.uid, service)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(caller, service)
@@ -251,17 +252,19 @@ class EventCalls:
 
     @staticmethod
     def _text(event: Event, caller: Caller) -> bytes:
-        return _render(event, cmdline=sees_cmdline(caller, event.lease.owner.uid))
+        data = encode(view_event(event, caller))
+        return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.revision, event.type.encode(), data)
+
+
+def _viewer(caller: Caller) -> Caller:
+    """Return what decides what a caller sees in a stream; everybody with the same sees the same. Its token, which may
+    be a lease's own, does not count."""
+    return Caller(admin=True) if caller.admin else Caller(uid=caller.uid)
 
 
 def _is_event_source(request: web.Request) -> bool:
     """Tell whether a browser's EventSource makes the request: by the headers that no script sets (Fetch standard)."""
     return request.headers.get("Accept") == "text/event-stream" and "Sec-Fetch-Mode" in request.headers
-
-
-def _render(event: Event, *, cmdline: bool) -> bytes:
-    data = encode(view_event(event, cmdline=cmdline))
-    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.revision, event.type.encode(), data)
 
 
 def _chunk(data: bytes) -> bytes:

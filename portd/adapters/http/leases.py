@@ -11,7 +11,7 @@ from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, decode_cursor, in_order, page
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
 from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
-from portd.core.rights import Caller, sees_cmdline
+from portd.core.rights import Caller
 from portd.core.views import LeaseView
 from portd.leasing.service import Granted, LeaseService
 
@@ -153,7 +153,7 @@ class LeaseCalls:
     def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
         """Show what a call for leases brought, in the shape that it was asked for in."""
         views = [
-            self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid), token=token)
+            self._service.view(lease, caller, token=token)
             for lease, token in zip(granted.leases, granted.tokens, strict=True)
         ]
         return Answer(views if isinstance(body, list) else views[0], 201 if granted.is_new else 200)
@@ -211,7 +211,7 @@ class LeaseCalls:
         return Answer(self._view(lease, call.caller))
 
     def _view(self, lease: Lease, caller: Caller) -> LeaseView:
-        return self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid))
+        return self._service.view(lease, caller)
 
 
 def _matches(lease: Lease, query: LeaseQuery) -> bool:

@@ -20,7 +20,7 @@ from portd.core.bindings import overlaps
 from portd.core.errors import InvalidRequest
 from portd.core.model import Lease, Listener, Owner, Protocol
 from portd.core.ownership import Holder, key_of, shows
-from portd.core.rights import Caller, sees_cmdline
+from portd.core.rights import Caller, sees_process
 from portd.core.views import LeaseView, moment
 from portd.leasing.seams import PortSocket, SocketKind, SocketTable
 from portd.leasing.service import LeaseService
@@ -223,7 +223,7 @@ class PortCalls:
         return "cooling" if kinds else "free"
 
     def _show_lease(self, lease: Lease, caller: Caller) -> LeaseView:
-        return self._service.view(lease, cmdline=sees_cmdline(caller, lease.owner.uid))
+        return self._service.view(lease, caller)
 
     async def _left_over(self, port: int, protocol: KernelProtocol, holders: Sequence[Holder]) -> Lease | None:
         """Find the ended lease that a process on the port was the owner of, descends from, or has the token of."""
@@ -293,7 +293,7 @@ def _show_socket(each: PortSocket, owners: Mapping[int, Owner], caller: Caller) 
     found, owner = each.socket, owners.get(each.socket.inode)
     if owner is None:  # hidden from portd: the socket's uid is all that the kernel shows
         return SocketView(found.address, each.kind, None, found.uid, user_name(found.uid), None, None, None, None)
-    is_shown = sees_cmdline(caller, owner.uid)
+    is_shown = sees_process(caller, owner.uid)
     return SocketView(
         found.address,
         each.kind,

@@ -14,7 +14,6 @@ from portd.adapters.http.revisions import After, Revisions
 from portd.core.announcing import LanService
 from portd.core.model import MAIN_ENDPOINT, Label, Lease
 from portd.core.requests import Tag
-from portd.core.rights import sees_cmdline
 from portd.core.shares import Shares
 from portd.core.views import LeaseView, OwnerView, moment
 from portd.core.visibility import serving
@@ -165,7 +164,7 @@ class ServiceCalls:
         def show(one: Lease | LanService) -> LeaseView:
             if isinstance(one, LanService):
                 return _view_lan(one, name, now)
-            return self._service.view(one, cmdline=sees_cmdline(call.caller, one.owner.uid))
+            return self._service.view(one, call.caller)
 
         found = await in_order(seen, _order, after, lambda one: True)
         head = b'"service":%s,"revision":%d,' % (encode(name), revision)
