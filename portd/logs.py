@@ -1,7 +1,8 @@
-"""How portd logs: one line an event of interest, in the form that its reader wants, with fields to search by.
+"""Logging: one line for each event of interest, in the form that its reader needs, with fields to search by.
 
 For the journal a record is sent by the journal's own protocol, so that `journalctl PORT=20000` finds it; elsewhere
-lines go to stderr. A client's fault is told at info, ours at error.
+lines go to stderr. A client's error is logged at info, portd's own at error. What other users choose (paths of
+programs, notes of checks) can neither forge a line nor move a terminal's cursor: what is not printable is escaped.
 """
 
 from __future__ import annotations
@@ -13,17 +14,33 @@ import os
 import socket
 import sys
 from collections import Counter
-from typing import Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
-from portd.core.model import Event, EventType, Owner
+from portd.core.errors import Refusal
+from portd.core.model import Event, EventType, Lease, Owner
 
 JOURNAL: Final = "/run/systemd/journal/socket"
 MESSAGE_MAX_CHARS: Final = 16_384
 """What is kept of a message: a datagram must fit into the socket's buffer."""
 
 LINES_PER_S: Final = 300
-"""Lines of leases in a second. The journal drops all that a service writes past 10,000 in 30 s, its errors too
-(RateLimitBurst=, journald.conf(5)); and a line costs 25 µs of the loop, where there may be 10,000 grants."""
+"""Lines about leases, and about refusals, in a second. The journal drops all that a service writes past 10,000 in 30 s,
+its errors too (RateLimitBurst=, journald.conf(5)); and a line costs 25 µs of the loop, with up to 10,000 grants/s."""
+LOGGED_REFUSALS: Final = frozenset(
+    {
+        "unauthenticated",
+        "not_owner",
+        "forbidden_origin",
+        "service_taken",
+        "lease_differs",
+        "port_taken",
+        "port_reserved",
+        "no_clock",
+        "not_declinable",
+    }
+)
+"""Refusals that are logged: 401, 403 and 409. What is merely malformed, or comes too often, is the client's to see."""
 
 logger = logging.getLogger("portd.leases")
 
@@ -36,7 +53,20 @@ _LEVELS: Final[dict[EventType, int]] = {
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
 
 
-class _Text(logging.Formatter):
+class _Clean(logging.Formatter):
+    """Escapes what is not printable: in the message all of it, in a traceback all but its line breaks."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        """Return the line without anything that is not printable."""
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return the traceback, line by line without anything that is not printable."""
+        return "\n".join(escaped(line) for line in super().formatException(ei).split("\n"))
+
+
+class _Text(_Clean):
     """Plain text for people."""
 
     def __init__(self) -> None:
@@ -52,11 +82,11 @@ class _Journal(logging.Handler):
         self._socket.setblocking(False)
         # A burst must fit while the journal is busy: as much as sd_journal_sendv() asks for, which the kernel may cut.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_Clean("%(message)s"))
         self._lines = _Prefixed()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one record; where the journal does not take it, stderr does, which leads there too."""
+        """Send one record; where the journal does not accept it, write it to stderr, which leads there too."""
         fields = {
             "MESSAGE": self.format(record)[:MESSAGE_MAX_CHARS],
             "PRIORITY": _priority(record),
@@ -75,11 +105,11 @@ class _Journal(logging.Handler):
         super().close()
 
 
-class _Prefixed(logging.Formatter):
+class _Prefixed(_Clean):
     """A line with its priority in front, as the journal reads it from stderr (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Put the priority in front of every line."""
+        """Return the record with its priority in front of every line."""
         return "\n".join(f"<{_priority(record)}>{line}" for line in super().format(record).splitlines())
 
 
@@ -97,7 +127,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return escaped(json.dumps(entry, ensure_ascii=False))
 
 
 def set_up(level: Literal["debug", "info", "warning", "error"], form: Literal["auto", "text", "json"]) -> None:
@@ -114,61 +144,109 @@ def set_up(level: Literal["debug", "info", "warning", "error"], form: Literal["a
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-class LeaseLog:
-    """Logs what happens to leases, a line an event, `LINES_PER_S` a second at the most: of the rest the number is told.
-
-    A conflict is always told. What only changes how a lease is found (its tags, its announcement) is told at debug.
-    """
+class RateLimit:
+    """Lets LINES_PER_S lines a second through, and logs how many others each user had."""
 
     def __init__(self) -> None:
         self._line_count = 0
-        self._untold: Counter[str] = Counter()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+
+    def allows(self, kind: str, user: Callable[[], str]) -> bool:
+        """Tell whether one more line may be written in this second; else count it under its kind and user."""
+        if not self._line_count:
+            asyncio.get_running_loop().call_later(1.0, self._end_second)
+        self._line_count += 1
+        if self._line_count <= LINES_PER_S:
+            return True
+        self._left_out[kind, user()] += 1
+        return False
+
+    def _end_second(self) -> None:
+        self._line_count = 0
+        if self._left_out:
+            counts = ", ".join(f"{count} {kind} ({user})" for (kind, user), count in self._left_out.most_common(10))
+            logger.info("rate limited: not logged in the last second: %s", counts)
+            self._left_out.clear()
+
+
+class LeaseLog:
+    """Logs the events of leases, a line each, within the rate limit.
+
+    A conflict is always logged. What only changes how a lease is found (its tags, its announcement) is logged at debug.
+    """
+
+    def __init__(self) -> None:
+        self._limit = RateLimit()
 
     def apply(self, event: Event) -> None:
         """Log one event; a watcher of the journal."""
         level = _LEVELS.get(event.type, logging.INFO)
-        if logger.isEnabledFor(level) and (level != logging.INFO or self._may_tell(event.type)):
-            lease = event.lease
-            fields = {
-                "lease": lease.id,
-                "service": lease.service,
-                "instance": lease.instance,
-                "endpoint": lease.endpoint,
-                "port": lease.port,
-                "event": event.type,
-            }
-            logger.log(
-                level,
-                "%s (%s) on port %d: %s",
-                lease.instance,
-                lease.endpoint,
-                lease.port,
-                _told(event),
-                extra={"fields": fields},
-            )
+        lease = event.lease
+        if not logger.isEnabledFor(level):
+            return
+        if level == logging.INFO and not self._limit.allows(event.type, lambda: _user(lease)):
+            return
+        owner = lease.owner
+        fields = {
+            "lease": lease.id,
+            "service": lease.service,
+            "instance": lease.instance,
+            "endpoint": lease.endpoint,
+            "port": lease.port,
+            "event": event.type,
+            "uid": lease.uid,
+            "user": lease.user,
+            "pid": owner.pid,
+        }
+        logger.log(
+            level,
+            "%s (%s) on port %d: %s; %s",
+            lease.instance,
+            lease.endpoint,
+            lease.port,
+            _described(event),
+            _whose(lease),
+            extra={"fields": fields},
+        )
 
-    def _may_tell(self, kind: str) -> bool:
-        if not self._line_count:
-            asyncio.get_running_loop().call_later(1.0, self._tell_rest)
-        self._line_count += 1
-        if self._line_count <= LINES_PER_S:
-            return True
-        self._untold[kind] += 1
-        return False
 
-    def _tell_rest(self) -> None:
-        """End a second."""
-        self._line_count = 0
-        if self._untold:
+class RefusalLog:
+    """Logs refused requests that show an attempt on what is another's: 401, 403 and 409, within the rate limit."""
+
+    def __init__(self) -> None:
+        self._limit = RateLimit()
+
+    def record(self, refusal: Refusal, uid: int | None, pid: int | None) -> None:
+        """Log one refusal of a caller, None where it is not known."""
+        if refusal.code not in LOGGED_REFUSALS:
+            return
+        caller = f"uid {uid}" if uid is not None else "an unknown caller"
+        if self._limit.allows(refusal.code, lambda: caller):
             logger.info(
-                "too much at once to tell singly: %s more in this second",
-                ", ".join(f"{count} {kind}" for kind, count in self._untold.most_common()),
+                "refused %s (pid %s): %s: %s",
+                caller,
+                pid if pid is not None else "unknown",
+                refusal.code,
+                refusal.detail,
+                extra={"fields": {"event": "refused", "code": refusal.code, "uid": uid, "pid": pid}},
             )
-            self._untold.clear()
 
 
-def _told(event: Event) -> str:
-    """Say what has happened."""
+def escaped(text: str) -> str:
+    """Replace every character that is not printable (control, bidirectional, unassigned) by its escape."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    """Write a character as JSON does: UTF-16 code units, each in four hexadecimal digits."""
+    units = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
+
+
+def _described(event: Event) -> str:
+    """Describe an event in a few words."""
     lease = event.lease
     if event.type == "granted":
         return f"leased for {lease.ttl:g} s" if lease.ttl is not None else f"leased to {_named(lease.owner)}"
@@ -178,16 +256,30 @@ def _told(event: Event) -> str:
         return f"{lease.health}: {lease.health_note}" if lease.health_note else lease.health
     return {
         "bound": "its owner listens",
-        "unbound": "its owner does not listen any more",
-        "declined": "leased in place of a port that somebody else had",
+        "unbound": "its owner stopped listening",
+        "declined": "leased instead of a port that a foreign process has",
+        "passed": f"passed to {_named(lease.owner)}",
         "ended": f"ended: {lease.ended_because}",
     }.get(event.type, event.type)
+
+
+def _whose(lease: Lease) -> str:
+    pid = lease.owner.pid if lease.owner.pid is not None else "unknown"
+    return f"{_user(lease)}, pid {pid}"
+
+
+def _user(lease: Lease) -> str:
+    """Name the user of a lease: uid and name as at the grant, or the token."""
+    if lease.uid is None:
+        return str(lease.user or "a token of its own")
+    name = lease.owner.user if lease.owner.uid == lease.uid else None
+    return f"uid {lease.uid} ({name})" if name else f"uid {lease.uid}"
 
 
 def _named(owner: Owner | None) -> str:
     """Name a process, as far as it is known."""
     if owner is None or owner.pid is None:
-        return "a process that is not known"
+        return "an unknown process"
     return f"pid {owner.pid} ({owner.exe})" if owner.exe else f"pid {owner.pid}"
 
 

@@ -53,7 +53,7 @@ from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
 from portd.leasing.seams import Loaded
 from portd.leasing.service import LeaseService
-from portd.logs import LeaseLog
+from portd.logs import LeaseLog, RefusalLog
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,8 @@ def _fronts(
 ) -> Fronts:
     service = engine.service
     authenticator = _authenticator(settings, paths, engine)
-    http = HttpServer(authenticator, lambda: engine.table.revision, store_id)
+    refusals = RefusalLog()
+    http = HttpServer(authenticator, lambda: engine.table.revision, store_id, refusals.record)
     revisions = Revisions(store_id)
     events = EventCalls(watchers.feed, revisions)
     leases = LeaseCalls(service)
@@ -289,9 +290,11 @@ def _fronts(
     return Fronts(
         authenticator,
         http,
-        FastPath(authenticator, service, leases, lambda: engine.table.revision, store_id),
+        FastPath(authenticator, service, leases, lambda: engine.table.revision, store_id, refusals.record),
         events,
-        HandoffServer(service, engine.holds, authenticator.unix_caller, watchers.states.wake, render_problem),
+        HandoffServer(
+            service, engine.holds, authenticator.unix_caller, watchers.states.wake, render_problem, refusals.record
+        ),
         tls,
     )
 

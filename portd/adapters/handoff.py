@@ -63,6 +63,7 @@ class PassedHolds(Protocol):
 Identify = Callable[[socket.socket], Caller]
 Wake = Callable[[], None]
 RenderProblem = Callable[[Refusal], Any]
+OnRefusal = Callable[[Refusal, int | None, int | None], None]
 
 
 class HandoffServer:
@@ -75,7 +76,9 @@ class HandoffServer:
         identify: Identify,
         wake: Wake,
         render_problem: RenderProblem,
+        on_refusal: OnRefusal = lambda refusal, uid, pid: None,
     ) -> None:
+        self._on_refusal = on_refusal
         self._service = service
         self._holds = holds
         self._identify = identify
@@ -179,6 +182,7 @@ class HandoffServer:
             lease, token = await self._lease(request, caller)
             sockets = self._open(lease, request)
         except Refusal as refusal:
+            self._on_refusal(refusal, caller.uid, caller.pid)
             return self._render(refusal), []
         view = self._service.view(lease, caller, token=token)
         return msgspec.json.encode({"lease": view}), sockets

@@ -208,7 +208,7 @@ def test_a_stranger_on_a_leased_port_is_a_warning(box):
 def test_too_many_events_at_once_are_told_in_number_and_leave_the_journal_room_for_others(box):
     def told_in_number():
         said = "\n".join(str(line["MESSAGE"]) for line in box.journal("LOGGER=portd.leases"))
-        return sum(map(int, re.findall(r"^too much at once.* (\d+) granted", said, re.MULTILINE)))
+        return sum(map(int, re.findall(r"^rate limited.* (\d+) granted", said, re.MULTILINE)))
 
     before = told_in_number()
     wanted = json.dumps([{"service": "burst", "ttl": 600}] * 250)

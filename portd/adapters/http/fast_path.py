@@ -48,6 +48,7 @@ _HEAD: Final = re.compile(rb"POST /v1/leases HTTP/1\.1(?:\r\n[A-Za-z-]+:[\t\x20-
 _LENGTH: Final = re.compile(rb"[1-9][0-9]{0,6}\Z")
 _REASONS: Final = {200: b"OK", 201: b"Created"}
 
+OnRefusal = Callable[[Refusal, int | None, int | None], None]
 Send = Callable[[bytes | None], None]
 """Sends a whole response; None closes the connection instead, after a fault of portd's own."""
 
@@ -77,7 +78,9 @@ class FastPath:
         calls: LeaseCalls,
         revision: Callable[[], int],
         store_id: str,
+        on_refusal: OnRefusal = lambda refusal, uid, pid: None,
     ) -> None:
+        self._on_refusal = on_refusal
         self._authenticator = authenticator
         self._service = service
         self._calls = calls
@@ -110,6 +113,7 @@ class FastPath:
         try:
             decision = self._service.decide(as_requests(body), caller)
         except Refusal as refusal:
+            self._on_refusal(refusal, caller.uid, caller.pid)
             send(_refuse(refusal))
             return None
         except Exception:  # as on the normal path, a fault is logged and its cause not revealed
@@ -126,6 +130,7 @@ class FastPath:
         try:
             answer = self._calls.show_granted(self._service.granted(decision), body, caller)
         except Refusal as refusal:
+            self._on_refusal(refusal, caller.uid, caller.pid)
             return _refuse(refusal)
         except Exception:
             logger.exception("a grant failed")

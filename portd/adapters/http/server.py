@@ -44,12 +44,24 @@ UNREAD_MAX_BYTES: Final = 256 << 20
 USER_UNREAD_MAX_BYTES: Final = 32 << 20
 """The same for the clients of one user."""
 
+OnRefusal = Callable[[Refusal, int | None, int | None], None]
+
 
 class HttpServer:
-    """The API on any number of sockets. `revision` gives the value of X-Portd-Revision, `store_id` of X-Portd-Store."""
+    """The API on any number of sockets. `revision` gives the value of X-Portd-Revision, `store_id` of X-Portd-Store.
 
-    def __init__(self, authenticator: Authenticator, revision: Callable[[], int], store_id: str) -> None:
+    `on_refusal` is called with every refusal of a handler, and the caller's uid and pid where they are known.
+    """
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        revision: Callable[[], int],
+        store_id: str,
+        on_refusal: OnRefusal = lambda refusal, uid, pid: None,
+    ) -> None:
         self._authenticator = authenticator
+        self._on_refusal = on_refusal
         self._revision = revision
         self._store_id = store_id
         self._app = web.Application(client_max_size=BODY_MAX_BYTES, middlewares=[_answer_all])
@@ -146,6 +158,8 @@ class HttpServer:
                     return await self._respond_in_slices(request, answer, answer.body)
                 return self._respond(answer)
             except Refusal as refusal:
+                peer = _front(request).end.peer
+                self._on_refusal(refusal, peer and peer.uid, peer and peer.pid)
                 if isinstance(refusal, NotOwner | Unauthenticated) and "Authorization" in request.headers:
                     self._authenticator.report_wrong_token(_front(request).end)
                     await asyncio.sleep(WRONG_TOKEN_DELAY_S)
