@@ -21,14 +21,21 @@ from tests.adapters.sqlite.nouns import a_lease, an_event, ended
 HOSTILE = "a\n08:00:00 CRITICAL the disk is lost\x1b]0;title\x07\x9b2J\u202etxt\u2028\ud800"
 
 
+def log_to(stream: io.StringIO, form: str) -> None:
+    """Log to a stream instead of stderr."""
+    logs.set_up("info", form)  # type: ignore[arg-type]
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
+
+
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def log() -> Iterator[io.StringIO]:
     """The text log at level info; logging is as before afterwards."""
     stream = io.StringIO()
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    monkeypatch.setattr("sys.stderr", stream)
-    logs.set_up("info", "text")
+    log_to(stream, "text")
     yield stream
     root.handlers[:] = before
     root.setLevel(level)
@@ -48,7 +55,7 @@ def applied(*events: Event) -> None:
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_others_choose_forges_no_line(log: io.StringIO, form: str) -> None:
-    logs.set_up("info", form)  # type: ignore[arg-type]
+    log_to(log, form)
     lease = a_lease(1, health="critical", health_note=HOSTILE)
     applied(an_event(1, lease, "health"))
     line, rest = log.getvalue().split("\n", 1)
