@@ -22,9 +22,9 @@ from portd.adapters.mdns.zone import Entry, HostName, Service, Zone
 LINK = 1
 
 
-def service(id_: str, name: str | None = None, port: int = 1, **fields: object) -> Service:
-    """Make a service of type _http._tcp."""
-    return Service(id=id_, type="_http._tcp", name=name or id_, port=port, **fields)  # type: ignore[arg-type]
+def service(id_: str, name: str | None = None, port: int = 1, type_: str = "_http._tcp", **fields: object) -> Service:
+    """Make a service."""
+    return Service(id=id_, type=type_, name=name or id_, port=port, **fields)  # type: ignore[arg-type]
 
 
 def arrival(data: bytes, source: str, *, port: int = PORT, is_multicast: bool = True) -> Arrival:

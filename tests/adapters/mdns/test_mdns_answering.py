@@ -130,6 +130,16 @@ def test_a_cut_legacy_answer_is_one_packet_with_tc(host: NetHost) -> None:
     assert not sending.packets[0][2] & 0x02
 
 
+def test_a_legacy_answer_of_too_many_short_records_has_tc() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(*(service(f"s{number}", type_=f"_t{number}._tcp") for number in range(40)))
+    net.run(10.0)
+    (sending,) = receive(host, legacy(wire.TYPES_NAME), NEIGHBOUR, port=5999)
+    assert len(sending.packets[0]) < 1400
+    assert sending.packets[0][2] & 0x02
+
+
 def test_legacy_answers_to_one_address_are_bounded(host: NetHost) -> None:
     host.net.run(1.0 - host.net.now % 1.0)
     sent = [sending for _ in range(500) for sending in receive(host, legacy(), NEIGHBOUR, port=5999)]
@@ -213,6 +223,11 @@ def test_truncated_queries_take_bounded_memory(host: NetHost) -> None:
         names = [(f"x{number}-{index}.local.", wire.A) for index in range(50)]
         receive(host, wire.encode_query(names)[0], "10.9.0.1")
     assert len(host.answerer._held["10.9.0.1"].questions) == answering.QUESTIONS
+    for number in range(20):
+        known = [wire.pointer(WEB, f"k{number}-{index}.{WEB}") for index in range(300)]
+        for packet in wire.encode_query([], known, now_ms=known[0].created):
+            receive(host, packet, "10.9.0.1")
+    assert len(host.answerer._held["10.9.0.1"]._known) == answering.KNOWN_ANSWERS
     host.net.run(2.0)
     assert host.answerer.deadline() is None
 
@@ -225,6 +240,16 @@ def test_an_answer_that_is_withdrawn_meanwhile_is_not_sent(host: NetHost) -> Non
     host.withdraw("gone")
     host.net.run(5.0)
     assert all(record.ttl == 0 for record in host.net.records() if record.name.startswith("gone."))
+
+
+def test_an_answer_whose_name_is_contradicted_meanwhile_is_not_sent(host: NetHost) -> None:
+    receive(host, query(), NEIGHBOUR)
+    contradiction = wire.service("s7._http._tcp.local.", 9, "other.local.")
+    host.claims.receive_response(host.net.now, LINK, [contradiction])
+    aliases = {record.alias for record in multicast(host, 0.2) if isinstance(record, DNSPointer)}
+    assert len(aliases) == 499
+    assert "s7._http._tcp.local." not in aliases
+    host.net.run(10.0)
 
 
 def test_a_query_on_an_unused_interface_is_ignored(host: NetHost) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from ipaddress import IPv4Interface
 from itertools import pairwise
 
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 
 from portd.adapters.mdns import claims, wire
 from portd.adapters.mdns.claims import STEPS, STORM_CONFLICTS, STORM_S, TABLE
-from portd.adapters.mdns.wire import DNSPointer, DNSRecord
+from portd.adapters.mdns.interfaces import Interface
+from portd.adapters.mdns.wire import DNSPointer, DNSService
 from portd.adapters.mdns.zone import State
 from tests.adapters.mdns.net import LINK, Net, NetHost, service
 
-NAME = "Orders._http._tcp.local."
+WEB = "_http._tcp.local."
+NAME = f"Orders.{WEB}"
 
 
 def owners(net: Net, key: str) -> list[NetHost]:
@@ -25,6 +28,12 @@ def owners(net: Net, key: str) -> list[NetHost]:
 
 def goodbyes(net: Net) -> set[str]:
     return {record.alias for record in net.records() if isinstance(record, DNSPointer) and record.ttl == 0}
+
+
+def servers(net: Net, name: str) -> set[str]:
+    """Return the host names that a service was announced with."""
+    full_name = f"{name}.{WEB}"
+    return {record.server for record in net.records() if isinstance(record, DNSService) and record.name == full_name}
 
 
 def contradict(host: NetHost) -> None:
@@ -279,10 +288,49 @@ def test_a_renamed_host_announces_its_services_with_the_new_name() -> None:
     two.publish(service("b"))
     net.run(20.0)
     assert (one.zone.host.name, two.zone.host.name) == ("box1-portd", "box1-portd-2")
-    services: list[DNSRecord] = [record for record in net.records() if record.name == "b._http._tcp.local."]
-    servers = {record.server for record in services if isinstance(record, wire.DNSService)}
-    assert servers == {"box1-portd.local.", "box1-portd-2.local."} or servers == {"box1-portd-2.local."}
-    assert services[-1].ttl > 0
+    assert servers(net, "b") == {"box1-portd-2.local."}, "no service is announced before its host's name is won"
+
+
+def test_a_service_waits_for_its_hosts_name_and_probes_again_with_another() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(service("a"))
+    net.run(1.0, until=lambda: host.zone.host.state is State.PROBING)
+    greater = [wire.address(host.zone.host.full_name, bytes([255] * 4))]
+    (probe,) = (wire.decode(packet, 1.0) for packet in wire.encode_probe([(host.zone.host.full_name, greater)]))
+    assert probe is not None
+    host.claims.receive_probe(net.now, LINK, probe.questions, greater)
+    net.run(2.0, until=lambda: host.entry("a").is_won and host.zone.host.state is State.PROBING)
+    assert net.records() == [], "no service is announced before its host's name is won"
+    host.claims.receive_response(net.now, LINK, greater)
+    assert host.entry("a").state is State.DEFERRED
+    net.run(10.0)
+    assert servers(net, "a") == {"box1-portd-2.local."}
+
+
+def test_a_link_that_comes_up_during_probing_is_probed_three_times_too() -> None:
+    net = Net()
+    host = net.host()
+    host.publish(service("a"))
+    net.run(1.0, until=lambda: host.entry("a").step == 2)
+    second = Interface(2, "eth1", (IPv4Interface("10.8.0.1/24"),), ())
+    host.claims.set_links(net.now, {LINK: host.link, 2: second})
+    probed = []
+    while (due := host.claims.deadline()) is not None and not host.entry("a").is_won:
+        probed += [message.link.index for message in host.claims.tick(due) if isinstance(message, claims.Probe)]
+    assert probed.count(2) == 3
+
+
+def test_an_own_address_received_over_another_interface_is_no_conflict() -> None:
+    net = Net()
+    host = owned(net, "a")
+    second = Interface(2, "eth1", (IPv4Interface("10.8.0.1/24"),), ())
+    host.claims.set_links(net.now, {LINK: host.link, 2: second})
+    address = wire.address(host.zone.host.full_name, second.addresses[0].ip.packed)
+    host.claims.receive_response(net.now, LINK, [address])
+    assert host.zone.host.is_won
+    host.claims.receive_response(net.now, LINK, [wire.address(host.zone.host.full_name, bytes(4))])
+    assert not host.zone.host.is_won
 
 
 def test_a_stale_service_is_retracted_unless_its_name_is_in_use() -> None:
