@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
 from portd.adapters.dns.server import DnsServer
 from portd.adapters.http.events import EventCalls
@@ -40,6 +41,7 @@ class Condition(NamedTuple):
     announcer: Announcer
     dns: DnsServer
     prober: Prober
+    availability: Availability
 
     def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""
@@ -88,11 +90,21 @@ class Condition(NamedTuple):
             "portd_http_connections": ("Open connections.", self.http.connection_count),
             "portd_http_wrong_tokens": ("Requests with a wrong token so far.", self.http.wrong_token_count),
             "portd_event_followers": ("Followers of the event stream.", self.events.stream_count),
+            "portd_checks_waiting": ("Checks that wait for a slot.", self.prober.waiting_count),
+            "portd_checks_running": ("Checks under way.", self.prober.running_count),
+            "portd_checks_late": ("1 while checks wait too long for a slot.", self.prober.is_late),
             "portd_uptime_seconds": ("Since the start.", time.monotonic() - self.started_at),
         }
         return [
             ("portd_leases", "Live leases by state.", ("state",), {key: float(n) for key, n in states.items()}),
             ("portd_pool_ports", "Ports of a pool by what they are used for.", ("pool", "use"), pools),
+            (
+                "portd_check_oldest_result_seconds",
+                "Age of the oldest last result among checks of a kind.",
+                ("kind",),
+                {(kind,): age for kind, age in self.prober.oldest_result_ages().items()},
+            ),
+            *self.availability.gauges(self.clock.now().at),
             *((name, text, NO_LABELS, {NO_LABELS: float(value)}) for name, (text, value) in plain.items()),
         ]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from portd.adapters import systemd
+from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
 from portd.adapters.dns.server import DnsServer
 from portd.adapters.handoff import HandoffServer
@@ -82,6 +83,7 @@ class Watchers:
     announcer: Announcer
     dns: DnsServer
     log: LeaseLog
+    availability: Availability
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def build(
     watchers.states.restore(engine.table)
     watchers.dns.restore(engine.table, engine.table.revision)
     watchers.prober.restore(engine.table)
+    watchers.availability.restore(engine.table, engine.clock.now().at)
     if settings.mdns.enabled:
         watchers.announcer.restore(engine.table)
     return Parts(engine, watchers, _fronts(settings, paths, engine, watchers, tls, loaded.store_id))
@@ -221,6 +224,7 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
             dns_addresses(settings), settings.dns.zone, settings.dns.ttl, metrics.query, _when_all_critical(settings)
         ),
         LeaseLog(),
+        Availability(),
     )
 
 
@@ -238,6 +242,7 @@ def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
         watchers.prober.apply,
         watchers.states.apply,
         watchers.log.apply,
+        watchers.availability.apply,
     ]
     if settings.dns.listen:
         subscribed.append(watchers.dns.apply)
@@ -275,11 +280,12 @@ def _fronts(
         watchers.announcer,
         watchers.dns,
         watchers.prober,
+        watchers.availability,
     )
     watchers.metrics.gauges = condition.gauges
     parts = (
         leases,
-        ServiceCalls(service, watchers.feed, watchers.announcer.lan, revisions),
+        ServiceCalls(service, watchers.feed, watchers.announcer.lan, revisions, _when_all_critical(settings)),
         events,
         PortCalls(service, KernelSocketTable(engine.diag)),
         LanCalls(watchers.announcer.lan),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(own_daemon: Daemon) -> No
 
 def ask(port: int, query: str) -> Any:
     """Ask Prometheus for the value of each series, by instance; None while it does not answer."""
-    url = f"http://127.0.0.1:{port}/api/v1/query?query={query}"
+    url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(query)}"
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             series = json.load(answer)["data"]["result"]
@@ -57,7 +58,9 @@ global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
 scrape_configs:
   - job_name: portd
     http_sd_configs: [{{url: "http://127.0.0.1:{daemon.tcp[1]}/v1/prometheus?tag=scraped", refresh_interval: 200ms}}]
-    relabel_configs: [{{source_labels: [__meta_portd_service], target_label: service}}]
+    relabel_configs:
+      - {{source_labels: [__meta_portd_service], target_label: service}}
+      - {{source_labels: [__meta_portd_drain], target_label: draining}}
 """)
     prometheus = program(
         "prometheus",
@@ -66,19 +69,17 @@ scrape_configs:
         f"--storage.tsdb.path={tmp_path}/tsdb",
         "--log.level=error",
     )
-    with prometheus, owner() as idle:
+    with prometheus:
         leases = {}
-        with python(SERVICE, str(free_tcp_port())), owner() as quiet:
+        with owner() as quiet:
             daemon.lease("untagged", pid=quiet.pid)
-            wanted = free_tcp_port()
-            with python(SERVICE, str(wanted)) as serving:
-                leases["orders"] = daemon.lease("orders", pid=serving.pid, port=wanted, hold="none", tags=["scraped"])
-                leases["drained"] = daemon.lease("drained", pid=idle.pid, tags=["scraped"])
-                wait_for(
-                    lambda: ask(port, "up") == {"orders": "1", "drained": "0"},
-                    f"both targets are found, the silent one is down: {ask(port, 'up')}",
-                )
-                assert ask(port, "test_up") == {"orders": "1"}
+            wanted, drained = free_tcp_port(), free_tcp_port()
+            with python(SERVICE, str(wanted)) as serving, python(SERVICE, str(drained)) as draining:
+                for name, process, number in (("orders", serving, wanted), ("drained", draining, drained)):
+                    fields = {"port": number, "hold": "none", "tags": ["scraped"]}
+                    leases[name] = daemon.lease(name, pid=process.pid, **fields)
+                wait_for(lambda: ask(port, "up") == {"orders": "1", "drained": "1"}, "both targets are found")
+                assert ask(port, "test_up") == {"orders": "1", "drained": "1"}
                 daemon.call("POST", f"/v1/leases/{leases['drained']['id']}/drain", {})
-                wait_for(lambda: ask(port, "up") == {"orders": "1"}, "a drained target is gone")
-            wait_for(lambda: ask(port, "up") == {}, "the target of a process that ended is gone")
+                wait_for(lambda: ask(port, 'up{draining="true"}') == {"drained": "1"}, "a drained target is marked")
+            wait_for(lambda: ask(port, "up") == {}, "the targets of processes that ended are gone")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Final, Literal
+from zlib import crc32
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, Rows, decode_cursor, in_order, page
 from portd.adapters.http.revisions import After, Revisions
 from portd.core.announcing import LanService
-from portd.core.model import MAIN_ENDPOINT, Label, Lease
+from portd.core.model import MAIN_ENDPOINT, Health, Label, Lease
 from portd.core.requests import Tag
 from portd.core.shares import Shares
 from portd.core.views import LeaseView, OwnerView, moment
-from portd.core.visibility import serving
+from portd.core.visibility import WhenAllCritical, is_loopback, reachable_at, serving
 from portd.leasing.feed import Feed
 from portd.leasing.service import LeaseService
 
@@ -32,10 +35,12 @@ LanLookup = Callable[[str | None], Awaitable[Sequence[LanService]]]
 
 
 class ServiceCount(Struct, frozen=True):
-    """A service's name, and how its main endpoints are."""
+    """A service's name, whose leases it has, its instances, those that serve, and its main endpoints by health."""
 
     name: str
+    users: list[str]
     instances: int
+    serving: int
     passing: int
     warning: int
     critical: int
@@ -57,16 +62,22 @@ class ServiceListQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServiceQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """`passing=true` leaves only instances that callers should use. `after` and `wait` make a long poll."""
+    """`serving=true` (or `passing=true`) leaves only instances that callers are given, `health` those with this health;
+    `held=true` adds those that nobody listens for yet. `after` and `wait` make a long poll, `min` and `wait` wait until
+    so many instances serve."""
 
+    serving: bool = False
     passing: bool = False
+    health: Health | None = None
+    held: bool = False
     tag: tuple[Tag, ...] = ()
     endpoint: Label = MAIN_ENDPOINT
     scope: Literal["local", "cluster", "lan", "all"] = "local"
     after: After | None = None
+    min: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    wait: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] = 0.0
     limit: Limit = 10_000
     cursor: Cursor | None = None
-    wait: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] = 0.0
 
 
 class Instances(Struct, frozen=True):
@@ -95,7 +106,15 @@ class Target(Struct, frozen=True):
 class ServiceCalls:
     """The handlers of /v1/services and /v1/prometheus."""
 
-    def __init__(self, service: LeaseService, feed: Feed, lan: LanLookup, revisions: Revisions) -> None:
+    def __init__(
+        self,
+        service: LeaseService,
+        feed: Feed,
+        lan: LanLookup,
+        revisions: Revisions,
+        when_all_critical: Callable[[str], WhenAllCritical] = lambda service: "none",
+    ) -> None:
+        self._when_all_critical = when_all_critical
         self._revisions = revisions
         self._polls = Shares("long polls", total=POLLS_MAX, per_user=USER_POLLS_MAX)
         self._service = service
@@ -147,10 +166,7 @@ class ServiceCalls:
         query: ServiceQuery = call.query
         name = call.path["name"]
         after = decode_cursor(query.cursor, size=3)
-        if query.after is not None:
-            revision = self._revisions.parse(query.after, "after")
-            with self._polls.use(call.caller.user):
-                await self._feed.wait(name, revision, query.wait)
+        await self._wait(name, query, call)
         from_lan: list[LanService] = []
         if query.scope in ("lan", "all") and query.endpoint == MAIN_ENDPOINT and not query.tag:
             from_lan = [
@@ -159,52 +175,105 @@ class ServiceCalls:
                 if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")
             ]
         now, revision = self._service.clock.now().at, self._feed.revision
-        seen: list[Lease | LanService] = [*self._select(name, query), *from_lan]
+        asked_at = asked_address(call)
+        local = [(one, at) for one in self._select(name, query) if (at := reachable_at(one, asked_at))]
+        addresses = {lease.id: at[0] for lease, at in local}
+        seen: list[Lease | LanService] = [*(lease for lease, _ in local), *from_lan]
 
         def show(one: Lease | LanService) -> LeaseView:
             if isinstance(one, LanService):
                 return _view_lan(one, name, now)
-            return self._service.view(one, call.caller)
+            view = self._service.view(one, call.caller)
+            return view if view.address == addresses[one.id] else replace(view, address=addresses[one.id])
 
         found = await in_order(seen, _order, after, lambda one: True)
         head = b'"service":%s,"revision":%d,' % (encode(name), revision)
         return Answer(page("instances", found, query.limit, show, encode, head), revision=revision)
 
+    async def _wait(self, name: str, query: ServiceQuery, call: Call) -> None:
+        """Wait for what the query waits for, `wait` seconds at most: a change of the service, or enough instances."""
+        if query.after is None and query.min is None:
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + query.wait
+        with self._polls.use(call.caller.user):
+            if query.after is not None:
+                await self._feed.wait(name, self._revisions.parse(query.after, "after"), query.wait)
+            while query.min is not None and len(self._serving(name, query)) < query.min:
+                left_s = deadline - loop.time()
+                if left_s <= 0 or not await self._feed.wait(name, self._feed.revision, left_s):
+                    return
+
+    def _serving(self, name: str, query: ServiceQuery) -> list[Lease]:
+        given = serving(self._service.table.of_service(name).values(), self._when_all_critical(name))
+        return [lease for lease in given if _matches(lease, query)]
+
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
         if query.scope == "lan":
             return []
-        leases = list(self._service.table.of_service(name).values())
-        if query.passing:
-            leases = serving(leases)
-        return [
-            lease
-            for lease in leases
-            if lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
-        ]
+        if query.serving or query.passing:
+            found = self._serving(name, query)
+        else:
+            leases = self._service.table.of_service(name).values()
+            found = [lease for lease in leases if _matches(lease, query) and (query.held or lease.state != "held")]
+        return [lease for lease in found if query.health in (None, lease.health)]
 
     async def targets(self, call: Call) -> Answer:
-        """GET /v1/prometheus: the whole list each time; unhealthy ones too, which Prometheus should see as such."""
+        """GET /v1/prometheus: the whole list each time, of what listens. Sick and draining ones too: Prometheus should
+        see them as such, and scrape the last minutes of those that drain."""
         query: TargetQuery = call.query
+        asked_at = asked_address(call)
 
         def matches(lease: Lease) -> bool:
             return (
                 lease.protocol != "udp"
-                and not lease.drain
-                and lease.state != "conflict"
+                and lease.state == "bound"
+                and bool(reachable_at(lease, asked_at))
                 and query.endpoint in (None, lease.endpoint)
                 and all(tag in lease.tags for tag in query.tag)
             )
 
         revision = self._service.table.revision
         found = await in_order(self._service.table, lambda lease: lease.name, None, matches)
-        return Answer(Rows(b"[", (_target(lease) for _, lease in found), lambda count: b"]"), revision=revision)
+        return Answer(
+            Rows(b"[", (_target(lease, asked_at) for _, lease in found), lambda count: b"]"), revision=revision
+        )
+
+
+def asked_address(call: Call) -> str | None:
+    """Return the address at which a call came in; None for the unix socket and for loopback: the caller is on this
+    host."""
+    transport = call.request.transport
+    name = None if transport is None else transport.get_extra_info("sockname")
+    if not isinstance(name, tuple):
+        return None
+    address = str(name[0]).partition("%")[0]
+    return None if is_loopback(address) else address
+
+
+def _matches(lease: Lease, query: ServiceQuery) -> bool:
+    return lease.endpoint == query.endpoint and all(tag in lease.tags for tag in query.tag)
 
 
 def _count(leases: list[Lease]) -> ServiceCount:
     health = Counter(lease.health for lease in leases if lease.endpoint == MAIN_ENDPOINT)
-    instances = len({lease.instance for lease in leases})
-    name = leases[0].service
-    return ServiceCount(name, instances, health["passing"], health["warning"], health["critical"], health["unknown"])
+    return ServiceCount(
+        leases[0].service,
+        sorted({_user_of(lease) for lease in leases}),
+        len({lease.instance for lease in leases}),
+        len({lease.instance for lease in serving(leases)}),
+        health["passing"],
+        health["warning"],
+        health["critical"],
+        health["unknown"],
+    )
+
+
+def _user_of(lease: Lease) -> str:
+    """Return whose a lease is as people write it: a user's name, a uid without one, or token:NAME."""
+    if isinstance(lease.user, str):
+        return lease.user
+    return lease.owner.user if lease.owner.user and lease.owner.uid == lease.uid else str(lease.uid)
 
 
 def _order(seen: Lease | LanService) -> tuple[str, ...]:
@@ -215,8 +284,8 @@ def _order(seen: Lease | LanService) -> tuple[str, ...]:
 
 
 def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
-    """Show what another host announces as an instance: it is announced, so it is bound and not critical there; of its
-    owner nothing is known here."""
+    """Show what another host announces as an instance: it is announced, so it serves there; of its health and its owner
+    nothing more is known here."""
     owner = OwnerView(
         pid=None, uid=None, user=None, exe=None, cmdline=None, unit=None, started_at=None, known_by="token"
     )
@@ -235,7 +304,7 @@ def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
         vouched_by=None,
         elsewhere=(),
         state="bound",
-        health="passing",
+        health="unknown",
         health_note="",
         health_since=None,
         checked_at=None,
@@ -259,22 +328,28 @@ def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:
     )
 
 
-def reachable_host(lease: Lease) -> str:
-    """Return the address that a caller on this host reaches a lease at: a wildcard listens on loopback as well."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(lease.address, lease.address)
-
-
-def _target(lease: Lease) -> Target:
-    host = reachable_host(lease)
+def _target(lease: Lease, asked_at: str | None) -> Target:
+    host = reachable_at(lease, asked_at)[0]
     labels = {
         "__meta_portd_service": lease.service,
         "__meta_portd_instance": lease.instance,
         "__meta_portd_endpoint": lease.endpoint,
         "__meta_portd_health": lease.health,
+        "__meta_portd_drain": "true" if lease.drain else "false",
         "__meta_portd_tags": "," + ",".join(lease.tags) + "," if lease.tags else "",
         "__meta_portd_host": lease.host,
+        **metadata_labels(lease.metadata),
     }
-    for key, value in lease.metadata.items():
-        safe = "".join(char if char.isascii() and (char.isalnum() or char == "_") else "_" for char in key)
-        labels[f"__meta_portd_metadata_{safe}"] = value
     return Target([f"[{host}]:{lease.port}" if ":" in host else f"{host}:{lease.port}"], labels)
+
+
+def metadata_labels(metadata: dict[str, str]) -> dict[str, str]:
+    """Return a label for each key. Where several keys make the same label name, a key that is one already keeps it, and
+    the others get a checksum of the key as a suffix."""
+    names = {key: "".join(char if char.isascii() and char.isalnum() else "_" for char in key) for key in metadata}
+    count = Counter(names.values())
+    return {
+        "__meta_portd_metadata_"
+        + (name if count[name] == 1 or name == key else f"{name}_{crc32(key.encode()):08x}"): metadata[key]
+        for key, name in names.items()
+    }
