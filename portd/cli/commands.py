@@ -33,6 +33,7 @@ GROUPS = {
         "demo": "demo",
         "install": "installing",
         "uninstall": "installing",
+        "completion": "completion",
     },
 }
 OTHER_NAMES = {"list": "ls", "ps": "ls", "kill": "release", "free": "release", "start": "run", "check": "checks"}

@@ -1,8 +1,7 @@
-"""Puts portd in place as a systemd unit, and takes it away again: install, uninstall.
+"""Installs portd as a systemd unit with its manual pages, and removes it: install, uninstall.
 
-What is done is first made a list of steps, each of which can say itself: `--dry-run` says them, the rest does them too.
-The units are the files of `systemd/`; the one thing that changes in them is the path of the program. This module must not
-know the daemon.
+Both are lists of steps; `--dry-run` prints them. The units are the files of `systemd/`, with the path of the installed
+program in place of PROGRAM_IN_UNITS. This module must not know the daemon.
 """
 
 from __future__ import annotations
@@ -23,19 +22,21 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM_IN_UNITS = "/opt/portd/bin/portd"
-"""What stands in the units of the tree; the path of the portd that installs them takes its place."""
+"""The program's path in the units of the source tree; replaced by that of the portd that installs them."""
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
-"""What a unit with ProtectHome= and PrivateTmp= does not see (systemd.exec(5))."""
+"""Directories hidden from a unit with ProtectHome= and PrivateTmp= (systemd.exec(5))."""
 UNITS = ("portd.socket", "portd.service")
 PACKAGED = Path("/usr/lib/systemd/system/portd.service")
-"""Where a package puts the unit; one in /etc would win over it (systemd.unit(5)), at its next upgrade too."""
+"""A package's unit. One in /etc would override it, after upgrades too (systemd.unit(5))."""
 RESOLVED = "systemd-resolved.service"
 RESOLVED_DROP_IN = Path("/etc/systemd/resolved.conf.d/portd.conf")
+SYSTEM_MANUAL = Path("/usr/local/share/man")
+MANUAL_PAGES = ("portd.1", "portd.toml.5")
 STATE = ("/var/lib/portd", "/etc/portd")
 
 
 class Step:
-    """One thing to do: its words, and how. `do` is None for what is as it should be already."""
+    """One step: its text, and the function that does it; None where nothing needs to be done."""
 
     __slots__ = ("do", "text")
 
@@ -45,16 +46,16 @@ class Step:
 
 
 def install(values: dict[str, Any]) -> int:
-    """Put units, user and directories in place for the portd that runs this, and start it. May be called again."""
+    """Install units, user and directories for the portd that runs this, and start it. May be repeated."""
     return _carry_out(_install_user() if values["user"] else _install_system(values), values)
 
 
 def uninstall(values: dict[str, Any]) -> int:
-    """Stop portd and take away what `install` put in place; the state stays unless `--purge`."""
+    """Stop portd and remove what `install` wrote; the state stays unless `--purge`."""
     return _carry_out(_uninstall_user(values) if values["user"] else _uninstall_system(values), values)
 
 
-# --- what is to be done ---
+# --- the steps ---
 
 
 def _install_system(values: dict[str, Any]) -> Iterator[Step]:
@@ -63,8 +64,8 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
     for seen in {program, Path(sys.executable).resolve(), Path(sys.base_prefix), Path(__file__)}:
         if hidden := next((top for top in HIDDEN if seen.is_relative_to(top)), None):
             raise PortdError(
-                f"{seen} lies under {hidden}, which the hardened unit does not see: install portd outside "
-                "of it, with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
+                f"{seen} lies under {hidden}, which is hidden from the hardened unit: install portd elsewhere, "
+                "with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
                 "/opt/portd/bin/portd install"
             )
     if values["resolved"]:
@@ -75,6 +76,7 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
         step = _write(name, place, program)
         is_new |= step.do is not None
         yield step
+    yield from _write_manual(SYSTEM_MANUAL)
     yield _run("systemd-sysusers", "/etc/sysusers.d/portd.conf")
     yield from _start(["systemctl"], is_new=is_new)
     if values["resolved"]:
@@ -88,6 +90,7 @@ def _install_user() -> Iterator[Step]:
         step = _write(name, place, program)
         is_new |= step.do is not None
         yield step
+    yield from _write_manual(_user_manual())
     yield from _start(["systemctl", "--user"], is_new=is_new)
 
 
@@ -96,7 +99,7 @@ def _start(systemctl: list[str], *, is_new: bool) -> Iterator[Step]:
         yield _run(*systemctl, "daemon-reload")
     yield _run(*systemctl, "enable", *UNITS)
     yield _run(*systemctl, "start", UNITS[0])
-    # A unit that runs is started anew for its new text; the sockets and the holds outlive that.
+    # A running unit is restarted for its new text; sockets and holds survive that.
     yield _run(*systemctl, "restart" if is_new else "start", UNITS[1])
 
 
@@ -104,7 +107,7 @@ def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
     _check_package()
     yield from _stop(["systemctl"], Path("/etc/systemd/system"))
     was_resolved = RESOLVED_DROP_IN.exists()
-    for place in _system_files(resolved=True).values():
+    for place in (*_system_files(resolved=True).values(), *_manual_places(SYSTEM_MANUAL)):
         yield _remove(place)
     yield _run("systemctl", "daemon-reload")
     if was_resolved:
@@ -121,7 +124,7 @@ def _uninstall_user(values: dict[str, Any]) -> Iterator[Step]:
     systemctl = ["systemctl", "--user"]
     paths = user_paths()
     yield from _stop(systemctl, _user_units())
-    for place in _user_files().values():
+    for place in (*_user_files().values(), *_manual_places(_user_manual())):
         yield _remove(place)
     yield _run(*systemctl, "daemon-reload")
     yield _remove(Path(paths.socket).parent)
@@ -153,6 +156,14 @@ def _user_files() -> dict[str, Path]:
     return {f"user/{unit}": _user_units() / unit for unit in UNITS}
 
 
+def _manual_places(directory: Path) -> list[Path]:
+    return [directory / f"man{name[-1]}" / name for name in MANUAL_PAGES]
+
+
+def _user_manual() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "man"
+
+
 def _user_units() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd/user"
 
@@ -161,23 +172,33 @@ def _user_units() -> Path:
 
 
 def _write(name: str, place: Path, program: Path) -> Step:
-    text = (_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program))
+    return _write_text((_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program)), place)
+
+
+def _write_manual(directory: Path) -> Iterator[Step]:
+    from portd.cli import manual
+
+    for place, text in zip(_manual_places(directory), manual.pages().values(), strict=True):
+        yield _write_text(text, place)
+
+
+def _write_text(text: str, place: Path) -> Step:
     if place.is_file() and place.read_text() == text:
-        return Step(f"{place} is as it should be", None)
+        return Step(f"{place} is up to date", None)
 
     def write() -> None:
         place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fresh = place.with_name(f".{place.name}.new")
         fresh.write_text(text)
         fresh.chmod(0o644)
-        fresh.replace(place)  # whole or not at all: systemd may read it at any moment
+        fresh.replace(place)  # atomically: systemd may read it at any moment
 
     return Step(f"write {place}", write)
 
 
 def _remove(place: Path) -> Step:
     if not place.exists():
-        return Step(f"{place} is not there", None)
+        return Step(f"{place} does not exist", None)
     return Step(f"remove {place}", lambda: shutil.rmtree(place) if place.is_dir() else place.unlink())
 
 
@@ -192,13 +213,13 @@ def _run(*words: str) -> Step:
 
 
 def _delete_account() -> None:
-    """Delete user and group, where they are there: userdel(8) takes the user's own group along."""
+    """Delete the user and its group, if they exist; userdel(8) deletes the user's own group too."""
     for words in (["userdel", "portd"], ["groupdel", "portd"]):
         subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
 def _carry_out(steps: Iterator[Step], values: dict[str, Any]) -> int:
-    """Do the steps and say each, or only say them; raises PortdError where that is not possible, before the first."""
+    """Print and do the steps, or only print them; raises PortdError before the first if this host can't do them."""
     if not values["dry_run"]:
         _check_host(user=values["user"])
     for step in steps:
@@ -217,47 +238,47 @@ def _carry_out(steps: Iterator[Step], values: dict[str, Any]) -> int:
 
 def _check_host(*, user: bool) -> None:
     if not Path("/run/systemd/system").is_dir():  # sd_booted(3)
-        raise PortdError("systemd does not run this host: start 'portd serve' from what does")
+        raise PortdError("this host does not run systemd: start 'portd serve' from its own init system")
     if not user and os.geteuid() != 0:
-        raise PortdError("only root can install for the whole host: use sudo, or --user for yourself")
+        raise PortdError("only root can install for the whole host: use sudo, or --user for your own account")
     if user and not os.environ.get("XDG_RUNTIME_DIR"):
         raise PortdError(
-            "XDG_RUNTIME_DIR is unset: log in as that user (machinectl shell USER@, or ssh), so that the "
-            "user's own service manager can be reached"
+            "XDG_RUNTIME_DIR is unset, so your service manager can't be reached: log in as this user "
+            "(machinectl shell USER@, or ssh)"
         )
 
 
 def _check_package() -> None:
-    """Raise PortdError where a package has installed portd for the whole host."""
+    """Raise PortdError if a package has installed portd for the whole host."""
     if PACKAGED.exists():
         raise PortdError(
-            f"this host has portd from a package ({PACKAGED}), which starts and upgrades it: leave it to "
-            "the package, or remove that first (apt remove portd; leases and configuration stay)"
+            f"this host has portd from a package ({PACKAGED}): use that, or remove it first "
+            "(apt remove portd; leases and configuration stay)"
         )
 
 
 def _check_resolver() -> None:
-    """Raise PortdError where names of portd's zone would not be found, or others not any more (resolved.conf(5)).
+    """Raise PortdError if the drop-in would break lookups of portd's zone or of others (resolved.conf(5)).
 
-    Servers of the whole host are alternatives to each other: resolved would ask one of them for everything.
+    Global servers are alternatives to each other: systemd-resolved would send every query to one of them.
     """
     resolv_conf = Path("/etc/resolv.conf")
     if not resolv_conf.resolve().is_relative_to("/run/systemd/resolve"):
         raise PortdError(
-            f"{resolv_conf} is not systemd-resolved's: names are looked up without it here, or it has its "
-            "servers from there; see 'Modes of operation' in systemd-resolved(8)"
+            f"{resolv_conf} is not systemd-resolved's, so lookups bypass it; "
+            "see 'Modes of operation' in systemd-resolved(8)"
         )
     settings = Path("/etc/systemd/resolved.conf")
     for place in (settings, *sorted(RESOLVED_DROP_IN.parent.glob("*.conf"))):
         if place != RESOLVED_DROP_IN and place.exists() and re.search(r"(?m)^\s*DNS\s*=\s*\S", place.read_text()):
             raise PortdError(
-                f"{place} names DNS servers for the whole host: systemd-resolved would ask either those "
-                "or portd, not each for its own; give them to a network link instead"
+                f"{place} sets global DNS servers, which --resolved can't be combined with: "
+                "set them on a network link instead"
             )
 
 
 def _program() -> Path:
-    """Return the portd beside the Python that runs this: the unit starts the very same one."""
+    """Return the portd beside the Python that runs this, which is the one that the unit starts."""
     program = Path(sys.executable).parent / "portd"  # unresolved: a venv's python is a link to the system's
     if not os.access(program, os.X_OK):
         raise PortdError(
@@ -268,13 +289,13 @@ def _program() -> Path:
 
 
 def _tree() -> Path:
-    """Return where the units are: in the installed package, else at the top of the source tree."""
+    """Return the directory of the units: in the installed package, else at the top of the source tree."""
     packaged = Path(__file__).parents[1] / "systemd"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "systemd"
 
 
-_DRY_RUN = Option("--dry-run", "", "say what would be done; do nothing")
-_USER = Option("--user", "", "for yourself alone, in your own directories; needs no root")
+_DRY_RUN = Option("--dry-run", "", "print what would be done, and do nothing")
+_USER = Option("--user", "", "for your own account, without root")
 
 COMMANDS = (
     Command(
@@ -285,23 +306,24 @@ COMMANDS = (
         (
             _DRY_RUN,
             _USER,
-            Option("--resolved", "", "let systemd-resolved ask portd for names below portd.internal"),
+            Option("--resolved", "", "make systemd-resolved query portd for names below portd.internal"),
         ),
         """
-Writes the units for the portd that runs this, makes the user 'portd', enables and starts them. Run it again after a
-change: what is as it should be stays.""",
+Writes units and manual pages for the portd that runs this, creates the user
+'portd', enables and starts the units. May be repeated after an upgrade.""",
     ),
     Command(
         "uninstall",
         [],
-        "Stop it, and take the systemd unit away",
+        "Stop portd, and remove the systemd unit",
         uninstall,
         (
             _DRY_RUN,
             _USER,
-            Option("--purge", "", "delete leases, history and configuration too, and the user 'portd'"),
+            Option("--purge", "", "delete leases, history, configuration and the user 'portd' as well"),
         ),
         """
-Services on leased ports go on running. State and configuration stay, for the next install.""",
+Services on leased ports keep running. State and configuration stay unless
+--purge is given.""",
     ),
 )

@@ -302,7 +302,12 @@ def _assign(command: Command, plain: list[str], program: list[str] | None, value
         raise UsageError(f"unexpected argument {extra[0]!r} ({usage})")
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"PORT": port_argument, "SERVICE": label, "PID": number}
+_READERS: dict[str, Callable[[str], Any]] = {
+    "PORT": port_argument,
+    "SERVICE": label,
+    "PID": number,
+    "SHELL": choice("bash", "zsh", "fish"),
+}
 """How positional arguments of these names are read."""
 
 

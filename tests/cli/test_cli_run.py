@@ -126,6 +126,34 @@ def test_confine_lets_the_command_bind_its_leased_ports_and_no_others(daemon: Da
     assert done.stdout.splitlines() == ["['bound', 'bound', 'refused', 'refused']"] * 2, done
 
 
+def test_confine_keeps_further_ports_of_the_handoff_away(daemon: Daemon) -> None:
+    source = (
+        "import json, os, socket\n"
+        "try:\n"
+        "    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "    one.connect(os.environ['PORTD_URL'].removeprefix('unix://').replace('portd.sock', 'handoff.sock'))\n"
+        "    one.send(json.dumps({'request': {'service': 'further'}, 'listen': True}).encode())\n"
+        "    print('received', socket.recv_fds(one, 65536, 2)[1])\n"
+        "except PermissionError: print('refused')\n"
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(os.environ['PORTD_URL'].removeprefix('unix://'))\n"
+    )
+    free = daemon.portd("run", "unconfined", "--", sys.executable, "-c", source)
+    assert free.stdout.startswith("received ["), free
+    done = daemon.portd("run", "confined", "--confine", "--", sys.executable, "-c", source)
+    if done.returncode and "--confine" in done.stderr:
+        pytest.skip("this kernel can't confine")
+    assert (done.returncode, done.stdout) == (0, "refused\n")
+    assert not list(daemon.client.leases(service="further"))
+
+
+def test_a_machine_without_a_known_filter_is_refused() -> None:
+    from portd.cli import confining
+
+    with pytest.raises(confining.ConfinementUnavailable, match="s390x"):
+        confining.handoff_filter("s390x")
+
+
 def test_confinement_that_the_kernel_lacks_is_an_error_and_never_a_silent_pass(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def test_installing_again_changes_nothing_and_disturbs_nobody(box):
     said = box.run("portd install")
     assert box.show("MainPID") == pid
     for place in PUT_IN_PLACE:
-        assert f"{place} is as it should be" in said
+        assert f"{place} is up to date" in said
 
 
 def test_a_unit_that_somebody_changed_is_put_right_and_taken_up(box):
@@ -118,4 +118,4 @@ def leaves_state_unless_told_otherwise(box):
     assert not any(is_there(box, place) for place in (*PUT_IN_PLACE, "/run/portd", "/var/lib/portd", "/etc/portd"))
     assert box.ask("getent passwd portd; getent group portd")[1] == ""
     assert box.run("systemctl list-units --all --no-legend 'portd*'") == ""
-    assert "is not there" in box.run("portd uninstall --purge")
+    assert "does not exist" in box.run("portd uninstall --purge")

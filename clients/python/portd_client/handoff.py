@@ -39,7 +39,10 @@ def receive(endpoint: Endpoint, message: Mapping[str, Any]) -> tuple[LeaseDocume
     path = endpoint.handoff_path
     if not path:
         raise NoHandoff(f"{endpoint.url}: sockets are handed over through a unix socket only")
-    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    try:
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    except PermissionError as error:  # under `portd run --confine`
+        raise NoHandoff(f"{path}: this process may open no such socket") from error
     try:
         connection.settimeout(ANSWER_TIMEOUT_S)
         try:
