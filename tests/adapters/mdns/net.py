@@ -20,6 +20,7 @@ from portd.adapters.mdns.wire import DNSIncoming, DNSRecord
 from portd.adapters.mdns.zone import Entry, HostName, Service, Zone
 
 LINK = 1
+GROUP = Target(socket.AF_INET, LINK)
 
 
 def service(id_: str, name: str | None = None, port: int = 1, type_: str = "_http._tcp", **fields: object) -> Service:
@@ -33,10 +34,11 @@ def arrival(data: bytes, source: str, *, port: int = PORT, is_multicast: bool = 
 
 
 class Net:
-    """A clock, hosts, and packets in flight. Hosts of different `sides` don't reach each other."""
+    """A clock, hosts, and packets in flight, of which `loss` (0 to 1) get lost. Hosts of different sides are apart."""
 
     def __init__(self, seed: int = 0) -> None:
         self.now = 1000.0
+        self.loss = 0.0
         self.random = random.Random(seed)
         self.hosts: list[NetHost] = []
         self.sent: list[tuple[float, str, Target, DNSIncoming]] = []
@@ -57,6 +59,8 @@ class Net:
             self.sent.append((self.now, sender.address, target, message))
             for host in self.hosts:
                 if host is sender or host.side != sender.side or target.address not in (None, host.address):
+                    continue
+                if self.random.random() < self.loss:
                     continue
                 self._number += 1
                 at = self.now + self.random.uniform(0.0001, 0.010)
@@ -134,7 +138,7 @@ class NetHost:
 
     def tick(self) -> None:
         """Send what is due."""
-        now, group = self.net.now, Target(socket.AF_INET, LINK)
+        now = self.net.now
         for message in self.claims.tick(now):
             match message:
                 case Probe(link, claims):
@@ -144,10 +148,10 @@ class NetHost:
                     records = [record for entry in entries for record in entry.records()]
                     records += self.zone.host.unique(link)
                     packets = wire.encode_response(records)
-                    self.answerer.note_multicast(now, group, records)
+                    self.answerer.note_multicast(now, GROUP, records)
                 case Goodbye(_, records):
                     packets = wire.encode_response([wire.with_ttl(record, 0) for record in records])
-            self.net.send(self, group, packets)
+            self.net.send(self, GROUP, packets)
         for target, packets in self.answerer.tick(now):
             self.net.send(self, target, packets)
         self.settle()

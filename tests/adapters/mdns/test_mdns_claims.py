@@ -15,7 +15,7 @@ from portd.adapters.mdns.claims import STEPS, STORM_CONFLICTS, STORM_S, TABLE
 from portd.adapters.mdns.interfaces import Interface
 from portd.adapters.mdns.wire import DNSPointer, DNSService
 from portd.adapters.mdns.zone import State
-from tests.adapters.mdns.net import LINK, Net, NetHost, service
+from tests.adapters.mdns.net import GROUP, LINK, Net, NetHost, service
 
 WEB = "_http._tcp.local."
 NAME = f"Orders.{WEB}"
@@ -107,6 +107,26 @@ def test_names_have_one_owner_after_any_history(seed: int, steps: list[tuple[int
     assert len(published) == sum("a" in host.zone.entries for host in hosts)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), loss=st.floats(0.0, 0.9), count=st.integers(2, 4))
+def test_lost_packets_leave_one_owner_once_names_are_asked_for(seed: int, loss: float, count: int) -> None:
+    net = Net(seed)
+    net.loss = loss
+    hosts = [net.host("clone") for _ in range(count)]
+    for number, host in enumerate(hosts):
+        host.publish(service("a", "Orders", port=number))
+    net.run(30.0)
+    net.loss = 0.0
+    asker = net.host()
+    for _ in range(2 * count):  # a renamed host may meet the next one
+        names = [(f"{host.published('a')}.{WEB}", wire.ANY) for host in hosts]
+        names += [(host.zone.host.full_name, wire.A) for host in hosts]
+        net.send(asker, GROUP, wire.encode_query(names))
+        net.run(20.0)
+    assert len({host.published("a") for host in hosts}) == count
+    assert len({host.zone.host.name for host in hosts}) == count
+
+
 def test_a_joined_lan_ends_with_one_owner_once_somebody_asks() -> None:
     net = Net()
     hosts = [net.host(), net.host()]
@@ -117,7 +137,7 @@ def test_a_joined_lan_ends_with_one_owner_once_somebody_asks() -> None:
     assert [host.published("a") for host in hosts] == ["Orders", "Orders"]
     hosts[1].side = 0
     asker = net.host()
-    net.send(asker, net.sent[0][2], wire.encode_query([(NAME, wire.SRV)]))
+    net.send(asker, GROUP, wire.encode_query([(NAME, wire.SRV)]))
     net.run(20.0)
     assert sorted(str(host.published("a")) for host in hosts) == ["Orders", "Orders (2)"]
 
