@@ -142,7 +142,15 @@ class LeaseCalls:
                 refusals=mine,
                 access="lease",
             ),
-            Route("DELETE", lease, self.release, "Release", {204: None}, refusals=mine, access="lease"),
+            Route(
+                "DELETE",
+                lease,
+                self.release,
+                "Release a lease",
+                {204: None},
+                refusals=tuple(code for code in mine if code != "lease_ended"),
+                access="lease",
+            ),
         ]
 
     async def grant(self, call: Call) -> Answer:

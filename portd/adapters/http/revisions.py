@@ -16,7 +16,7 @@ After = Annotated[
     str,
     Meta(
         max_length=64,
-        pattern=r"^([0-9a-f]+:)?[0-9]{1,16}$",
+        pattern=r"^([0-9a-f]+:)?[0-9]{1,16}\Z",
         description="The last revision that is known: the X-Portd-Revision of a listing, or the id of an event. "
         "`STORE:REVISION`, with the X-Portd-Store of that answer, is refused with `revision_gone` by any other store.",
         examples=["42", "4f1d0b7aa3c2e961:42"],

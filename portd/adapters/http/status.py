@@ -1,4 +1,4 @@
-"""How the daemon is: status for people, healthz for supervisors, metrics for Prometheus."""
+"""The daemon's condition: status for people, healthz for supervisors, metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from portd import __version__
 from portd.adapters.http.calls import Answer, Call, Route
@@ -24,6 +24,52 @@ class PoolStatus(Struct, frozen=True):
     free: int
 
 
+class StoreStatus(Struct, frozen=True):
+    """The condition of the database."""
+
+    id: str
+    path: str
+    durability: str
+    size_bytes: int
+    wal_bytes: int
+    last_commit_ms: float
+    problem: str | None
+
+
+class MdnsStatus(Struct, frozen=True):
+    """The condition of multicast DNS; nothing but `enabled` where it is off. A responder adds figures of its own."""
+
+    enabled: bool
+    responder: str | UnsetType | None = UNSET
+    why: str | UnsetType = UNSET
+    announced: int | UnsetType = UNSET
+    wanted: int | UnsetType = UNSET
+    damped: int | UnsetType = UNSET
+    browsing: bool | UnsetType = UNSET
+    problem: str | UnsetType | None = UNSET
+
+
+class DnsStatus(Struct, frozen=True):
+    """The condition of the DNS server; nothing but `enabled` where it is off."""
+
+    enabled: bool
+    listen: list[str] | UnsetType = UNSET
+    zone: str | UnsetType = UNSET
+    ttl: float | UnsetType = UNSET
+    services: int | UnsetType = UNSET
+    names: int | UnsetType = UNSET
+    connections: int | UnsetType = UNSET
+    failed_queries: int | UnsetType = UNSET
+    problem: str | UnsetType | None = UNSET
+
+
+class ClusterStatus(Struct, frozen=True):
+    """The condition of the cluster."""
+
+    enabled: bool
+    problem: str | UnsetType | None = UNSET
+
+
 class Status(Struct, frozen=True):
     """The daemon's condition."""
 
@@ -34,21 +80,21 @@ class Status(Struct, frozen=True):
     revision: int
     pools: dict[str, PoolStatus]
     counts: dict[str, int]
-    store: dict[str, Any]
-    mdns: dict[str, Any]
-    dns: dict[str, Any]
-    cluster: dict[str, Any]
+    store: StoreStatus
+    mdns: MdnsStatus
+    dns: DnsStatus
+    cluster: ClusterStatus
     warnings: list[str]
 
 
 class Healthy(Struct, frozen=True):
-    """All is well."""
+    """Leases can be granted."""
 
     status: str = "ok"
 
 
 class Unhealthy(Struct, frozen=True):
-    """What is not well."""
+    """Why no lease can be granted."""
 
     reasons: list[str]
     status: str = "unhealthy"
@@ -86,7 +132,7 @@ class StatusCalls:
                 "GET",
                 "/healthz",
                 self.healthz,
-                "Tell whether all is well",
+                "Check whether leases can be granted",
                 {200: Healthy, 503: Unhealthy},
                 access="anybody",
             ),
@@ -112,7 +158,8 @@ class StatusCalls:
             **{state: states[state] for state in ("held", "bound", "conflict")},
             **facts["counts"],
         }
-        found = {name: condition() for name, condition in self._conditions.items()}
+        # Plain dicts in the shape of the section types, which describe them: a part may add figures of its own.
+        found: dict[str, Any] = {name: condition() for name, condition in self._conditions.items()}
         return Answer(
             Status(
                 version=__version__,
