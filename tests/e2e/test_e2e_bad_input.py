@@ -76,7 +76,7 @@ BODIES: list[tuple[bytes | Any, str | None]] = [
         ({"service": "a", "address": address}, "/address")
         for address in (
             "",
-            "localhost",
+            "localhost.lan",
             "127.0.0.1:80",
             "256.0.0.1",
             "1.2.3",
