@@ -208,6 +208,7 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
         service.observe_owner,
         cooldown_s=settings.leases.cooldown,
     )
+    service.adopter.find_listeners = engine.sockets.find_listeners
     service.passing.find_successors = states.succession.owners_exited
     return Watchers(
         metrics,

@@ -159,12 +159,15 @@ class Allocator:
         in_pool = last.address != ask.address or self._pool_of.get(last.port) in (None, ask.pool)
         return in_pool and self._reserved_for(ask, last.port) is None and not self._blocked(ask, last.port)
 
-    def _reserved_for(self, ask: Ask, port: int) -> str | None:
-        """Return the other service that the port is static for, or None."""
-        for static in self._static_ports.get(port, ()):
-            if static.service != ask.name[0] and conflicts(static.place, Binding(ask.protocol, ask.address, port)):
+    def reserved_for(self, service: str, place: Binding) -> str | None:
+        """Return the other service that a port is static for, or None."""
+        for static in self._static_ports.get(place.port, ()):
+            if static.service != service and conflicts(static.place, place):
                 return static.service
         return None
+
+    def _reserved_for(self, ask: Ask, port: int) -> str | None:
+        return self.reserved_for(ask.name[0], Binding(ask.protocol, ask.address, port))
 
     def _blocked(self, ask: Ask, port: int, kind: Literal["cooling", "declined"] | None = None) -> bool:
         if port not in self._quarantine:

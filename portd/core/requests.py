@@ -39,6 +39,7 @@ class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     address: Annotated[str, Meta(min_length=1, max_length=64)] = "127.0.0.1"
     port: PortNumber | None = None
     exact: bool = False
+    adopt: bool = False
     pool: Annotated[str, Meta(min_length=1, max_length=63)] = "default"
     hold: HoldKind | None = None
     pid: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
@@ -53,6 +54,12 @@ class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """`seconds` is the new period, from now on; without it the old one starts again."""
 
     seconds: Ttl | None = None
+
+
+class TransferRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The process that a lease goes to."""
+
+    pid: Annotated[int, Meta(ge=1, le=4_194_304)]
 
 
 class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True):

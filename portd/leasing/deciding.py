@@ -25,6 +25,7 @@ from portd.core.errors import (
     NotOwner,
     OtherNetwork,
     PortReserved,
+    PortTaken,
     QuotaExceeded,
     Unauthenticated,
 )
@@ -43,6 +44,7 @@ from portd.core.model import (
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller, hash_token
 from portd.core.table import LeaseTable
+from portd.leasing.adopting import Adopted
 from portd.leasing.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
 
 TRIES_MAX: Final = 512
@@ -130,12 +132,19 @@ class Granter:
         self._make_token = make_token
 
     def grant(
-        self, request: LeaseRequest, caller: Caller, process: Process | None, now: Now, shared: Iterable[str] = ()
+        self,
+        request: LeaseRequest,
+        caller: Caller,
+        process: Process | None,
+        now: Now,
+        shared: Iterable[str] = (),
+        adopted: Adopted | None = None,
     ) -> Grant:
         """Decide one grant: the lease is claimed in the table, counted in its pool, and its hold is taken.
 
-        `shared` are instances of the same service that the same call has made: endpoints gather on them. Raises the
-        refusal; then nothing is left behind.
+        `shared` are instances of the same service that the same call has made: endpoints gather on them. `adopted` is
+        the process that listens on the port already: then nothing is held. Raises the refusal; then nothing is left
+        behind.
         """
         self._check(request)
         owner, identity = self._owner(caller, process)
@@ -171,7 +180,11 @@ class Granter:
         token = self._make_token()
         lease_id = self._make_id(now.at)
         whole = not (request.exact or own)
-        place = self._find(lease_id, ask, hold, now, privileged=privileged, whole=whole)
+        if adopted is not None:
+            address = adopted.address
+            place = self._adopt(ask._replace(address=address))
+        else:
+            place = self._find(lease_id, ask, hold, now, privileged=privileged, whole=whole)
         lifetime: Lifetime = "process"
         if request.ttl is not None:
             lifetime = "ttl"
@@ -357,6 +370,18 @@ class Granter:
         if request.address == OWN_ADDRESS:
             return self._allocator.own_address(request.service, instance), True
         return _normal_address(request.address), False
+
+    def _adopt(self, ask: Ask) -> Binding:
+        """Return the binding of a port that its process listens on; raises PortReserved, PortTaken."""
+        assert ask.port is not None, "checked with the request"
+        place = Binding(ask.protocol, ask.address, ask.port)
+        other = self._allocator.reserved_for(ask.name[0], place)
+        if other is not None:
+            raise PortReserved(f"port {ask.port} is static for {other}: adopt it as that service", pointer="/port")
+        lease = self._table.conflicting(place)
+        if lease is not None:
+            raise PortTaken(f"port {ask.port} is leased already, by {lease.instance} ({lease.id})", pointer="/port")
+        return place
 
     def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool, whole: bool) -> Binding:
         """Find a port that works. `whole`: its number must be free at every address of this host."""

@@ -15,6 +15,7 @@ from portd.core.allocator import Allocator
 from portd.core.bindings import binding_of
 from portd.core.errors import Refusal
 from portd.core.model import Event, Lease, ProcessId
+from portd.core.ownership import KIN_MAX, key_of
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change
 from portd.leasing.journal import Journal, end
@@ -56,6 +57,8 @@ class Passing:
     def observe_exit(self, lease: Lease, successor: Successor | None) -> None:
         """Apply what was found out about an exited owner's lease; one that is not that owner's any more stays as it
         is."""
+        if lease.id in self._before:
+            return  # it is on its way to another process: what comes of it settles this too
         current = self._table.get(lease.id)
         process = None if successor is None else self._find(successor, lease)
         if current is None:
@@ -73,10 +76,26 @@ class Passing:
         fields = _fields(process, successor) | {"passed_from": lease.owner}
         self._journal.observe(Change(lease.id, "passed", fields))
 
+    def begin(self, lease: Lease) -> None:
+        """Begin to pass a lease on request: `on_passed` or `give_up` ends it."""
+        self._before[lease.id] = lease.process
+
+    def give_up(self, lease: Lease, process: ProcessId) -> None:
+        """Leave a lease with its owner, which may have exited meanwhile."""
+        self._before.pop(lease.id, None)
+        self._unwatch(process)
+        current = self._table.get(lease.id)
+        if current is not None:
+            self._check_owner(current)
+
     def on_passed(self, event: Event) -> None:
         """Settle a `passed` event: stop waiting for the old owner's exit, and see whether the new one has exited."""
         lease = event.lease
         self._unwatch(self._before.pop(lease.id, None))
+        self._check_owner(lease)
+
+    def _check_owner(self, lease: Lease) -> None:
+        """See whether an owner has exited that nothing waited for at the time."""
         if lease.lifetime != "ttl" and lease.process is not None and not self._processes.is_alive(lease.process):
             self.owners_exited([lease])
 
@@ -115,6 +134,18 @@ class Passing:
     def _end_all(self, leases: Sequence[Lease]) -> None:
         for lease in leases:
             self.observe_exit(lease, None)
+
+
+def transferred(lease: Lease, process: Process) -> dict[str, Any]:
+    """Return the fields of a lease that goes to another process; its old owner's listeners stay its own."""
+    known = lease.kin if lease.process is None else (key_of(lease.process), *lease.kin)
+    return {
+        "process": process.id,
+        "owner": process.owner,
+        "passed_from": lease.owner,
+        "kin": known[:KIN_MAX],
+        "elsewhere": (),
+    }
 
 
 def _fields(process: Process, successor: Successor) -> dict[str, Any]:

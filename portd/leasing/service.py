@@ -7,7 +7,7 @@ world through the seams alone, and its callers not at all: HTTP, handoff and tes
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from msgspec import UNSET
@@ -33,9 +33,10 @@ from portd.core.rights import Caller, check_change
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change
 from portd.core.views import LeaseView, view_lease
+from portd.leasing.adopting import Adopted, Adopter
 from portd.leasing.deciding import Grant, Granter
 from portd.leasing.journal import Entry, Journal, end
-from portd.leasing.passing import Passing
+from portd.leasing.passing import Passing, transferred
 from portd.leasing.seams import (
     Clock,
     FindLastResult,
@@ -54,6 +55,7 @@ from portd.leasing.timers import LeaseClocks
 logger = logging.getLogger(__name__)
 
 NOTHING_SEEN: Final = Seen()
+NOTHING_ADOPTED: Final[Mapping[int, Adopted]] = {}
 
 
 class Granted(NamedTuple):
@@ -102,9 +104,11 @@ class LeaseService:
         self.passing = Passing(
             table, allocator, journal, processes, self._clocks, clock, self._watch, self._forget_process
         )
+        self.adopter = Adopter(processes, granter.check_caller)
         self._granting: dict[str, Entry] = {}
         self._moving: dict[str, Lease] = {}
         self._exited: set[ProcessId] = set()
+        self._adopted: set[str] = set()
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
         self.last_result: FindLastResult = lambda lease_id: None
         journal.subscribe(self._on_event)
@@ -118,9 +122,10 @@ class LeaseService:
         Raises the refusal of the first request that can't be granted, with a pointer into the array when there are
         several.
         """
+        adopted = {index: await self.adopter.find(each, caller) for index, each in enumerate(requests) if each.adopt}
         while (unsettled := self.unsettled(requests)) is not None:
             await unsettled.wait()
-        decision = self.decide(requests, caller)
+        decision = self.decide(requests, caller, adopted)
         if decision.entry is not None:
             await decision.entry.wait()
         return self.granted(decision)
@@ -135,7 +140,9 @@ class LeaseService:
                     return self._granting[claim.id]
         return None
 
-    def decide(self, requests: Sequence[LeaseRequest], caller: Caller) -> Decision:
+    def decide(
+        self, requests: Sequence[LeaseRequest], caller: Caller, adopted: Mapping[int, Adopted] = NOTHING_ADOPTED
+    ) -> Decision:
         """Decide a call whose names are settled, and send it to the disk. Raises as `grant` does; once the entry is
         settled, `granted` has the answer."""
         now = self.clock.now()
@@ -146,7 +153,7 @@ class LeaseService:
         try:
             for index, request in enumerate(requests):
                 try:
-                    lease, token = self._grant_one(request, caller, now, grants, changes)
+                    lease, token = self._grant_one(request, caller, now, grants, changes, adopted.get(index))
                 except Refusal as refusal:
                     if len(requests) > 1:
                         refusal.pointer = f"/{index}{refusal.pointer or ''}"
@@ -169,9 +176,19 @@ class LeaseService:
         return Granted([self.table.get(lease.id) or lease for lease in decision.leases], decision.tokens)
 
     def _grant_one(
-        self, request: LeaseRequest, caller: Caller, now: Now, grants: list[Grant], changes: list[Change]
+        self,
+        request: LeaseRequest,
+        caller: Caller,
+        now: Now,
+        grants: list[Grant],
+        changes: list[Change],
+        adopted: Adopted | None,
     ) -> tuple[Lease, str | None]:
-        process = self.granter.process(request.pid, caller, required=request.ttl is None)
+        process = (
+            adopted.process
+            if adopted is not None
+            else self.granter.process(request.pid, caller, required=request.ttl is None)
+        )
         if request.instance is not None:
             existing = self.table.named(request.service, request.instance, request.endpoint)
             if existing is not None:
@@ -179,11 +196,14 @@ class LeaseService:
                 return existing, None
             self._check_instance(request, caller, process)
         shared = dict.fromkeys(g.lease.instance for g in grants if g.lease.service == request.service) if grants else ()
-        grant = self.granter.grant(request, caller, process, now, shared)
+        grant = self.granter.grant(request, caller, process, now, shared, adopted)
         grants.append(grant)
         if request.ttl is None and process is not None:
             self._watch(process.id)
         changes.append(Change(grant.lease.id, "granted", lease=grant.lease))
+        if adopted is not None:
+            changes.append(Change(grant.lease.id, "bound", adopted.seen._asdict()))
+            self._adopted.add(grant.lease.id)
         return grant.lease, grant.token
 
     def _again(
@@ -228,6 +248,7 @@ class LeaseService:
     def _undo(self, grants: list[Grant]) -> None:
         for grant in grants:
             self._granting.pop(grant.lease.id, None)
+            self._adopted.discard(grant.lease.id)
             self.granter.undo(grant.lease)
             self._forget_process(grant.lease.process)
         grants.clear()
@@ -269,6 +290,20 @@ class LeaseService:
         now = self.clock.now()
         change = Change(lease.id, "declined", {"port": moved.port, "foreign": None, **health.when_moved(lease, now.at)})
         return await self._commit(change, undo=lambda: self._undo_move(lease, moved))
+
+    async def transfer(self, lease_id: str, caller: Caller, pid: int) -> Lease:
+        """Give a lease to another process: it lasts as long as that one does. Raises what a grant for that process
+        raises."""
+        lease = await self._mine(lease_id, caller)
+        process = self.granter.process(pid, caller, required=True)
+        assert process is not None, "a process is required"
+        if process.id == lease.process:
+            return lease
+        if lease.lifetime != "ttl":
+            self._watch(process.id)
+        self.passing.begin(lease)
+        change = Change(lease.id, "passed", transferred(lease, process))
+        return await self._commit(change, undo=lambda: self.passing.give_up(lease, process.id))
 
     async def drain(self, lease_id: str, caller: Caller, drain: bool) -> Lease:
         """Start draining (or stop): the instance leaves every look-up at once, and keeps its port."""
@@ -385,6 +420,9 @@ class LeaseService:
         lease = event.lease
         if event.type == "granted":
             self._granting.pop(lease.id, None)
+            if lease.id in self._adopted:
+                self._adopted.discard(lease.id)
+                self._clocks.hold_again(lease)  # as soon as its owner's socket is not in the way
             if lease.ttl is not None:
                 self._clocks.restart(lease, self.clock.now())
             elif lease.process in self._exited:

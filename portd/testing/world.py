@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network
 from typing import Any
 
 from portd.core.allocator import Allocator, StaticPort
-from portd.core.model import Event, Lease
+from portd.core.model import Event, Lease, Listener
+from portd.core.ownership import Holder, key_of
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
 from portd.core.table import LeaseTable
 from portd.leasing.deciding import Granter, Policy
 from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
-from portd.leasing.seams import LeaseStore
+from portd.leasing.seams import LeaseStore, Successor
 from portd.leasing.service import Granted, LeaseService
 from portd.testing.fakes import BOOT_ID, FakeClock, FakeHolds, FakeProcesses
 from portd.testing.memory_store import MemoryStore
@@ -44,6 +45,8 @@ class World:
         self.store: Any = store or MemoryStore()
         self.boot_id = BOOT_ID
         self.foreign: set[Any] = set()
+        self.listening: dict[int, int] = {}
+        """Who listens on a port on 127.0.0.1, by pid: what a port's lease passes to when its owner exits."""
         self.events: list[Event] = []
         self._ids = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
@@ -66,6 +69,8 @@ class World:
         self.service = LeaseService(
             self.table, self.allocator, self.journal, granter, self.store, self.holds, self.processes, self.clock
         )
+        self.service.passing.find_successors = self._find_successors
+        self.service.adopter.find_listeners = self._find_listeners
         self.feed = Feed()
         self.journal.subscribe(self.feed.apply)
         self.journal.subscribe_durable(self.feed.confirm)
@@ -75,6 +80,26 @@ class World:
         self.service.restore(loaded, self.boot_id)  # publishes what it observes: after the feed has its past
         self._task = asyncio.create_task(self.journal.run())
         return self
+
+    def successor(self, lease: Lease) -> Successor | None:
+        """Return the live process that listens on the lease's port, as its successor, or None."""
+        pid = self.listening.get(lease.port)
+        if pid is None or not self.processes.is_running(pid):
+            return None
+        identity = self.processes.find(pid, "socket").id
+        return Successor(pid, identity.start_ticks, "descendant", ("127.0.0.1",), (key_of(identity),))
+
+    def _find_successors(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            self.service.observe_exit(lease, self.successor(lease))
+
+    async def _find_listeners(self, port: int) -> list[tuple[Listener, Holder]]:
+        pid = self.listening.get(port)
+        if pid is None or not self.processes.is_running(pid):
+            return []
+        process = self.processes.find(pid, "socket")
+        listener = Listener("tcp", "127.0.0.1", port, process.owner.uid or 0, port)
+        return [(listener, Holder(process.owner, (key_of(process.id),)))]
 
     async def kill(self) -> None:
         """End the daemon with nothing said: what is on its way is lost."""

@@ -230,3 +230,33 @@ def test_a_descendant_stays_one_when_its_parent_and_the_daemon_are_gone(programs
     programs.daemon.restart(signal.SIGKILL)
     assert programs.lease_of("deep")["id"] == lease["id"]
     assert programs.daemon.show(lease["id"])["vouched_by"] == "descendant"
+
+
+# --- adopted and transferred ---
+
+
+def test_a_server_that_runs_already_is_adopted(programs: Programs) -> None:
+    redis = need("redis-server")
+    port = programs.daemon.first_port + 7
+    server = programs.start(redis, "--port", str(port), "--save", "", "--dir", "/tmp")
+    wait_for(lambda: programs.daemon.verdict(port) == "unmanaged", "redis listens")
+    reply = programs.daemon.call("POST", "/v1/leases", {"service": "db", "port": port, "adopt": True})
+    assert (reply.status, reply.body["state"], reply.body["owner"]["pid"]) == (201, "bound", server.pid)
+    again = programs.daemon.call("POST", "/v1/leases", {"service": "other", "port": port, "adopt": True})
+    assert (again.status, again.code) == (409, "port_taken")
+    assert programs.lease_of("db")["id"] == reply.body["id"]
+    server.kill()
+    wait_for(lambda: programs.daemon.show(reply.body["id"])["state"] == "ended", "the lease ends with redis")
+
+
+def test_a_lease_is_transferred_to_another_process(programs: Programs) -> None:
+    first = programs.start("sleep", "1000")
+    second = programs.start("sleep", "1000")
+    lease = programs.daemon.lease("handed", pid=first.pid)
+    reply = programs.daemon.call("POST", f"/v1/leases/{lease['id']}/transfer", {"pid": second.pid})
+    assert (reply.status, reply.body["owner"]["pid"]) == (200, second.pid)
+    first.kill()
+    first.wait()
+    assert programs.daemon.show(lease["id"])["state"] == "held"
+    second.kill()
+    wait_for(lambda: programs.daemon.show(lease["id"])["state"] == "ended", "the lease ends with its new owner")

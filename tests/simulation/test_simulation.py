@@ -71,6 +71,7 @@ class Simulation(RuleBasedStateMachine):
         self.run(self.world.start())
         self.owed = {}  # leases that were answered and have not been ended by anybody since
         self.revisions = []
+        self.lapsed = []  # leases that ended with their owner
         self.replica = Replica()
 
     def run(self, work):
@@ -93,6 +94,8 @@ class Simulation(RuleBasedStateMachine):
             self.revisions.append(event.revision)
             if event.type == "ended":
                 self.owed.pop(event.lease.id, None)
+                if event.lease.ended_because == "owner_exited":
+                    self.lapsed.append(event.lease)
         self.world.events.clear()
 
     @rule(
@@ -136,6 +139,48 @@ class Simulation(RuleBasedStateMachine):
         if self.world.processes.is_running(pid):
             self.do(self.world.processes.end, pid)
             self.forget_ended()
+
+    @rule(pid=st.sampled_from(PIDS), port=st.sampled_from(PORTS))
+    def process_listens(self, pid, port):
+        """A child, or the server that put itself into the background, listens on: its lease passes to it."""
+        if self.world.processes.is_running(pid):
+            self.world.listening[port] = pid
+
+    @rule(port=st.sampled_from(PORTS))
+    def nobody_listens(self, port):
+        self.world.listening.pop(port, None)
+
+    @rule(data=st.data())
+    def listener_appears_within_the_cooldown(self, data):
+        """A server that forked before it listened: its ended lease is taken up again."""
+        if self.lapsed:
+            lease = data.draw(st.sampled_from(sorted(self.lapsed, key=lambda lease: lease.revision)))
+            self.do(self.world.service.observe_exit, lease, self.world.successor(lease))
+            self.forget_ended()
+
+    @rule(data=st.data(), pid=st.sampled_from(PIDS))
+    def transfer(self, data, pid):
+        if not self.owed or not self.world.processes.is_running(pid):
+            return
+        lease = self.owed[data.draw(st.sampled_from(sorted(self.owed)))]
+        try:
+            self.run(self.world.service.transfer(lease.id, self.world.caller(uid=0, pid=pid, admin=True), pid))
+        except Refusal:
+            return
+        self.forget_ended()
+
+    @rule(pid=st.sampled_from(PIDS), port=st.sampled_from(PORTS), service=st.sampled_from("ab"))
+    def adopt(self, pid, port, service):
+        if not self.world.processes.is_running(pid):
+            return
+        request = LeaseRequest(service=service, port=port, adopt=True)
+        try:
+            [lease] = self.run(self.world.ask([request], pid=pid, uid=0, admin=True)).leases
+        except Refusal:
+            return
+        self.owed[lease.id] = lease
+        assert lease.state == "bound"
+        self.forget_ended()
 
     @rule(data=st.data(), uid=st.sampled_from([0, 1000, 65534]), exe=st.sampled_from(["/bin/fake", "/bin/other"]))
     def owner_changes_user_and_listens(self, data, uid, exe):

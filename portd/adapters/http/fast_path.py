@@ -103,7 +103,8 @@ class FastPath:
             body = self._decode(data[head_size + 4 :])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return None  # the normal path reports the error
-        if self._service.unsettled(as_requests(body)) is not None:
+        requests = as_requests(body)
+        if any(each.adopt for each in requests) or self._service.unsettled(requests) is not None:
             return None  # the normal path can wait
         return PlainGrant(body, head)
 

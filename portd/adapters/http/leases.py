@@ -10,7 +10,15 @@ from msgspec import Meta, Struct
 from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, decode_cursor, in_order, page
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
-from portd.core.requests import DrainRequest, HealthReport, LeaseRequest, PatchRequest, RenewRequest, Tag
+from portd.core.requests import (
+    DrainRequest,
+    HealthReport,
+    LeaseRequest,
+    PatchRequest,
+    RenewRequest,
+    Tag,
+    TransferRequest,
+)
 from portd.core.rights import Caller
 from portd.core.views import LeaseView
 from portd.leasing.service import Granted, LeaseService
@@ -113,6 +121,16 @@ class LeaseCalls:
             ),
             Route(
                 "POST",
+                f"{lease}/transfer",
+                self.transfer,
+                "Give the lease to another process",
+                one,
+                body=TransferRequest,
+                refusals=(*mine, "other_network"),
+                access="lease",
+            ),
+            Route(
+                "POST",
                 f"{lease}/drain",
                 self.drain,
                 "Take no new work, or take it again",
@@ -187,6 +205,10 @@ class LeaseCalls:
     async def decline(self, call: Call) -> Answer:
         """POST /v1/leases/{id}/decline."""
         return self._answer(await self._service.decline(call.path["id"], call.caller), call)
+
+    async def transfer(self, call: Call) -> Answer:
+        """POST /v1/leases/{id}/transfer."""
+        return self._answer(await self._service.transfer(call.path["id"], call.caller, call.body.pid), call)
 
     async def drain(self, call: Call) -> Answer:
         """POST /v1/leases/{id}/drain."""

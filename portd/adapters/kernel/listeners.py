@@ -43,6 +43,12 @@ class KernelSocketTable:
         """List listeners of one port, or of all; raises OSError."""
         return self._diag.listeners(port)
 
+    async def find_listeners(self, port: int) -> list[tuple[Listener, Holder]]:
+        """Find who listens on a port number, at any address. Raises OSError."""
+        listeners = self._diag.listeners(port)
+        holders = await self.holders({listener.inode for listener in listeners})
+        return [(listener, holders[listener.inode]) for listener in listeners]
+
     def on_port(self, port: int) -> list[PortSocket]:
         """List every socket of a local port, whatever its state; raises OSError."""
         return self._diag.on_port(port)
