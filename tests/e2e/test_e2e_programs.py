@@ -223,10 +223,12 @@ def test_a_second_server_by_reuseport_is_a_conflict_and_named(programs: Programs
     assert event.data["lease"]["listening"] == ["127.0.0.1"]
 
 
-def test_a_descendant_stays_one_when_its_parent_and_the_daemon_are_gone(programs: Programs) -> None:
-    middle = f"(sh -c '{sys.executable} -m http.server $PORT --bind 127.0.0.1 & sleep 1000 & read x' &) ; sleep 1000"
-    programs.run("deep", "sh", "-c", middle)
+def test_a_descendant_stays_one_when_its_parent_and_the_daemon_are_gone(programs: Programs, tmp_path: Path) -> None:
+    middle = f"{sys.executable} -m http.server $PORT --bind 127.0.0.1 & echo $$ >{tmp_path}/pid; wait"
+    programs.run("deep", "sh", "-c", f"sh -c '{middle}'; sleep 1000; :")
     lease = programs.lease_of("deep")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    programs.daemon.lease("durable", ttl=60)  # what was observed before it is on the disk with it
     programs.daemon.restart(signal.SIGKILL)
     assert programs.lease_of("deep")["id"] == lease["id"]
     assert programs.daemon.show(lease["id"])["vouched_by"] == "descendant"
