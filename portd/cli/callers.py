@@ -81,7 +81,7 @@ def read_process(pid: int) -> Process | None:
 
 
 def _is_passing(process: Process, above: Process) -> bool:
-    """Tell whether a process ends as soon as this command has printed its port, and the one above it goes on."""
+    """Return whether a process ends as soon as this command has printed its port, and the one above it goes on."""
     if process.name in WRAPPERS:
         return True
     if process.name not in SHELLS:
@@ -119,7 +119,7 @@ def _split(script: str) -> tuple[str, str] | None:
 
 
 def _captures(script: str) -> bool:
-    """Tell whether a script reads the port itself: its `portd lease` stands in `$(…)`, backticks or `<(…)`."""
+    """Return whether a script reads the port itself: its `portd lease` stands in `$(…)`, backticks or `<(…)`."""
     if (parts := _split(script)) is None:
         return False
     before = parts[0]
@@ -128,7 +128,7 @@ def _captures(script: str) -> bool:
 
 
 def _has_only_brief_rest(script: str | None) -> bool:
-    """Tell whether a `sh -c` has nothing to do after `portd lease` that lasts."""
+    """Return whether a `sh -c` has nothing to do after `portd lease` that lasts."""
     if script is None or _captures(script) or (parts := _split(script)) is None:
         return False
     rest, is_piped = parts[1], False
@@ -148,7 +148,7 @@ def _has_only_brief_rest(script: str | None) -> bool:
 
 
 def shares_pid_namespace(path: str) -> bool | None:
-    """Tell whether the daemon behind a unix socket numbers processes as this one does; None where nobody listens.
+    """Return whether the daemon behind a unix socket numbers processes as this one does; None where nobody listens.
 
     The kernel reports pid 0 for a peer of a namespace that can't be seen from here (pid_namespaces(7), unix(7)).
     """

@@ -1,4 +1,4 @@
-"""How the daemon is: status."""
+"""The daemon's condition: status."""
 
 from __future__ import annotations
 

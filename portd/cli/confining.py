@@ -1,9 +1,9 @@
 """Confines `portd run --confine`: this process and its children may bind only given TCP ports, for good.
 
 Landlock's network rules (landlock(7), Linux 6.7 and up) restrict bind(). They do not restrict sockets that another
-process has bound and passes on, and portd's own handoff does that for every lease that is requested. The kernel tells
-no process that another one is confined, so the handoff can't refuse it; a seccomp filter (seccomp(2)) takes away what
-the handoff needs instead, SOCK_SEQPACKET unix sockets. io_uring makes sockets past that filter, so it goes as well.
+process has bound and passes on, and portd's own handoff does that for every lease that is requested. The kernel
+reports to no process that another one is confined, so the handoff can't refuse it; a seccomp filter (seccomp(2)) denies
+what the handoff needs instead: SOCK_SEQPACKET unix sockets, and io_uring, which makes sockets past such filters.
 
 Both need no privilege, survive exec, reach every descendant and can't be undone. The C library has no functions for
 them, so the system calls are made by number.

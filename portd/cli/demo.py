@@ -1,7 +1,7 @@
-"""`portd demo`: everything that portd does, in a few seconds, with a daemon and three services of its own.
+"""`portd demo`: leases, health, lookup and a crash in a few seconds, with a daemon and three services of its own.
 
-All of it is real: processes, ports, a kill -9. It touches nothing outside a temporary directory, and ends what it has
-started, by process id, however it ends itself.
+Processes, ports and the kill -9 are real. It writes to a temporary directory only, and ends every process that it
+started, however it ends itself.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from typing import Any
 
 SERVICES = ("shop", "orders", "billing")
-PATIENCE_S = 8.0
-"""Seconds that anything in the demo may take; each takes well under one where nothing is wrong."""
+STEP_MAX_S = 8.0
+"""Seconds that a step may take; each needs well under one."""
 PAUSE_S = 0.7
-"""Seconds to read a step in, on a terminal only."""
+"""Pause in seconds after a step, on a terminal only."""
 
 CONFIGURATION = """\
 [listen]
-socket = "{place}/portd.sock"
-handoff = "{place}/handoff.sock"
+socket = "{directory}/portd.sock"
+handoff = "{directory}/handoff.sock"
 http = ""
 [pools.default]
 ranges = ["{first}-{last}"]
 [store]
-path = "{place}/portd.db"
+path = "{directory}/portd.db"
 [mdns]
 enabled = false
 [dns]
@@ -53,7 +53,7 @@ level = "warning"
 
 
 class DemoFailed(PortdError):
-    """Something did not come about; the message says what."""
+    """A step of the demo failed; the message says which."""
 
 
 def demo(values: dict[str, Any]) -> int:
@@ -63,12 +63,12 @@ def demo(values: dict[str, Any]) -> int:
     with _stage() as stage:
         stage.start_daemon()
         stage.start_services()
-        stage.look_up()
+        stage.lookup()
         stage.crash()
-        stage.come_back()
-    _say(
-        "Done: all processes are ended, and the directory is gone.",
-        "Now with yours:   portd serve --user            (in one terminal)",
+        stage.restart()
+    _print(
+        "Done: all processes have exited, and the directory is removed.",
+        "Your own services: portd serve --user           (in one terminal)",
         "                  portd run orders -- python3 -m http.server {port}    (in another)",
     )
     return 0
@@ -77,46 +77,46 @@ def demo(values: dict[str, Any]) -> int:
 class Stage:
     """The daemon, the services and the client of one demo."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._environ = {key: value for key, value in os.environ.items() if not key.startswith("PORTD_")}
-        self._environ["PORTD_URL"] = f"unix://{place}/portd.sock"
+        self._environ["PORTD_URL"] = f"unix://{directory}/portd.sock"
         self._client = Client(self._environ["PORTD_URL"])
 
     def start_daemon(self) -> None:
         """Start a daemon on the temporary directory."""
-        _say("1. A daemon of its own, with its sockets, its ports and its memory in a temporary directory.")
+        _print("1. A daemon of its own, with its sockets and its database in a temporary directory.")
         first = 20000 + secrets.randbelow(99) * 100
-        with open(f"{self._place}/portd.toml", "w", encoding="utf-8") as file:
-            file.write(CONFIGURATION.format(place=self._place, first=first, last=first + 99))
-        self._start("daemon", "serve", "--user", "--config", f"{self._place}/portd.toml")
+        with open(f"{self._directory}/portd.toml", "w", encoding="utf-8") as file:
+            file.write(CONFIGURATION.format(directory=self._directory, first=first, last=first + 99))
+        self._start("daemon", "serve", "--user", "--config", f"{self._directory}/portd.toml")
 
         def answers() -> bool:
             if self._processes["daemon"].poll() is not None:
-                raise DemoFailed("the daemon ended as soon as it was started; what it said is above")
+                raise DemoFailed("the daemon exited at once; its output is above")
             with suppress(PortdError):
                 return bool(self._client.call(calls.status()))
             return False
 
         _until(answers, "the daemon answers")
-        _command(f"portd serve --user --config {self._place}/portd.toml")
+        _command(f"portd serve --user --config {self._directory}/portd.toml")
 
     def start_services(self) -> None:
         """Start three services, and show their leases."""
-        _say("2. Three web services. None of them names a port: each gets one of its own, and portd checks its health.")
+        _print("2. Three web services. None names a port: each leases one, and portd checks its health.")
         for name in SERVICES:
             self._start_service(name)
             _command(f"portd run {name} --check http:/healthz -- ./{name} {{port}}")
         _until(lambda: all(self._is_ready(name) for name in SERVICES), "the services listen and pass their checks")
         self._show_leases()
 
-    def look_up(self) -> None:
-        """Find a service by its name, and tell who has its port."""
-        _say("3. One finds another by its name alone, and only where it is healthy.")
+    def lookup(self) -> None:
+        """Find a service by its name, and show who has its port."""
+        _print("3. Lookup by name gives the healthy instances.")
         port = self._lease("orders")["port"]
         _command("portd resolve orders", f"127.0.0.1:{port}")
-        connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        connection = HTTPConnection("127.0.0.1", port, timeout=STEP_MAX_S)
         with closing(connection):
             connection.request("GET", "/")
             _command(f"curl http://127.0.0.1:{port}/", connection.getresponse().read().decode().strip())
@@ -124,7 +124,7 @@ class Stage:
 
     def crash(self) -> None:
         """Kill a service the hard way, and show what becomes of its port."""
-        _say("4. A crash: nobody says goodbye, and nothing is left behind.")
+        _print("4. A crash: nobody says goodbye, and nothing is left behind.")
         lease = self._lease("orders")
         revision = self._client.call(calls.status())["revision"]
         process = self._processes["orders"]
@@ -140,11 +140,11 @@ class Stage:
         self._show_leases()
         port = lease["port"]
         verdict = self._client.call(calls.port(port))["verdict"]
-        _command(f"portd who {port}", f"{port}/tcp: {verdict}: nobody else gets it for a few seconds")
+        _command(f"portd who {port}", f"{port}/tcp: {verdict}: not granted to others for a few seconds")
 
-    def come_back(self) -> None:
-        """Start the service again: it gets the port that it had."""
-        _say("5. It comes back, and has its old port at once.")
+    def restart(self) -> None:
+        """Restart the service: it gets its previous port."""
+        _print("5. It is restarted, and has its previous port at once.")
         before = self._client.call(calls.leases(service="orders", state="ended"))["leases"][0]
         self._start_service("orders")
         _command("portd run orders --check http:/healthz -- ./orders {port}")
@@ -160,15 +160,15 @@ class Stage:
             self._processes[name].terminate()
         for process in reversed(self._processes.values()):
             try:
-                process.wait(PATIENCE_S)
+                process.wait(STEP_MAX_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
-    # --- parts of it ---
+    # --- steps ---
 
     def _start(self, name: str, *words: str) -> None:
-        """Start a portd command in a session of its own: Ctrl-C is for the demo, which ends the others in order."""
+        """Start a portd command in a session of its own: Ctrl-C goes to the demo, which ends the others in order."""
         self._processes[name] = subprocess.Popen(
             [sys.executable, "-m", "portd", *words], env=self._environ, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -193,7 +193,7 @@ class Stage:
 
     def _is_ready(self, name: str) -> bool:
         if self._processes[name].poll() is not None:
-            raise DemoFailed(f"the service {name} ended as soon as it was started; what it said is above")
+            raise DemoFailed(f"the service {name} exited at once; its output is above")
         leases = self._client.call(calls.leases(service=name))["leases"]
         return any(lease["state"] == "bound" and lease["health"] == "passing" for lease in leases)
 
@@ -229,26 +229,26 @@ class Stage:
 
 @contextmanager
 def _stage() -> Iterator[Stage]:
-    place = tempfile.mkdtemp(prefix="portd-demo-")
-    stage = Stage(place)
+    directory = tempfile.mkdtemp(prefix="portd-demo-")
+    stage = Stage(directory)
     try:
         yield stage
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the tidying up
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
         stage.close()
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + STEP_MAX_S
     while not condition():
         if time.monotonic() > deadline:
-            raise DemoFailed(f"waited {PATIENCE_S:g} s in vain until {what}")
+            raise DemoFailed(f"not within {STEP_MAX_S:g} s: {what}")
         time.sleep(0.02)
 
 
-def _say(*lines: str) -> None:
+def _print(*lines: str) -> None:
     print("\n" + "\n".join(lines), flush=True)
 
 
@@ -270,10 +270,11 @@ COMMANDS = (
     Command(
         "demo",
         [],
-        "See it all in a few seconds, with services of its own",
+        "Show leases, health, lookup and a crash with real services",
         demo,
         about="""
-Starts a daemon and three small services on a temporary directory, and shows leases, health, a look-up, a crash and the
-port coming back. Touches nothing else, and leaves nothing behind.""",
+Starts a daemon and three small services in a temporary directory, and shows
+leases, health, a lookup, a crash and the same port after it. Everything is
+removed at the end.""",
     ),
 )

@@ -1,4 +1,4 @@
-"""A small real service for the demo: says who it is on /, and that it is well on /healthz."""
+"""A small web service for the demo: its name on /, its health on /healthz."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers every GET at once."""
+    """Answers GET requests."""
 
     def do_GET(self) -> None:
         """Answer /healthz and /."""
@@ -21,7 +21,7 @@ class Service(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Keep quiet: the demo's own words are to be read."""
+        """Log nothing: the demo's own output is what matters."""
 
 
 if __name__ == "__main__":

@@ -70,43 +70,43 @@ def _examine(config: str | None) -> Iterator[Diagnosis]:
     words = _command_line(status["pid"]) if status is not None else []
     is_system = _is_system(words, client) if status is not None else os.getuid() == 0
     named = config or _named_config(words, status["pid"] if status is not None else 0)
-    place = named or _default_place(is_system=is_system)
+    path = named or _default_path(is_system=is_system)
     settings: Settings | None = None
     try:
-        settings = load(place, system_paths()) if named or os.path.exists(place) else Settings()
+        settings = load(path, system_paths()) if named or os.path.exists(path) else Settings()
     except ConfigError as error:
         yield Diagnosis(
             "problem",
             f"the configuration can't be used: {error}",
             "the daemon won't start again with it.",
-            f"correct that line, then: portd serve --check-config --config {place}",
+            f"correct that line, then: portd serve --check-config --config {path}",
         )
-    yield from _ports(settings, status, ports, place)
+    yield from _ports(settings, status, ports, path)
     yield from diagnoses.listeners(leases)
     if status is not None:
         yield from _daemon(settings, status, is_system=is_system)
-        yield from diagnoses.responders(ports, status, place)
+        yield from diagnoses.responders(ports, status, path)
         yield from _resolver(status["dns"], ports)
     yield from diagnoses.clock(_is_clock_synchronized())
 
 
 def _ports(
-    settings: Settings | None, status: Mapping[str, Any] | None, ports: Sequence[Mapping[str, Any]], place: str
+    settings: Settings | None, status: Mapping[str, Any] | None, ports: Sequence[Mapping[str, Any]], path: str
 ) -> Iterator[Diagnosis]:
     if settings is None:
         return
     pools = {name: pool_ports(pool) for name, pool in settings.pools.items()}
     pool = {port for part in pools.values() for port in part}
     if status is not None:
-        yield from diagnoses.stale_settings({name: len(part) for name, part in pools.items()}, status, place)
+        yield from diagnoses.stale_settings({name: len(part) for name, part in pools.items()}, status, path)
     yield from diagnoses.ephemeral(
         pool,
         _static_ports(settings),
         _read("/proc/sys/net/ipv4/ip_local_port_range"),
         _read("/proc/sys/net/ipv4/ip_local_reserved_ports"),
-        place,
+        path,
     )
-    yield from diagnoses.unleased(pool, ports, place)
+    yield from diagnoses.unleased(pool, ports, path)
 
 
 def _daemon(settings: Settings | None, status: Mapping[str, Any], *, is_system: bool) -> Iterator[Diagnosis]:
@@ -166,7 +166,7 @@ def _is_system(words: Sequence[str], client: Client) -> bool:
     return "--user" not in words if "serve" in words else client.endpoint.path in {"", SYSTEM_SOCKET}
 
 
-def _default_place(*, is_system: bool) -> str:
+def _default_path(*, is_system: bool) -> str:
     try:
         return (system_paths() if is_system else user_paths()).config
     except (RuntimeError, ConfigError):  # no home directory

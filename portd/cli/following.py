@@ -1,4 +1,4 @@
-"""What happens, as it happens: watch, browse."""
+"""Follows changes as they happen: watch, browse."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 RECONNECT_S = 1.0
 """Seconds between tries while the daemon is away."""
 BROWSE_S = 1.0
-"""Seconds between looks at the LAN: the daemon listens there all the time, so a look costs nothing on the network."""
+"""Seconds between polls of the daemon, which listens to the LAN all the time: a poll sends nothing there."""
 
 
 def watch(values: dict[str, Any]) -> int:
-    """Print events until interrupted; goes on where it stopped when the daemon was away."""
+    """Print events until interrupted; resumes after a restart of the daemon."""
     client, last = Client(), values["after"]
-    client.call(calls.status())  # no daemon at all is an error; one that goes away later is waited for
+    client.call(calls.status())  # no daemon now is an error; a later restart is waited for
     while True:
         try:
             for event in client.events(last, values["service"]):
                 last = int(event.id)
                 _show(event.data, as_json=values["json"])
-            _note("the daemon ended the stream; following again")
+            _note("the daemon ended the stream; reconnecting")
         except (DaemonUnavailable, ProtocolError):
-            _note("the daemon is away; waiting for it")
+            _note("the daemon does not answer; waiting for it")
         except Problem as problem:
             if problem.code != "revision_gone" or last is None:
                 raise
-            _note(f"events since revision {last} are no longer kept; going on from now")
+            _note(f"events since revision {last} are no longer kept; continuing from now")
             last = None
         time.sleep(RECONNECT_S)
 
@@ -76,7 +76,7 @@ def _row(service: dict[str, Any]) -> list[str]:
 
 def _show(data: str, *, as_json: bool) -> None:
     if as_json:
-        print(data, flush=True)
+        print(printing.escaped(data), flush=True)
         return
     event = documents.decode(data.encode())
     lease = event["lease"]
@@ -115,17 +115,18 @@ COMMANDS = (
         ["[SERVICE]"],
         "Print events as they happen",
         watch,
-        (Option("--after", "REVISION", "begin after this revision; now unless given", number), JSON),
+        (Option("--after", "REVISION", "begin after this revision (now)", number), JSON),
         """
-Goes on until it is interrupted, over restarts of the daemon too.""",
+Runs until it is interrupted, across restarts of the daemon too.""",
     ),
     Command(
         "browse",
         ["[TYPE]"],
         "Print the LAN's DNS-SD services, live",
         browse,
-        (Option("--once", "", "print what is known now, and end"), JSON),
+        (Option("--once", "", "print what is known now, and exit"), JSON),
         """
-TYPE is a DNS-SD type, like _http._tcp; all types unless given. A line with + appeared, one with - went.""",
+TYPE is a DNS-SD type like _http._tcp; all types by default. A line with +
+appeared, one with - disappeared.""",
     ),
 )

@@ -72,8 +72,8 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
         _check_resolver()
     files = _system_files(resolved=values["resolved"])
     is_new = False
-    for name, place in files.items():
-        step = _write(name, place, program)
+    for name, path in files.items():
+        step = _write(name, path, program)
         is_new |= step.do is not None
         yield step
     yield from _write_manual(SYSTEM_MANUAL)
@@ -86,8 +86,8 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
 def _install_user() -> Iterator[Step]:
     program = _program()
     is_new = False
-    for name, place in _user_files().items():
-        step = _write(name, place, program)
+    for name, path in _user_files().items():
+        step = _write(name, path, program)
         is_new |= step.do is not None
         yield step
     yield from _write_manual(_user_manual())
@@ -107,13 +107,13 @@ def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
     _check_package()
     yield from _stop(["systemctl"], Path("/etc/systemd/system"))
     was_resolved = RESOLVED_DROP_IN.exists()
-    for place in (*_system_files(resolved=True).values(), *_manual_places(SYSTEM_MANUAL)):
-        yield _remove(place)
+    for path in (*_system_files(resolved=True).values(), *_manual_paths(SYSTEM_MANUAL)):
+        yield _remove(path)
     yield _run("systemctl", "daemon-reload")
     if was_resolved:
         yield _run("systemctl", "try-restart", RESOLVED)
     yield _remove(Path("/run/portd"))
-    yield from (_state_step(Path(place), purge=values["purge"]) for place in STATE)
+    yield from (_state_step(Path(path), purge=values["purge"]) for path in STATE)
     if values["purge"]:
         yield Step("delete the user and group portd", _delete_account)
 
@@ -124,11 +124,11 @@ def _uninstall_user(values: dict[str, Any]) -> Iterator[Step]:
     systemctl = ["systemctl", "--user"]
     paths = user_paths()
     yield from _stop(systemctl, _user_units())
-    for place in (*_user_files().values(), *_manual_places(_user_manual())):
-        yield _remove(place)
+    for path in (*_user_files().values(), *_manual_paths(_user_manual())):
+        yield _remove(path)
     yield _run(*systemctl, "daemon-reload")
     yield _remove(Path(paths.socket).parent)
-    yield from (_state_step(Path(place).parent, purge=values["purge"]) for place in (paths.store, paths.config))
+    yield from (_state_step(Path(path).parent, purge=values["purge"]) for path in (paths.store, paths.config))
 
 
 def _stop(systemctl: list[str], units: Path) -> Iterator[Step]:
@@ -137,10 +137,10 @@ def _stop(systemctl: list[str], units: Path) -> Iterator[Step]:
         yield _run(*systemctl, "disable", "--now", *there)
 
 
-def _state_step(place: Path, *, purge: bool) -> Step:
-    if purge or not place.exists():
-        return _remove(place)
-    return Step(f"{place} stays; --purge deletes it", None)
+def _state_step(path: Path, *, purge: bool) -> Step:
+    if purge or not path.exists():
+        return _remove(path)
+    return Step(f"{path} stays; --purge deletes it", None)
 
 
 def _system_files(*, resolved: bool) -> dict[str, Path]:
@@ -156,7 +156,7 @@ def _user_files() -> dict[str, Path]:
     return {f"user/{unit}": _user_units() / unit for unit in UNITS}
 
 
-def _manual_places(directory: Path) -> list[Path]:
+def _manual_paths(directory: Path) -> list[Path]:
     return [directory / f"man{name[-1]}" / name for name in MANUAL_PAGES]
 
 
@@ -171,35 +171,35 @@ def _user_units() -> Path:
 # --- steps ---
 
 
-def _write(name: str, place: Path, program: Path) -> Step:
-    return _write_text((_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program)), place)
+def _write(name: str, path: Path, program: Path) -> Step:
+    return _write_text((_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program)), path)
 
 
 def _write_manual(directory: Path) -> Iterator[Step]:
     from portd.cli import manual
 
-    for place, text in zip(_manual_places(directory), manual.pages().values(), strict=True):
-        yield _write_text(text, place)
+    for path, text in zip(_manual_paths(directory), manual.pages().values(), strict=True):
+        yield _write_text(text, path)
 
 
-def _write_text(text: str, place: Path) -> Step:
-    if place.is_file() and place.read_text() == text:
-        return Step(f"{place} is up to date", None)
+def _write_text(text: str, path: Path) -> Step:
+    if path.is_file() and path.read_text() == text:
+        return Step(f"{path} is up to date", None)
 
     def write() -> None:
-        place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fresh = place.with_name(f".{place.name}.new")
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.new")
         fresh.write_text(text)
         fresh.chmod(0o644)
-        fresh.replace(place)  # atomically: systemd may read it at any moment
+        fresh.replace(path)  # atomically: systemd may read it at any moment
 
-    return Step(f"write {place}", write)
+    return Step(f"write {path}", write)
 
 
-def _remove(place: Path) -> Step:
-    if not place.exists():
-        return Step(f"{place} does not exist", None)
-    return Step(f"remove {place}", lambda: shutil.rmtree(place) if place.is_dir() else place.unlink())
+def _remove(path: Path) -> Step:
+    if not path.exists():
+        return Step(f"{path} does not exist", None)
+    return Step(f"remove {path}", lambda: shutil.rmtree(path) if path.is_dir() else path.unlink())
 
 
 def _run(*words: str) -> Step:
@@ -269,10 +269,10 @@ def _check_resolver() -> None:
             "see 'Modes of operation' in systemd-resolved(8)"
         )
     settings = Path("/etc/systemd/resolved.conf")
-    for place in (settings, *sorted(RESOLVED_DROP_IN.parent.glob("*.conf"))):
-        if place != RESOLVED_DROP_IN and place.exists() and re.search(r"(?m)^\s*DNS\s*=\s*\S", place.read_text()):
+    for path in (settings, *sorted(RESOLVED_DROP_IN.parent.glob("*.conf"))):
+        if path != RESOLVED_DROP_IN and path.exists() and re.search(r"(?m)^\s*DNS\s*=\s*\S", path.read_text()):
             raise PortdError(
-                f"{place} sets global DNS servers, which --resolved can't be combined with: "
+                f"{path} sets global DNS servers, which --resolved can't be combined with: "
                 "set them on a network link instead"
             )
 

@@ -75,7 +75,7 @@ def ports(text: str) -> Any:
 
 
 def in_ports(number: int, wanted: Any) -> bool:
-    """Tell whether a port is among those that `--port` gave."""
+    """Return whether a port is among those that `--port` gave."""
     for part in wanted if isinstance(wanted, list) else [wanted]:
         first, _, last = str(part).partition("-")
         if int(first) <= number <= int(last or first):

@@ -84,7 +84,7 @@ def wait(values: dict[str, Any]) -> int:
 def _serving(client: Client, values: dict[str, Any], count: int, deadline: float) -> Any:
     """Ask for the instances that serve until there are `count`, or the deadline (seconds of `monotonic`) has passed."""
     filters = {
-        "passing": True,
+        "serving": True,
         "tag": values["tag"] or None,
         "endpoint": values["endpoint"],
         "scope": values["scope"],

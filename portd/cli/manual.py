@@ -1,6 +1,6 @@
 """The manual pages portd(1) and portd.toml(5), from the options tables and from `Settings` (man(7)).
 
-`python -m portd.cli.manual DIRECTORY` writes them; `portd install` and the Debian package put them in place.
+`python -m portd.cli.manual DIRECTORY` writes them; `portd install` and the Debian package install them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def pages() -> dict[str, str]:
 def write(directory: Path) -> None:
     """Write the pages as DIRECTORY/man1/portd.1 and DIRECTORY/man5/portd.toml.5."""
     for name, text in pages().items():
-        place = directory / f"man{name[-1]}" / name
-        place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        place.write_text(text, encoding="utf-8")
+        path = directory / f"man{name[-1]}" / name
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _program_page() -> str:

@@ -95,7 +95,7 @@ class Command:
 
     @property
     def runs_program(self) -> bool:
-        """Tell whether the command takes a program to run after `--`."""
+        """Return whether the command takes a program to run after `--`."""
         return any(word.startswith("-- ") for word in self.arguments)
 
 
@@ -177,7 +177,7 @@ def duration(text: str) -> float:
 
 
 def starts_duration(word: str) -> bool:
-    """Tell whether a word can only be a duration: `--wait 5s` needs no `=`."""
+    """Return whether a word can only be a duration: `--wait 5s` needs no `=`."""
     try:
         duration(word)
     except ValueError:
@@ -214,7 +214,7 @@ def label(text: str) -> str:
 
 
 def is_label(text: str) -> bool:
-    """Tell whether a text is a DNS label in lower case (RFC 1123, section 2.1)."""
+    """Return whether a text is a DNS label in lower case (RFC 1123, section 2.1)."""
     plain = text.replace("-", "a")
     return (
         0 < len(text) <= 63

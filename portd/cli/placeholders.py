@@ -48,7 +48,7 @@ def split(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def is_placeholder(name: str) -> bool:
-    """Tell whether `{name}` is filled in: port, host, url, port:NAME, url:NAME."""
+    """Return whether `{name}` is filled in: port, host, url, port:NAME, url:NAME."""
     base, colon, endpoint = name.partition(":")
     return base in NAMES if not colon else base in ("port", "url") and bool(endpoint)
 

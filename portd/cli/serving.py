@@ -1,4 +1,4 @@
-"""The command that is the daemon, which is loaded only when it is to run: it brings an HTTP server along."""
+"""`portd serve`: the daemon, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ COMMANDS = (
             Option(
                 "--config",
                 "FILE",
-                "the configuration; /etc/portd/portd.toml unless given, with --user ~/.config/portd/portd.toml",
+                "the configuration (/etc/portd/portd.toml; with --user ~/.config/portd/portd.toml)",
             ),
-            Option("--user", "", "run as a user's daemon: its own sockets and state, in the user's own directories"),
-            Option("--check-config", "", "say what is wrong in the configuration, and where; do nothing else"),
+            Option("--user", "", "run a daemon of your own, with sockets and state in your directories"),
+            Option("--check-config", "", "report mistakes in the configuration with their lines, and exit"),
         ),
         """
-SIGTERM and Ctrl-C stop it; leases stay, and are there again after the next start.
-SIGHUP reads the configuration again, and says what can't change while it runs.""",
+SIGTERM and Ctrl-C stop it; leases survive. SIGHUP re-reads the configuration,
+and the log names the settings that need a restart.""",
     ),
 )
