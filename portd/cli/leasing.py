@@ -7,6 +7,7 @@ import sys
 
 from portd._client import calls
 from portd._client.client import Client
+from portd._client.errors import Problem
 from portd.cli import lease_options
 from portd.cli.options import JSON, Command, Option, UsageError, duration, label
 
@@ -58,8 +59,15 @@ def adopt(values: dict[str, Any]) -> int:
     request = {**lease_options.request(values), "adopt": True}
     if values["endpoint"] is not None:
         request["endpoint"] = values["endpoint"]
-    document = grant(Client(), request)
     from portd.cli import printing
+
+    try:
+        document = grant(Client(), request)
+    except Problem as problem:
+        if problem.code != "invalid_request" or problem.pointer != "/port" or values["json"]:
+            raise
+        _note(problem.detail)  # nobody listens there: a clear no
+        return 1
 
     shown = f"{document['instance']} on {printing.binding(document)}, {printing.owner(document['owner'])}"
     _show(document, printing.clean(shown), as_json=values["json"])

@@ -219,3 +219,34 @@ def test_a_lease_costs_no_import_of_what_it_does_not_need(daemon: Daemon) -> Non
         check=True,
     )
     assert done.stdout.splitlines()[1] == "[]"
+
+
+def test_adopt_leases_a_port_for_the_process_that_listens(daemon: Daemon) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as running:
+        port = running.getsockname()[1]
+        done = daemon.portd("adopt", "adopted", str(port), "--tag", "old")
+        assert (done.returncode, done.stderr) == (0, "")
+        [lease] = daemon.client.leases(service="adopted")
+        assert (lease["port"], lease["state"], lease["owner"]["pid"]) == (port, "bound", os.getpid())
+        assert "adopted-1" in done.stdout
+        assert daemon.portd("resolve", "adopted").stdout == f"127.0.0.1:{port}\n"
+        assert daemon.portd("release", f":{port}").returncode == 0
+
+
+def test_adopt_of_a_port_without_a_listener_is_a_clear_no(daemon: Daemon) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    done = daemon.portd("adopt", "absent", str(port))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_transfer_makes_another_process_the_owner(daemon: Daemon) -> None:
+    daemon.portd("lease", "handed", "--pid", str(os.getpid()))
+    heir = daemon.start_program(["sleep", "60"])
+    try:
+        done = daemon.portd("transfer", "handed-1", str(heir.pid), "--json")
+        assert done.returncode == 0, done
+        assert json.loads(done.stdout)["owner"]["pid"] == heir.pid
+    finally:
+        end(heir)
+    wait_for(lambda: not list(daemon.client.leases(service="handed")), "the lease ends with its new owner")
