@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Annotated, Any, Final, TypeAlias
 
 from msgspec import Meta, Struct
@@ -26,6 +28,16 @@ from portd.leasing.service import Granted, LeaseService
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
 GrantBody: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
+
+
+_FIELDS: Final[dict[str, Callable[[Lease], Any]]] = {
+    **{
+        name: attrgetter(name)
+        for name in ("service", "instance", "endpoint", "protocol", "port", "uid", "pool", "state", "health")
+    },
+    "pid": attrgetter("owner.pid"),
+}
+"""What reads the field of a lease that a filter compares."""
 
 
 class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,7 +202,7 @@ class LeaseCalls:
         after = decode_cursor(query.cursor, size=4)
         leases = await self._candidates(query)
         revision = self._service.table.revision
-        found = await in_order(leases, _order, after, partial(_matches, query=query))
+        found = await in_order(leases, _order, after, partial(_matches, filters=_filters(query), tags=query.tag))
         show = partial(self._view, caller=call.caller)
         return Answer(page("leases", found, query.limit, show, encode), revision=revision)
 
@@ -244,21 +256,14 @@ class LeaseCalls:
         return self._service.view(lease, caller)
 
 
-def _matches(lease: Lease, query: LeaseQuery) -> bool:
-    return (
-        query.service in (None, lease.service)
-        and query.instance in (None, lease.instance)
-        and query.endpoint in (None, lease.endpoint)
-        and query.protocol in (None, lease.protocol)
-        and query.port in (None, lease.port)
-        and query.pid in (None, lease.owner.pid)
-        and query.uid in (None, lease.uid)
-        and query.pool in (None, lease.pool)
-        and query.state in (None, lease.state)
-        and query.health in (None, lease.health)
-        and all(tag in lease.tags for tag in query.tag)
-    )
+def _filters(query: LeaseQuery) -> list[tuple[Callable[[Lease], Any], Any]]:
+    """Return what reads the field of each filter that is given, and the value that it must have."""
+    return [(get, value) for name, get in _FIELDS.items() if (value := getattr(query, name)) is not None]
+
+
+def _matches(lease: Lease, filters: list[tuple[Callable[[Lease], Any], Any]], tags: tuple[str, ...]) -> bool:
+    return all(get(lease) == value for get, value in filters) and all(tag in lease.tags for tag in tags)
 
 
 def _order(lease: Lease) -> tuple[str, str, str, str]:
-    return (*lease.name, lease.id)
+    return (lease.service, lease.instance, lease.endpoint, lease.id)
