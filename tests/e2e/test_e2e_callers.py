@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,13 +10,15 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from portd.adapters.http.authenticator import WRONG_TOKEN_DELAY_S
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, owner, wait_for
+from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, dial, owner, wait_for
 from tests.e2e.puppet import Puppet, receive
 
 TOKEN = "a token of the configuration"
@@ -152,6 +155,7 @@ def test_an_array_over_the_quota_leaves_nothing_behind(make_daemon: MakeDaemon) 
         {"Host": "192.0.2.1"},
         {"Host": "[2001:db8::1]:80"},
         {"Host": "localhost@evil.example"},
+        {"Host": "[localhost]evil.example"},
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://["},
@@ -167,6 +171,8 @@ def test_what_a_page_of_another_origin_could_send_is_refused(daemon: Daemon, hea
         ("GET", "/v1/leases", None),
         ("POST", "/v1/leases", {"service": "evil", "ttl": 60}),
         ("GET", "/openapi.json", None),
+        ("GET", "/healthz", None),
+        ("GET", "/metrics", None),
         ("DELETE", "/v1/leases/some", None),
     ):
         reply = daemon.call(method, path, body, over="tcp", **headers)
@@ -384,6 +390,34 @@ def test_callers_from_elsewhere_need_tls_and_a_token(remote: Daemon, network: st
     assert curl(network, cert, f"{url}/healthz").status == 200
     evil = curl(network, cert, f"{url}/v1/leases", *bearer, "-H", "Host: evil.example")
     assert (evil.status, evil.code) == (403, "forbidden_origin")
+
+
+@pytest.mark.netns
+def test_wrong_tokens_are_delayed_counted_and_logged(remote: Daemon, network: str, place: Path) -> None:
+    cert, url = place / "cert.pem", f"https://{HERE}:{remote.tcp[1]}"
+    began = time.monotonic()
+    for _ in range(2):
+        assert curl(network, cert, f"{url}/v1/leases", "-H", "Authorization: Bearer guess").status == 401
+    assert time.monotonic() - began >= 2 * WRONG_TOKEN_DELAY_S
+    assert "portd_http_wrong_tokens 2.0" in remote.get("/metrics")
+    assert "rejected 1 requests with a wrong token, the last one from" in remote.log()
+    refused = curl(network, cert, f"{url}/v1/leases/none", "-H", f"Authorization: Bearer {TOKEN}", "-X", "DELETE")
+    assert refused.status == 404
+    assert "portd_http_wrong_tokens 2.0" in remote.get("/metrics"), "a token of the configuration is no wrong one"
+
+
+@pytest.mark.netns
+def test_tls_handshake_counts_as_a_connection_and_times_out(remote: Daemon) -> None:
+    remote.stop()
+    remote.prelude = "import portd.adapters.http.tls as tls; tls.HANDSHAKE_TIMEOUT_S = 1.0"
+    remote.start()
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(contextlib.closing(dial(remote.tcp))) for _ in range(3)]
+        wait_for(lambda: remote.get("/v1/status")["counts"]["connections"] == 4, "handshakes are counted")
+        for connection in silent:
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        wait_for(lambda: remote.get("/v1/status")["counts"]["connections"] == 1, "they are closed")
 
 
 @pytest.mark.netns

@@ -183,6 +183,13 @@ class Authenticator:
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise ForbiddenOrigin("pages of another site may not call this daemon")
 
+    def shows_unknown_token(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request shows a token that is none of the configuration's: a lease's, or a guess."""
+        authorization = headers.get("Authorization")
+        if authorization is None:
+            return False
+        return self._hash_token(authorization.partition(" ")[2].strip()) not in self._tokens
+
     def report_wrong_token(self, end: ConnectionPeer) -> None:
         """Count a token that gave no right, and log it at most once in WRONG_TOKEN_LOG_S seconds."""
         self.wrong_token_count += 1

@@ -160,7 +160,8 @@ class HttpServer:
             except Refusal as refusal:
                 peer = _front(request).end.peer
                 self._on_refusal(refusal, peer and peer.uid, peer and peer.pid)
-                if isinstance(refusal, NotOwner | Unauthenticated) and "Authorization" in request.headers:
+                gave_no_right = isinstance(refusal, NotOwner | Unauthenticated)
+                if gave_no_right and self._authenticator.shows_unknown_token(request.headers):
                     self._authenticator.report_wrong_token(_front(request).end)
                     await asyncio.sleep(WRONG_TOKEN_DELAY_S)
                 return _refuse(refusal)
