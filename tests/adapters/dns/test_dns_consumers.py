@@ -73,7 +73,7 @@ http://127.0.0.1:{port} {{
 class Backend:
     """A web server that answers with its name."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, address: str = "127.0.0.1", port: int = 0) -> None:
         name = str(number).encode()
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,13 +86,13 @@ class Backend:
             def log_message(self, format, *args):
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((address, port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
         self.lease = lease(
             "web",
             number,
-            address="127.0.0.1",
+            address=address,
             port=self._server.server_port,
             check=CHECK,
             health="passing",
