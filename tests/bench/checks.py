@@ -104,6 +104,7 @@ def _lease(check: Check, port: int) -> Lease:
         pool="default",
         hold="shared",
         state="bound",
+        health="passing",
         lifetime="process",
         owner=Owner(known_by="peercred"),
         check=check,

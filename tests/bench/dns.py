@@ -200,6 +200,7 @@ async def _serve(port: int, count: int) -> None:
             port=its_port,
             pool="default",
             hold="shared",
+            state="bound",
             lifetime="process",
             host="here",
             created_at=0.0,

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from portd.adapters.http.authenticator import WRONG_TOKEN_DELAY_S
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, dial, owner, wait_for
+from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, dial, listen_on, owner, wait_for
 from tests.e2e.puppet import Puppet, receive
 
 TOKEN = "a token of the configuration"
@@ -441,3 +442,21 @@ def test_a_cleartext_address_beyond_loopback_is_refused_at_the_start(make_daemon
     daemon.configure("", http='"0.0.0.0:1"')
     assert daemon.launch().wait(20) == os.EX_CONFIG
     assert "tls_cert" in daemon.log()
+
+
+@pytest.mark.netns
+def test_callers_from_elsewhere_are_given_addresses_that_they_reach(remote: Daemon, network: str, place: Path) -> None:
+    bearer = ("-H", f"Authorization: Bearer {TOKEN}")
+    cert, url = place / "cert.pem", f"https://{HERE}:{remote.tcp[1]}"
+    with ExitStack() as stack:
+        for service, address in (("wild", "0.0.0.0"), ("local", "127.0.0.1"), ("fixed", HERE)):
+            lease = remote.lease(service, address=address)
+            stack.enter_context(listen_on(lease["port"], address))
+            remote.wait_state(lease["id"], "bound")
+        for service, found in (("wild", [HERE]), ("local", []), ("fixed", [HERE])):
+            reply = curl(network, cert, f"{url}/v1/services/{service}?serving=true", *bearer)
+            assert [one["address"] for one in reply.body["instances"]] == found
+        targets = curl(network, cert, f"{url}/v1/prometheus", *bearer).body
+        assert {one["labels"]["__meta_portd_service"] for one in targets} == {"wild", "fixed"}
+        assert {one["targets"][0].rpartition(":")[0] for one in targets} == {HERE}
+        assert remote.get("/v1/services/wild?serving=true")["instances"][0]["address"] == "127.0.0.1"

@@ -18,9 +18,9 @@ from portd.adapters.dns.records import Record
 
 HEADER_BYTES: Final = 12
 PLAIN_BYTES: Final = 512
-"""What every client takes over UDP (RFC 1035 section 4.2.1)."""
+"""What every client accepts over UDP (RFC 1035 section 4.2.1)."""
 OFFERED_BYTES: Final = 1232
-"""What we say that we take; queries are far smaller. Fits into an unfragmented packet on any IPv6 path."""
+"""The size that we offer; queries are far smaller. Fits into an unfragmented packet on any IPv6 path."""
 
 RESPONSE, OPCODE, RD = 0x80, 0x78, 0x01
 POINTER: Final = 0xC0
@@ -61,7 +61,7 @@ class Names(Protocol):
 
 
 class Edns(NamedTuple):
-    """What a query says by its OPT record (RFC 6891 section 6.1)."""
+    """The OPT record of a query (RFC 6891 section 6.1)."""
 
     size_bytes: int
     version: int

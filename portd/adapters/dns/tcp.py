@@ -15,7 +15,7 @@ from portd.adapters.dns.message import Limits
 from portd.adapters.dns.udp import asked_address
 
 QUERY_MAX_BYTES: Final = 4096
-"""A question and its options take a few hundred; whoever sends more is cut off."""
+"""A question and its options have a few hundred; a client that sends more is disconnected."""
 LIMITS: Final = Limits(65535, 65535)
 """The length is 16 bits (RFC 1035 section 4.2.2); what is offered by EDNS is about UDP."""
 CONNECTIONS: Final = 256
@@ -23,7 +23,7 @@ CONNECTIONS: Final = 256
 IDLE_S: Final = 10.0
 """A connection without a whole query for so long is closed: "in the order of a few seconds" (RFC 7766 6.2.3)."""
 BATCH: Final = 16
-"""Answers of one connection before others get their turn: a full one of 64 KiB takes a fraction of a millisecond."""
+"""Answers of one connection before others get their turn: a full one of 64 KiB needs a fraction of a millisecond."""
 WAITING_BYTES: Final = 1 << 18
 """Answers that wait for a slow reader; beyond them its queries wait."""
 
@@ -134,7 +134,7 @@ class _Connection(asyncio.Protocol):
             self._serve()
 
     def _serve(self) -> None:
-        """Answer what has come, up to the bounds, and take the rest up when others had their turn."""
+        """Answer what has come, up to the bounds, and the rest when others had their turn."""
         self._again = None
         transport = self._transport
         if transport is None or transport.is_closing():

@@ -12,7 +12,7 @@ from typing import Any, Final
 from portd.adapters.dns.message import PLAIN_BYTES, Limits
 
 QUERY_MAX_BYTES: Final = 4096
-"""Larger datagrams are cut, and then malformed: a question and its options take a few hundred."""
+"""Larger datagrams are cut, and then malformed: a question and its options have a few hundred."""
 BATCH: Final = 64
 """Datagrams answered before others on the loop get their turn: under a millisecond."""
 BUFFER_BYTES: Final = 1 << 20

@@ -1,4 +1,4 @@
-"""The calls of those who look for a service: names, instances with long polls, targets for Prometheus."""
+"""Service discovery: names, instances with long polls, targets for Prometheus."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Health checks: asks the services themselves, and tells the service layer only what changes."""
+"""Health checks: connects to the services, and reports changes of their health to the engine."""

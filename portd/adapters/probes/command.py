@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Final
 
 from portd.adapters.probes.connection import Target
-from portd.adapters.probes.finding import NOTE_MAX_BYTES, Finding, ProbeFailed, describe, note
 from portd.adapters.probes.launching import Launcher, Rights, rights_of
+from portd.adapters.probes.results import NOTE_MAX_BYTES, CheckResult, ProbeFailed, describe, note
 from portd.core.health import Result
 from portd.core.model import CommandCheck, Lease
 
@@ -27,14 +27,15 @@ OUTPUT_MAX_BYTES: Final = 1024 * 1024
 would keep the loop from its work."""
 READ_BYTES: Final = 64 * 1024
 DYING_S: Final = 1.0
-"""How long a killed program keeps its check waiting: SIGKILL takes a millisecond, except in the kernel's hands."""
+"""How long a killed program keeps its check waiting: SIGKILL needs a millisecond, unless the process is blocked in the
+kernel."""
 PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 RESULTS: Final[dict[int, Result]] = {0: "passing", 1: "warning"}
 
 
 async def probe(
     lease: Lease, target: Target, check: CommandCheck, allowed: Collection[str], launcher: Launcher
-) -> Finding:
+) -> CheckResult:
     """Run the program once. Raises ProbeFailed when it may not or can't be run; the caller sets the time-out."""
     program = check.command[0]
     if program not in allowed:
@@ -43,9 +44,9 @@ async def probe(
         status = await run.exit_status()
         said = note(run.output)
     if status in RESULTS:
-        return Finding(RESULTS[status], said)
+        return CheckResult(RESULTS[status], said)
     how = f"exit status {status}" if status >= 0 else f"killed by signal {-status} ({signal.strsignal(-status)})"
-    return Finding("critical", note(f"{how}: {said}" if said else how))
+    return CheckResult("critical", note(f"{how}: {said}" if said else how))
 
 
 class Run:

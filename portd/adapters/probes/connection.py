@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
-from portd.adapters.probes.finding import ProbeFailed, describe
+from portd.adapters.probes.results import ProbeFailed, describe
 
 READ_BYTES: Final = 16 * 1024
 RECEIVED_MAX_BYTES: Final = 256 * 1024

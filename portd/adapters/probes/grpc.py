@@ -24,7 +24,7 @@ from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
 from portd.adapters.probes.connection import Target, Trust, opened
-from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, note
+from portd.adapters.probes.results import USER_AGENT, CheckResult, ProbeFailed, note
 from portd.core.model import GrpcCheck
 
 PATH: Final = "/grpc.health.v1.Health/Check"
@@ -40,7 +40,7 @@ _CONFIG: Final = H2Configuration(client_side=True, header_encoding="utf-8")
 _STREAM: Final = 1
 
 
-async def probe(target: Target, check: GrpcCheck, trust: Trust | None) -> Finding:
+async def probe(target: Target, check: GrpcCheck, trust: Trust | None) -> CheckResult:
     """Call once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the time-out."""
     async with opened(target, trust) as connection:
         call = HealthCall(target.authority, check, scheme="http" if trust is None else "https")
@@ -54,7 +54,7 @@ async def probe(target: Target, check: GrpcCheck, trust: Trust | None) -> Findin
             if received_bytes > ANSWER_MAX_BYTES:
                 raise ProbeFailed("the answer is too large to be one")
             call.receive(data)
-        return call.finding()
+        return call.result()
 
 
 class HealthCall:
@@ -110,15 +110,17 @@ class HealthCall:
             case StreamReset() | ConnectionTerminated() if not self.is_over:
                 raise ProbeFailed(f"the server broke the call off (HTTP/2 error {int(event.error_code or 0)})")
 
-    def finding(self) -> Finding:
+    def result(self) -> CheckResult:
         """Judge the answer once the call is over."""
         status = self._headers.get("grpc-status")
         if status is None:
             raise ProbeFailed(f"no gRPC answer: HTTP status {self._headers.get(':status')}")
         if status != "0":
-            return Finding("critical", note(f"grpc-status {status}: {self._headers.get('grpc-message', '')}"))
+            return CheckResult("critical", note(f"grpc-status {status}: {self._headers.get('grpc-message', '')}"))
         serving = decode_response(bytes(self._message))
-        return Finding("passing" if serving == SERVING else "critical", STATUS_NAMES.get(serving, f"status {serving}"))
+        return CheckResult(
+            "passing" if serving == SERVING else "critical", STATUS_NAMES.get(serving, f"status {serving}")
+        )
 
 
 def encode_request(service: str) -> bytes:

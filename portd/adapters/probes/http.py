@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import h11
 
 from portd.adapters.probes.connection import Connection, Target, Trust, opened
-from portd.adapters.probes.finding import USER_AGENT, Finding, ProbeFailed, note
+from portd.adapters.probes.results import USER_AGENT, CheckResult, ProbeFailed, note
 from portd.core.model import HttpCheck
 
 HEAD_MAX_BYTES: Final = 64 * 1024
@@ -43,7 +43,7 @@ class Response(NamedTuple):
     body: bytes
 
 
-async def probe(target: Target, check: HttpCheck, trust: Trust | None) -> Finding:
+async def probe(target: Target, check: HttpCheck, trust: Trust | None) -> CheckResult:
     """Send the request once. Raises ProbeFailed or OSError when there is no proper answer; the caller sets the
     time-out."""
     async with opened(target, trust) as connection:
@@ -149,13 +149,13 @@ def is_expected(check: HttpCheck, status: int) -> bool:
     return status in check.expect_status if check.expect_status else 200 <= status < 300
 
 
-def judge(check: HttpCheck, response: Response) -> Finding:
+def judge(check: HttpCheck, response: Response) -> CheckResult:
     """Judge an answer by its status and the beginning of its body."""
     line = f"{response.status} {response.reason}".strip()
     body = response.body
     if not is_expected(check, response.status):
         text = note(f"{line}: ".encode() + body) if body else note(line)
-        return Finding("warning" if response.status == TOO_MANY_REQUESTS else "critical", text)
+        return CheckResult("warning" if response.status == TOO_MANY_REQUESTS else "critical", text)
     if check.expect_body is not None and check.expect_body.encode() not in body:
-        return Finding("critical", note(f"{line}, but its first {len(body)} bytes lack {check.expect_body!r}"))
-    return Finding("passing", note(line))
+        return CheckResult("critical", note(f"{line}, but its first {len(body)} bytes lack {check.expect_body!r}"))
+    return CheckResult("passing", note(line))

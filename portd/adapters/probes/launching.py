@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
-from portd.adapters.probes.finding import ProbeFailed
+from portd.adapters.probes.results import ProbeFailed
 from portd.core.rights import can_run_as
 
 PR_SET_NO_NEW_PRIVS: Final = 38

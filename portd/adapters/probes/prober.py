@@ -24,8 +24,8 @@ from msgspec.structs import replace
 
 from portd.adapters.probes import command, grpc, http, tcp
 from portd.adapters.probes.connection import Target
-from portd.adapters.probes.finding import Finding, ProbeFailed, describe
 from portd.adapters.probes.launching import Launcher
+from portd.adapters.probes.results import CheckResult, ProbeFailed, describe
 from portd.adapters.probes.slots import LINGER_S, Slots, program_shares, shares
 from portd.adapters.probes.trusting import TrustStore
 from portd.core.expiry import Deadlines
@@ -222,14 +222,14 @@ class Prober:
         """Count a service's own report of its health. Nothing happens where no report is expected."""
         watched = self._watched.get(lease_id)
         if watched is not None and isinstance(watched.check, ReportCheck):
-            self._count(watched, Finding(status, note), 0.0)
+            self._count(watched, CheckResult(status, note), 0.0)
             self._arm(watched, silent_at(watched.tally, watched.check, self._clock.now().tick))
 
     def _start(self, lease: Lease, tally: Tally) -> _Watched:
         assert lease.check is not None
         watched = self._watched[lease.id] = _Watched(lease, lease.check, tally)
         if isinstance(watched.check, ListenCheck):
-            self._count(watched, Finding("passing", "its owner listens"), 0.0)
+            self._count(watched, CheckResult("passing", "its owner listens"), 0.0)
         elif not isinstance(watched.check, ReportCheck):
             self._arm(watched, tally.since)  # the first result is wanted at once, the others in their turns
         elif lease.state == "bound":
@@ -363,23 +363,23 @@ class Prober:
         began_s, began_tick = time.monotonic(), self._clock.now().tick  # the loop's own time is that of its last turn
         try:
             async with asyncio.timeout(watched.check.timeout):
-                finding = await self._perform(watched.lease, watched.check)
+                result = await self._perform(watched.lease, watched.check)
         except TimeoutError:
-            finding = Finding("critical", f"no answer within {watched.check.timeout:g} s")
+            result = CheckResult("critical", f"no answer within {watched.check.timeout:g} s")
         except (ProbeFailed, OSError) as error:
-            finding = Finding("critical", describe(error))
+            result = CheckResult("critical", describe(error))
         except Exception as error:
             logger.exception("the %s check of %s itself failed", watched.kind, watched.lease.instance)
-            finding = Finding("critical", f"the check itself failed: {describe(error)}")
+            result = CheckResult("critical", f"the check itself failed: {describe(error)}")
         took_s = time.monotonic() - began_s
         lost_s = took_s - (self._clock.now().tick - began_tick)
         if lost_s < STOPPED_S and self._watched.get(watched.lease.id) is watched:
             had_passed = watched.has_passed
-            self._count(watched, finding, took_s)
-            if finding.result == "passing" and not had_passed:
+            self._count(watched, result, took_s)
+            if result.status == "passing" and not had_passed:
                 self._reschedule(watched)
 
-    async def _perform(self, lease: Lease, check: Check) -> Finding:
+    async def _perform(self, lease: Lease, check: Check) -> CheckResult:
         target = self._target(lease, check)
         match check:
             case HttpCheck():
@@ -415,10 +415,10 @@ class Prober:
         watched.step_s = None
         self._arm(watched, self._following(watched, self._clock.now().tick))
 
-    def _count(self, watched: _Watched, finding: Finding, took_s: float) -> None:
-        self._on_result(watched.kind, finding.result, took_s)
-        tally = count(watched.tally, watched.check, finding.result, self._clock.now().tick)
-        self._settle(watched, tally, finding.note)
+    def _count(self, watched: _Watched, result: CheckResult, took_s: float) -> None:
+        self._on_result(watched.kind, result.status, took_s)
+        tally = count(watched.tally, watched.check, result.status, self._clock.now().tick)
+        self._settle(watched, tally, result.note)
 
     def _settle(self, watched: _Watched, tally: Tally, note: str) -> None:
         """Keep the new tally, and report the health where it is another one. A note alone makes no event."""

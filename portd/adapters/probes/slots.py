@@ -2,8 +2,8 @@
 
 A check occupies an *active* slot while it is young; one that has not answered after LINGER_S lingers: it waits at the
 cost of a descriptor, and gives its slot up. Checks that lingered last time, or never ran, are *slow*: each user may
-have a bounded number of them under way, so their waiting is paid for by their user's other slow ones alone. Users take
-turns. Pure: no clock, no tasks; the prober says what starts, lingers and ends.
+have a bounded number of them under way, so their waiting is paid for by their user's other slow ones alone. Users
+have turns. Pure: no clock, no tasks; the prober says what starts, lingers and ends.
 """
 
 from __future__ import annotations

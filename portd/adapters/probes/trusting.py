@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from portd.adapters.probes.command import PATH, Run
 from portd.adapters.probes.connection import Trust
-from portd.adapters.probes.finding import ProbeFailed, describe, note
 from portd.adapters.probes.launching import Launcher, Rights, rights_of
+from portd.adapters.probes.results import ProbeFailed, describe, note
 from portd.core.model import ConnectCheck, HttpCheck, Lease, Tls
 from portd.leasing.seams import Clock
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from portd.adapters.probes.finding import ProbeFailed
 from portd.adapters.probes.launching import rights_of
+from portd.adapters.probes.results import ProbeFailed
 from portd.core.model import CommandCheck, Owner
 
 SHELL = "/bin/sh"

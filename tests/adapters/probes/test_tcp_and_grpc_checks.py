@@ -15,8 +15,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portd.adapters.probes.finding import ProbeFailed
 from portd.adapters.probes.grpc import HealthCall, decode_response, encode_request
+from portd.adapters.probes.results import ProbeFailed
 from portd.core.model import GrpcCheck, TcpCheck
 
 STATUS = health_pb2.HealthCheckResponse
@@ -187,7 +187,7 @@ def test_no_answer_of_a_server_does_more_than_fail_the_check(data: bytes, settin
     call = HealthCall("127.0.0.1:1", GrpcCheck())
     try:
         call.receive((b"\0\0\0\x04\0\0\0\0\0" if settings_first else b"") + data)
-        call.finding()
+        call.result()
     except ProbeFailed:
         return
     raise AssertionError("garbage was taken for an answer")

@@ -16,10 +16,10 @@ _CONTROLS: Final = {
 }
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One result, and the reason in a few words."""
 
-    result: Result
+    status: Result
     note: str
 
 
