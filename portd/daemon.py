@@ -23,10 +23,11 @@ from portd.adapters.kernel import descriptors
 from portd.adapters.sqlite.store import History, SqliteStore
 from portd.config import MIB, Paths, Settings, load, system_paths, user_paths
 from portd.core.errors import ConfigError, Fault, StateInUse, StateUnusable, StoreDamaged, StoreLost
+from portd.core.failpoints import failpoint
 from portd.listeners import describe_listener, is_off, open_listeners, split_dns
 from portd.logs import set_up
 from portd.pruning import prune_regularly
-from portd.runtime import run, tune_gc
+from portd.runtime import arm_failpoints, run, tune_gc
 from portd.wiring import Parts
 
 logger = logging.getLogger("portd")
@@ -116,6 +117,7 @@ class Daemon:
             with suppress(OSError):  # a DNS port that is taken is reported in the status: leases matter more
                 await watchers.dns.start(of_dns)
             addresses = await self._listen(parts, others)
+            failpoint("start.listening")
             tune_gc()
             systemd.notify("READY=1", f"STATUS={len(engine.table)} leases")
             logger.info("portd %s serves %s", __version__, ", ".join(addresses))
@@ -210,6 +212,7 @@ def main(config_path: str | None = None, user: bool | None = None, check_config:
         print(f"{config_path or paths.config}: fine")
         return os.EX_OK
     set_up(settings.log.level, settings.log.format)
+    arm_failpoints(os.environ.get("PORTD_FAILPOINTS", ""))
     try:
         run(Daemon(settings, paths, config_path).run())
     except StoreLost as error:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
-from collections.abc import Coroutine
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from functools import partial
 from typing import Any, Final
+
+from portd.core import failpoints
 
 logger = logging.getLogger("portd")
 
@@ -24,6 +30,28 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         asyncio.run(main)
     else:
         uvloop.run(main)
+
+
+def arm_failpoints(text: str) -> None:
+    """Arm what PORTD_FAILPOINTS says: `NAME=ACTION:COUNT`, comma separated; for tests alone.
+
+    The COUNT-th pass of the step runs the action: `kill` ends the process as a crash does, `fail` raises OSError (EIO).
+    Raises ValueError for what is no failpoint.
+    """
+    for item in filter(None, text.split(",")):
+        name, _, action = item.partition("=")
+        kind, _, count = action.partition(":")
+        if kind not in ("kill", "fail"):
+            raise ValueError(f"{item!r} is not NAME=kill:COUNT or NAME=fail:COUNT")
+        failpoints.arm(name, partial(_act, kind, iter(range(int(count or 1) - 1, -1, -1))))
+
+
+def _act(kind: str, left: Iterator[int]) -> None:
+    if next(left, -1) != 0:
+        return
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(errno.EIO, "a failpoint")
 
 
 def tune_gc() -> None:

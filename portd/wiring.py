@@ -45,6 +45,7 @@ from portd.condition import Condition
 from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports
 from portd.core.allocator import Allocator, StaticPort
 from portd.core.errors import ConfigError
+from portd.core.failpoints import failpoint
 from portd.core.model import Event, Lease
 from portd.core.rights import hash_token
 from portd.core.table import LeaseTable
@@ -128,6 +129,7 @@ def build(
     watchers.availability.restore(engine.table, engine.clock.now().at)
     if settings.mdns.enabled:
         watchers.announcer.restore(engine.table)
+    failpoint("start.restored")
     return Parts(engine, watchers, _fronts(settings, paths, engine, watchers, tls, loaded.store_id))
 
 

@@ -91,7 +91,7 @@ def allowed(module):
     if module in ("portd.config", "portd.logs"):
         return {"portd.core"}, "settings are data"
     if module == "portd.runtime":
-        return set(), "the runtime serves any program"
+        return {"portd.core"}, "the runtime serves any program"
     if module == "portd.pruning":
         return {
             "portd.adapters.sqlite",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavailable
+from portd.core.failpoints import failpoint
 from portd.core.model import EndedBecause, Event, Lease
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change, advance, is_legal
@@ -207,7 +208,9 @@ class Journal:
         loop = asyncio.get_running_loop()
         impatience = loop.call_later(self.patience_s, self._abandon, [entry for entry, _ in sequenced])
         try:
+            failpoint("journal.sequenced")
             await self._store.commit(events)
+            failpoint("journal.durable")
         except StoreUnavailable as error:
             self._give_up(sequenced, error)
         except asyncio.CancelledError:
@@ -230,6 +233,7 @@ class Journal:
                     self._finish(entry, made)
             if events:
                 self._confirm(events[-1].revision)
+            failpoint("journal.applied")
         finally:
             impatience.cancel()
             self._committing = self._hanging = False

@@ -26,6 +26,7 @@ from portd.core.errors import (
     PortTaken,
     Refusal,
 )
+from portd.core.failpoints import failpoint
 from portd.core.model import Event, EventType, Lease, Now, Owner, ProcessId, Protocol, ReportCheck
 from portd.core.ownership import Seen
 from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
@@ -160,6 +161,7 @@ class LeaseService:
                     raise
                 leases.append(lease)
                 tokens.append(token)
+            failpoint("grant.decided")
             entry = self.journal.commit(changes, lambda: self._undo(grants)) if changes else None
         except BaseException:
             self._undo(grants)

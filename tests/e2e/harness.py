@@ -126,7 +126,8 @@ class Daemon:
     """One portd, started and ended as often as a test wants; what it remembers stays in `directory`.
 
     `extra` is more configuration (TOML, a section that is not in CONFIG); `prelude` is Python that runs before the
-    daemon, for limits that no user can wait for. `errors` are lines of the log that the test expects.
+    daemon, for limits that no user can wait for; `failpoints` is its PORTD_FAILPOINTS. `errors` are lines of the log
+    that the test expects.
     As a context it is stopped at the end.
     """
 
@@ -140,6 +141,7 @@ class Daemon:
         self.store = directory / "portd.db"
         self.tcp = ("127.0.0.1", free_tcp_port())
         self.prelude = prelude
+        self.failpoints = ""
         self.errors: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self.configure(extra)
@@ -168,6 +170,8 @@ class Daemon:
             for name, value in os.environ.items()
             if not name.startswith(("PORT", "LISTEN_", "XDG_", "NOTIFY_", "JOURNAL_"))
         }
+        if self.failpoints:
+            kept["PORTD_FAILPOINTS"] = self.failpoints
         return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT}/clients/python", "PORTD_URL": f"unix://{self.socket}"}
 
     @property

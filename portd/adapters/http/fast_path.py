@@ -21,6 +21,7 @@ from portd.adapters.http.calls import BODY_MAX_BYTES, encode
 from portd.adapters.http.leases import GrantBody, LeaseCalls, as_requests
 from portd.adapters.http.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.errors import ForbiddenOrigin, Refusal
+from portd.core.failpoints import failpoint
 from portd.core.rights import Caller
 from portd.leasing.journal import Entry
 from portd.leasing.service import Decision, LeaseService
@@ -128,6 +129,7 @@ class FastPath:
         return decision.entry
 
     def _respond(self, decision: Decision, body: GrantBody, caller: Caller) -> bytes | None:
+        failpoint("http.answering")
         try:
             answer = self._calls.show_granted(self._service.granted(decision), body, caller)
         except Refusal as refusal:

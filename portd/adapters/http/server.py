@@ -31,6 +31,7 @@ from portd.adapters.http.problems import (
 )
 from portd.adapters.http.tls import TlsAcceptor
 from portd.core.errors import Busy, InvalidRequest, NotFound, NotOwner, Refusal, Unauthenticated
+from portd.core.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class HttpServer:
             raise Busy("too many answers wait for their clients to read them")
 
     def _respond(self, answer: Answer) -> web.Response:
+        failpoint("http.answering")
         headers = self._headers(answer)
         if answer.body is None:
             return web.Response(status=answer.status, headers=headers)

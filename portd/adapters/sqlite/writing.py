@@ -19,6 +19,7 @@ from portd.adapters.sqlite.lock import StateLock
 from portd.adapters.sqlite.schema import MIGRATIONS, wal_of
 from portd.adapters.sqlite.watching import FileWatch
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
+from portd.core.failpoints import failpoint
 from portd.core.model import Event, encode_lease
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ class Writer:
         if self._pages >= CAP_PAGES:
             mode = "TRUNCATE"
         problem = None
+        failpoint("store.checkpoint")
         try:
             _, in_log, copied = database.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
         except sqlite3.Error as error:
@@ -288,6 +290,7 @@ class Writer:
         try:
             live, ended = _lease_rows(events, rows)
             database.execute("BEGIN IMMEDIATE")
+            failpoint("store.begun")
             _for_all(database, _APPEND_EVENTS, rows)
             _for_all(database, _SET_LIVE, live)
             _for_all(database, _END_LIVE, [row[1:2] for row in ended])
@@ -297,7 +300,9 @@ class Writer:
             if not events:
                 database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             committing = True
+            failpoint("store.written")
             database.execute("COMMIT")
+            failpoint("store.committed")
         except (sqlite3.Error, ValueError, OverflowError) as error:  # the latter two: a value that can't be stored
             raise self._failure(database, error, committing=committing) from error
         size = sum(len(row[3]) for row in rows)

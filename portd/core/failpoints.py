@@ -1,0 +1,45 @@
+"""Failpoints: named steps at which a test may stop or fail the daemon, to see what is left of what was acknowledged.
+
+A step calls `failpoint` with its name, which does nothing unless `arm` was called: one look into an empty dictionary.
+The daemon arms what PORTD_FAILPOINTS says, which no one but a test sets. This module must not know what an action does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+POINTS: Final = (
+    "start.restored",
+    "start.listening",
+    "grant.decided",
+    "journal.sequenced",
+    "store.begun",
+    "store.written",
+    "store.committed",
+    "store.checkpoint",
+    "journal.durable",
+    "journal.applied",
+    "http.answering",
+)
+"""Every step, in the order in which a daemon and then a request passes them."""
+
+_armed: dict[str, Callable[[], None]] = {}
+
+
+def failpoint(name: str) -> None:
+    """Run the action of this step if a test armed it."""
+    if _armed and (action := _armed.get(name)) is not None:
+        action()
+
+
+def arm(name: str, action: Callable[[], None]) -> None:
+    """Have `action` run at a step; raises ValueError for a name that is no step."""
+    if name not in POINTS:
+        raise ValueError(f"there is no failpoint {name!r}: use one of {', '.join(POINTS)}")
+    _armed[name] = action
+
+
+def disarm() -> None:
+    """Forget every action."""
+    _armed.clear()
