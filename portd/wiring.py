@@ -24,6 +24,7 @@ from portd.adapters.http.fast_path import FastPath
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.openapi import openapi_route
+from portd.adapters.http.pages import PageCalls
 from portd.adapters.http.ports import PortCalls
 from portd.adapters.http.problems import render_problem
 from portd.adapters.http.revisions import Revisions
@@ -44,6 +45,7 @@ from portd.adapters.sqlite.store import SqliteStore
 from portd.condition import Condition
 from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports
 from portd.core.allocator import Allocator, StaticPort
+from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
 from portd.core.model import Event, Lease
@@ -292,7 +294,15 @@ def _fronts(
         events,
         PortCalls(service, KernelSocketTable(engine.diag)),
         LanCalls(watchers.announcer.lan),
-        StatusCalls(service, condition.conditions(), condition.facts, watchers.metrics.render, condition.warnings),
+        PageCalls(),
+        StatusCalls(
+            service,
+            condition.conditions(),
+            condition.facts,
+            watchers.metrics.render,
+            condition.warnings,
+            {name: ranges_of(pool_ports(pool)) for name, pool in settings.pools.items()},
+        ),
     )
     routes = [route for calls in parts for route in calls.routes()]
     http.add([*routes, openapi_route(routes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final, NamedTuple
@@ -36,6 +37,17 @@ def overlaps(a: str, b: str, *, v6only: bool = False) -> bool:
     if a == b or ANY in (a, b):
         return True
     return ANY_V4 in (a, b) and ":" not in a + b
+
+
+def ranges_of(ports: Iterable[int]) -> tuple[str, ...]:
+    """Write ascending ports as ranges: `20000-29999`, or `80` for one alone."""
+    runs: list[list[int]] = []
+    for port in ports:
+        if runs and runs[-1][1] == port - 1:
+            runs[-1][1] = port
+        else:
+            runs.append([port, port])
+    return tuple(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def addresses_of(address: str) -> tuple[str, ...]:

@@ -247,6 +247,7 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "size": "How many ports the pool has.",
     "used": "How many ports are bound.",
     "PoolStatus.held": "How many ports are leased and not listened on.",
+    "ranges": "The ports of the pool, `FIRST-LAST` or one port each.",
     "cooling": "How many ports are in the quarantine after a lease.",
     "declined": "How many ports were found in use by foreign processes.",
     "free": "How many ports can be granted.",

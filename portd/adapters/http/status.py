@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
@@ -22,6 +23,7 @@ class PoolStatus(Struct, frozen=True):
     cooling: int
     declined: int
     free: int
+    ranges: tuple[str, ...] = ()
 
 
 class StoreStatus(Struct, frozen=True):
@@ -107,7 +109,8 @@ class StatusCalls:
     """The handlers of /v1/status, /healthz and /metrics.
 
     `conditions` gives the condition of store, mdns, dns and cluster: a dict, with a `problem` that is None or a
-    sentence. `facts` gives pid, uptime and counts beyond those of leases.
+    sentence. `facts` gives pid, uptime and counts beyond those of leases. `ranges` are
+    the ports of each pool.
     """
 
     def __init__(
@@ -117,12 +120,14 @@ class StatusCalls:
         facts: Callable[[], dict[str, Any]],
         metrics: Callable[[], bytes],
         extra_warnings: Callable[[], list[str]],
+        ranges: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     ) -> None:
         self._service = service
         self._conditions = conditions
         self._facts = facts
         self._metrics = metrics
         self._extra_warnings = extra_warnings
+        self._ranges = ranges
 
     def routes(self) -> list[Route]:
         """Return the routes of this module."""
@@ -165,7 +170,7 @@ class StatusCalls:
                 version=__version__,
                 host=self._service.granter.policy.host,
                 revision=table.revision,
-                pools=pool_status(self._service),
+                pools=pool_status(self._service, self._ranges),
                 counts=counts,
                 warnings=self._warnings(found),
                 pid=facts["pid"],
@@ -200,14 +205,22 @@ class StatusCalls:
         return warnings + self._extra_warnings()
 
 
-def pool_status(service: LeaseService) -> dict[str, PoolStatus]:
-    """Count every pool's numbers."""
+def pool_status(
+    service: LeaseService, ranges: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> dict[str, PoolStatus]:
+    """Count every pool's numbers; `ranges` are the pools' ports, "FIRST-LAST" each."""
     allocator = service.allocator
     held = Counter(allocator.pool_of(port) for port in {lease.port for lease in service.table if lease.state == "held"})
     pools = {}
     for name in allocator.pools():
         count = allocator.count(name)
         pools[name] = PoolStatus(
-            count.size, count.used - held[name], held[name], count.cooling, count.declined, count.free
+            count.size,
+            count.used - held[name],
+            held[name],
+            count.cooling,
+            count.declined,
+            count.free,
+            ranges.get(name, ()),
         )
     return pools

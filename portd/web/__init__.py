@@ -1,0 +1,1 @@
+"""The dashboard's own files: HTML, CSS and ES modules. No code of the daemon lies here."""
