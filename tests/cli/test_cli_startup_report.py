@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -143,3 +144,29 @@ def _members(group: int) -> set[int]:
         except OSError:
             continue  # gone meanwhile
     return found
+
+
+def test_ls_fits_eighty_columns_on_a_terminal(daemon: Daemon) -> None:
+    for at in range(3):
+        name = f"a-service-with-a-long-name-{at}"
+        daemon.portd("lease", name, "--pid", str(os.getpid()), "--check", "tcp")
+    with on_terminal(daemon, "ls") as terminal:
+        wait_until_shown(terminal, "long-name-2-1")
+        wait_for(lambda: terminal.program.poll() is not None, "ls exits")
+        terminal.shows("")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert all("held" in line for line in lines if "long-name" in line)
+
+
+def test_a_service_that_listens_elsewhere_is_reported(daemon: Daemon) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with on_terminal(daemon, "run", "stray", "--", sys.executable, "-m", "http.server", str(port)) as terminal:
+        wait_until_shown(terminal, f":{port} instead of ")
+        [lease] = daemon.client.leases(service="stray")
+        assert f"listens on 0.0.0.0:{port} instead" in daemon.portd("ls", "stray").stdout
+        assert "elsewhere" in daemon.portd("who", str(lease["port"])).stdout
+        assert "owner of stray stray-1, which leased" in daemon.portd("who", str(port)).stdout
+        assert "its owner listens on" in daemon.portd("doctor").stdout
