@@ -85,7 +85,9 @@ def _refused(command: Command, error: Exception, *, as_json: bool) -> int:
         status, text = NO_DAEMON if is_away else USAGE if isinstance(error, InvalidUrl) else NO, str(error)
         document = {"code": "no_daemon" if is_away else "failed", "detail": text}
     if as_json:
-        print(documents.encode(document).decode(), file=sys.stderr)
+        from portd.cli.printing import escaped
+
+        print(escaped(documents.encode(document).decode()), file=sys.stderr)
     else:
         _complain(text)
     return status

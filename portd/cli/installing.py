@@ -32,6 +32,8 @@ RESOLVED = "systemd-resolved.service"
 RESOLVED_DROP_IN = Path("/etc/systemd/resolved.conf.d/portd.conf")
 SYSTEM_MANUAL = Path("/usr/local/share/man")
 MANUAL_PAGES = ("portd.1", "portd.toml.5")
+FIRST_PERSON = 1000
+"""The first uid of a person; system accounts have lower ones (login.defs(5))."""
 STATE = ("/var/lib/portd", "/etc/portd")
 
 
@@ -68,6 +70,8 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
                 "with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …', and run "
                 "/opt/portd/bin/portd install"
             )
+    _check_owners(program)
+    _check_account()
     if values["resolved"]:
         _check_resolver()
     files = _system_files(resolved=values["resolved"])
@@ -214,6 +218,8 @@ def _run(*words: str) -> Step:
 
 def _delete_account() -> None:
     """Delete the user and its group, if they exist; userdel(8) deletes the user's own group too."""
+    if (uid := _account()) is not None and uid >= FIRST_PERSON:
+        return  # not the daemon's
     for words in (["userdel", "portd"], ["groupdel", "portd"]):
         subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
@@ -255,6 +261,36 @@ def _check_package() -> None:
             f"this host has portd from a package ({PACKAGED}): use that, or remove it first "
             "(apt remove portd; leases and configuration stay)"
         )
+
+
+def _check_owners(program: Path) -> None:
+    """Raise PortdError if anybody but root can change what the unit would run."""
+    top = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path(__file__).parents[1]
+    above = {parent for path in (program, Path(sys.executable).resolve(), top) for parent in path.parents}
+    inside = (Path(directory) / name for directory, names, files in os.walk(top) for name in (*names, *files))
+    for path in (*sorted(above), top, *inside):
+        status = path.lstat()
+        if status.st_uid != 0 or (status.st_mode & 0o022 and not path.is_symlink()):
+            raise PortdError(
+                f"{path} can be changed by another user than root, and the unit would run it: install portd as root, "
+                "with 'python3 -m venv /opt/portd && /opt/portd/bin/pip install …'; then /opt/portd/bin/portd install"
+            )
+
+
+def _check_account() -> None:
+    """Raise PortdError if the name of the daemon's user belongs to a person."""
+    if (uid := _account()) is not None and uid >= FIRST_PERSON:
+        raise PortdError(f"the user 'portd' is a person's account (uid {uid}), which the daemon can't use: rename it")
+
+
+def _account() -> int | None:
+    """Return the uid of the user portd; None where there is none."""
+    import pwd
+
+    try:
+        return pwd.getpwnam("portd").pw_uid
+    except KeyError:
+        return None
 
 
 def _check_resolver() -> None:

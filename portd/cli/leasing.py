@@ -144,7 +144,9 @@ def _show(document: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         import json
 
-        text = json.dumps(document, indent=2)
+        from portd.cli.printing import escaped
+
+        text = escaped(json.dumps(document, indent=2))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

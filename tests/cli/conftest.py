@@ -11,7 +11,7 @@ from tests.cli.bed import Daemon
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A running daemon that the tests of a room share: each takes service names of its own."""
+    """A running daemon that the tests of a module share: each uses service names of its own."""
     made = Daemon(tmp_path_factory.mktemp("portd"))
     made.start()
     yield made

@@ -102,7 +102,7 @@ def test_a_foreign_process_on_a_leased_port_is_a_problem() -> None:
     assert "portd who 20000" in one(diagnoses.listeners([lease(state="conflict")])).fix
 
 
-def test_a_file_limit_too_low_for_a_full_pool_gets_the_number() -> None:
+def test_a_file_limit_too_low_gets_the_number_needed() -> None:
     limits = "Max open files            1024                 {}               files     \n"
     found = one(diagnoses.descriptors(10_000, limits.format(4096)))
     assert "LimitNOFILE=21024" in found.fix
@@ -110,7 +110,7 @@ def test_a_file_limit_too_low_for_a_full_pool_gets_the_number() -> None:
     assert not list(diagnoses.descriptors(10_000, limits.format("unlimited")))
 
 
-def test_a_static_port_that_the_daemon_may_not_bind_is_a_problem() -> None:
+def test_an_unbindable_static_port_is_a_problem() -> None:
     found = one(diagnoses.capabilities(NOTHING_GRANTED, [80], "1024\n", is_system=False))
     assert "80" in found.what
     assert "CAP_NET_BIND_SERVICE" in found.fix

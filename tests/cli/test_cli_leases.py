@@ -18,7 +18,7 @@ def test_lease_prints_the_port_alone_and_the_port_is_leased(daemon: Daemon) -> N
     assert done.stdout == f"{lease['port']}\n"
 
 
-def test_a_lease_without_ttl_or_pid_belongs_to_the_calling_shell_and_ends_with_it(daemon: Daemon) -> None:
+def test_a_lease_ends_with_the_calling_shell(daemon: Daemon) -> None:
     shell = daemon.start_program(["sh", "-c", f"'{sys.executable}' -m portd lease shelled; echo; cat"])
     assert shell.stdout is not None
     port = int(shell.stdout.readline())
@@ -36,11 +36,11 @@ def test_json_prints_the_whole_lease_with_its_token(daemon: Daemon) -> None:
     assert lease["owner"]["uid"] == os.getuid()
 
 
-def test_all_that_may_be_wished_for_reaches_the_daemon(daemon: Daemon) -> None:
+def test_every_option_reaches_the_daemon(daemon: Daemon) -> None:
     done = daemon.portd(
         "lease",
-        "wished",
-        "--instance=wished-blue",
+        "full",
+        "--instance=full-blue",
         "--endpoint",
         "metrics",
         "--port",
@@ -64,7 +64,7 @@ def test_all_that_may_be_wished_for_reaches_the_daemon(daemon: Daemon) -> None:
     )
     lease = json.loads(done.stdout)
     assert (lease["instance"], lease["endpoint"], lease["port"], lease["hold"]) == (
-        "wished-blue",
+        "full-blue",
         "metrics",
         24390,
         "none",
@@ -87,7 +87,7 @@ def test_own_address_gives_an_address_that_no_other_instance_has(daemon: Daemon)
     assert leases[0]["address"] != leases[1]["address"]
 
 
-def test_an_exact_port_that_is_taken_is_a_clear_no_in_one_line(daemon: Daemon) -> None:
+def test_a_taken_exact_port_is_a_clear_no(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         port = str(foreign.getsockname()[1])
         plain = daemon.portd("lease", "late", "--port", port, "--exact")
@@ -126,7 +126,7 @@ def test_drain_hides_an_instance_and_keeps_its_port(daemon: Daemon) -> None:
         assert daemon.portd("resolve", "drained").returncode == 0
 
 
-def test_without_a_daemon_every_command_ends_with_3_and_one_line_that_says_how_to_start_one(daemon: Daemon) -> None:
+def test_every_command_without_a_daemon_exits_with_3(daemon: Daemon) -> None:
     for words in (
         ["lease", "x"],
         ["ls"],

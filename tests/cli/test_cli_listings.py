@@ -1,4 +1,4 @@
-"""What the listings tell, on a terminal, in a pipe and as JSON."""
+"""What the listings show, on a terminal, in a pipe and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from tests.cli.bed import DEADLINE_S, Daemon, end, serving, wait_for
 
 
-def test_ls_in_a_pipe_is_plain_lines_that_cut_and_awk_can_take_apart(daemon: Daemon) -> None:
+def test_ls_in_a_pipe_is_tab_separated(daemon: Daemon) -> None:
     port = daemon.portd("lease", "plain", "--ttl", "60").stdout.strip()
     lines = daemon.portd("ls", "plain").stdout.splitlines()
     assert len(lines) == 1
@@ -29,7 +29,7 @@ def test_ls_as_json_is_what_the_api_says(daemon: Daemon) -> None:
     assert (shown["id"], shown["port"]) == (stored["id"], stored["port"])
 
 
-def test_ls_of_a_service_that_nobody_leases_for_is_a_clear_no(daemon: Daemon) -> None:
+def test_ls_of_an_unknown_service_is_a_clear_no(daemon: Daemon) -> None:
     done = daemon.portd("ls", "nobody-here")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 
@@ -70,7 +70,7 @@ def test_a_reader_that_goes_away_is_no_error(daemon: Daemon) -> None:
     assert done.stderr == ""
 
 
-def test_output_that_cant_be_written_is_told_in_one_line(daemon: Daemon) -> None:
+def test_unwritable_output_is_reported_in_one_line(daemon: Daemon) -> None:
     daemon.portd("lease", "unwritten", "--ttl", "60")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -112,7 +112,7 @@ def test_who_of_a_free_port_is_a_clear_no(daemon: Daemon) -> None:
     assert json.loads(daemon.portd("who", port, "--json").stdout)["verdict"] == "free"
 
 
-def test_history_tells_who_had_a_port(daemon: Daemon) -> None:
+def test_history_shows_who_had_a_port(daemon: Daemon) -> None:
     lease = json.loads(daemon.portd("lease", "past", "--ttl", "60", "--json").stdout)
     daemon.portd("release", lease["id"])
     shown = json.loads(daemon.portd("history", str(lease["port"]), "--json").stdout)["leases"]
@@ -158,7 +158,7 @@ def test_watch_prints_what_happens_as_it_happens(daemon: Daemon) -> None:
     ]
 
 
-def test_watch_goes_on_over_a_restart_of_the_daemon_and_misses_nothing(own_daemon: Daemon) -> None:
+def test_watch_misses_nothing_over_a_restart_of_the_daemon(own_daemon: Daemon) -> None:
     own_daemon.start()
     own_daemon.portd("lease", "first", "--ttl", "60")
     watcher = own_daemon.start_portd("watch", "--json", "--after", "0")
@@ -176,7 +176,7 @@ def test_watch_goes_on_over_a_restart_of_the_daemon_and_misses_nothing(own_daemo
         end(watcher)
 
 
-def test_status_tells_pools_and_version(daemon: Daemon) -> None:
+def test_status_shows_pools(daemon: Daemon) -> None:
     assert json.loads(daemon.portd("status", "--json").stdout)["pools"]["default"]["size"] == 400
     assert "default" in daemon.portd("status").stdout
 

@@ -99,7 +99,7 @@ def test_a_problem_of_the_daemon_names_the_option_that_was_typed(daemon: Daemon)
     assert done.stderr.startswith("portd: --address: ")
 
 
-def test_the_named_lease_may_be_an_id_an_instance_or_a_port(daemon: Daemon) -> None:
+def test_x_is_an_id_an_instance_or_a_port(daemon: Daemon) -> None:
     for name in ("id", "instance", "port"):
         daemon.portd("lease", "aimed", "--instance", f"aimed-{name}", "--ttl", "60")
     by_name = {lease["instance"]: lease for lease in daemon.client.leases(service="aimed")}

@@ -15,23 +15,23 @@ import pytest
 
 from tests.cli.bed import Daemon, end, wait_for
 
-TELL = "import json, os, sys; print(json.dumps({'pid': os.getpid(), 'env': dict(os.environ), 'words': sys.argv[1:]}))"
+REPORT = "import json, os, sys; print(json.dumps({'pid': os.getpid(), 'env': dict(os.environ), 'words': sys.argv[1:]}))"
 
 
-def told(daemon: Daemon, *words: str, command: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
-    """Run a program that tells what it got; returns that, and the pid of the process that was started."""
-    started = daemon.start_portd("run", *words, "--", sys.executable, "-c", TELL, *command)
+def reported(daemon: Daemon, *words: str, command: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
+    """Run a program that reports what it got; return that, and the pid of the process that was started."""
+    started = daemon.start_portd("run", *words, "--", sys.executable, "-c", REPORT, *command)
     written, _ = started.communicate(timeout=20)
     return json.loads(written), started.pid
 
 
-def test_the_command_takes_the_place_of_portd_and_nothing_stays_in_between(daemon: Daemon) -> None:
-    got, pid = told(daemon, "becomes")
+def test_the_command_replaces_portd_under_the_same_pid(daemon: Daemon) -> None:
+    got, pid = reported(daemon, "becomes")
     assert got["pid"] == pid
 
 
-def test_the_command_finds_its_lease_in_the_environment_and_in_its_words(daemon: Daemon) -> None:
-    got, pid = told(
+def test_the_command_gets_its_lease_by_environment_and_placeholders(daemon: Daemon) -> None:
+    got, pid = reported(
         daemon,
         "given-to",
         "--tag",
@@ -101,7 +101,7 @@ def test_a_command_that_cannot_run_leaves_one_line_and_no_lease(daemon: Daemon) 
 
 
 def test_own_address_is_given_as_host(daemon: Daemon) -> None:
-    got, _ = told(daemon, "postgres", "--own-address", "--port", "5432")
+    got, _ = reported(daemon, "postgres", "--own-address", "--port", "5432")
     assert got["env"]["PORT"] == "5432"
     assert got["env"]["HOST"].startswith("127.77.")
 
@@ -154,9 +154,7 @@ def test_a_machine_without_a_known_filter_is_refused() -> None:
         confining.handoff_filter("s390x")
 
 
-def test_confinement_that_the_kernel_lacks_is_an_error_and_never_a_silent_pass(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_confinement_that_the_kernel_lacks_is_an_error(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     from portd.cli import confining
 
     monkeypatch.setattr(confining, "ABI_WITH_NETWORK", 1 << 20)
@@ -191,7 +189,7 @@ def test_sockets_are_passed_from_descriptor_3_on_listening_and_by_name(daemon: D
         end(running)
 
 
-def test_the_command_does_not_inherit_the_signals_that_python_ignores_for_itself(daemon: Daemon) -> None:
+def test_the_command_does_not_inherit_pythons_ignored_signals(daemon: Daemon) -> None:
     done = daemon.portd("run", "signals", "--", "grep", "SigIgn", "/proc/self/status")
     ignored = int(done.stdout.split()[1], 16)
     assert not ignored & 1 << (signal.SIGPIPE - 1)
@@ -199,7 +197,7 @@ def test_the_command_does_not_inherit_the_signals_that_python_ignores_for_itself
 
 
 def test_variables_are_set_with_placeholders_filled_in(daemon: Daemon) -> None:
-    got, _ = told(
+    got, _ = reported(
         daemon,
         "named-env",
         "--port-env",
@@ -249,7 +247,9 @@ def test_a_mistyped_placeholder_is_reported_and_the_command_runs(daemon: Daemon)
 
 
 def test_an_endpoint_has_a_check_of_its_own(daemon: Daemon) -> None:
-    got, _ = told(daemon, "checked", "--check", "tcp", "--endpoint", "admin", "--check-endpoint", "admin=http:/ready")
+    got, _ = reported(
+        daemon, "checked", "--check", "tcp", "--endpoint", "admin", "--check-endpoint", "admin=http:/ready"
+    )
     environ = got["env"]
     checks = [daemon.client.lease(environ[name])["check"] for name in ("PORTD_LEASE", "PORTD_LEASE_ADMIN")]
     assert [check and check["kind"] for check in checks] == ["tcp", "http"]

@@ -15,6 +15,8 @@ PUT_IN_PLACE = (
     "/etc/systemd/system/portd.socket",
     "/etc/systemd/system/portd-run@.service",
     "/etc/sysusers.d/portd.conf",
+    "/usr/local/share/man/man1/portd.1",
+    "/usr/local/share/man/man5/portd.toml.5",
 )
 
 
@@ -119,3 +121,12 @@ def leaves_state_unless_told_otherwise(box):
     assert box.ask("getent passwd portd; getent group portd")[1] == ""
     assert box.run("systemctl list-units --all --no-legend 'portd*'") == ""
     assert "does not exist" in box.run("portd uninstall --purge")
+
+
+def test_a_program_that_another_user_can_change_is_refused(box):
+    module = box.run("ls -d /opt/portd/lib/python3*/site-packages").strip()
+    box.run(f"touch {module}/foreign.pth && chown foreign {module}/foreign.pth")
+    status, out, err = box.ask("portd install")
+    box.run(f"rm {module}/foreign.pth")
+    assert (status, out) == (1, "")
+    assert "can be changed by another user than root" in err
