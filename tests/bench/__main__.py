@@ -31,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*ROOMS, *rooms]))
     parser.add_argument("--json", action="store_true", help="one JSON object, by room")
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long `soak` runs; only by its name")
     options = parser.parse_args()
+    rooms["soak"] = None
     if unknown := [name for name in options.names if name not in ROOMS and name not in rooms]:
         parser.error(f"there is no measurement {', '.join(unknown)}")
     wanted = dict.fromkeys(room for name in options.names or ROOMS for room in ROOMS.get(name, (name,)))
@@ -40,7 +42,7 @@ def main() -> int:
     for room in wanted:
         module = importlib.import_module(f"tests.bench.{room}")
         try:
-            results[room] = asyncio.run(module.measure())
+            results[room] = asyncio.run(module.measure(options.minutes) if room == "soak" else module.measure())
         except (OSError, RuntimeError, AssertionError) as error:  # one that can't be had must not hide the others
             results[room] = [{"failed": f"{type(error).__name__}: {error}"}]
         if not options.json:
