@@ -22,6 +22,7 @@ BRIEF = {":", "true", "false", "echo", "printf", "exit", "return"}
 """Commands after which a `sh -c` has nothing left to do."""
 FILTERS = {"tail", "head", "tr", "cut", "sed", "awk", "grep", "cat", "tee", "sort", "uniq", "xargs"}
 """Programs at the end of a pipe that end with their input."""
+LEASE = "portd lease"
 SEPARATORS = ("&&", "||", ";", "\n", "|")
 IMAGE_FIELDS = (26, 27, 28, 45, 48, 50)
 """Fields of /proc/PID/stat that exec sets at random and fork copies: code, stack, data, arguments, environment."""
@@ -92,10 +93,10 @@ def _is_passing(process: Process, above: Process) -> bool:
 
 def _surprise(process: Process) -> str:
     if process.pid == 1:
-        return "PID 1: it ends with this system"
+        return "PID 1, and ends with this system"
     script = _script(process)
     if process.name in WRAPPERS or (process.name in SHELLS and script is not None and not _captures(script)):
-        return f"{process.name}[{process.pid}]: it ends with that"
+        return f"{process.name}[{process.pid}], and ends with it"
     return ""
 
 
@@ -110,28 +111,40 @@ def _script(process: Process) -> str | None:
     return None
 
 
-def _split(script: str) -> tuple[str, str] | None:
-    """Split a script around its last `portd lease`; None when it is not there by name."""
-    plain = script.replace("'", " ").replace('"', " ")
-    plain = "\n".join(" ".join(line.split()) for line in plain.split("\n"))
-    before, found, after = plain.rpartition("portd lease")
-    return (before, after) if found else None
+def _normalized(script: str) -> str:
+    """Return a script without quotes and with single spaces: enough to find commands in it."""
+    lines = script.replace("'", " ").replace('"', " ").split("\n")
+    return "\n".join(" ".join(line.split()) for line in lines)
 
 
 def _captures(script: str) -> bool:
-    """Return whether a script reads the port itself: its `portd lease` stands in `$(…)`, backticks or `<(…)`."""
-    if (parts := _split(script)) is None:
-        return False
-    before = parts[0]
-    opened = before.count("$(") + before.count("<(") - before.count(")")
-    return opened > 0 or before.count("`") % 2 == 1
+    """Return whether a script reads the port itself: a `portd lease` stands in `$(…)`, backticks or `<(…)`."""
+    before, *others = _normalized(script).split(LEASE)
+    for after in others:
+        if _is_substituted(before):
+            return True
+        before += LEASE + after
+    return False
+
+
+def _is_substituted(before: str) -> bool:
+    """Return whether what follows a part of a script is inside of a substitution that the part opens."""
+    opened: list[bool] = []
+    for at, char in enumerate(before):
+        if char == "(":
+            opened.append(before[at - 1 : at] in ("$", "<"))
+        elif char == ")" and opened:
+            opened.pop()
+    return any(opened) or before.count("`") % 2 == 1
 
 
 def _has_only_brief_rest(script: str | None) -> bool:
     """Return whether a `sh -c` has nothing to do after `portd lease` that lasts."""
-    if script is None or _captures(script) or (parts := _split(script)) is None:
+    if script is None or _captures(script):
         return False
-    rest, is_piped = parts[1], False
+    _, found, rest = _normalized(script).rpartition(LEASE)
+    if not found:
+        return False
     while rest:
         at = min((rest.find(one) for one in SEPARATORS if one in rest), default=-1)
         if "&" in (rest if at < 0 else rest[:at]).replace(">&", "").replace("&>", ""):
@@ -140,9 +153,8 @@ def _has_only_brief_rest(script: str | None) -> bool:
             return True
         separator = next(one for one in SEPARATORS if rest.startswith(one, at))
         rest = rest[at + len(separator) :].strip()
-        is_piped = separator == "|"
         word = rest.split(None, 1)[0].rstrip(";") if rest else ":"
-        if word not in BRIEF and not (is_piped and word in FILTERS):
+        if word not in BRIEF and not (separator == "|" and word in FILTERS):
             return False
     return True
 

@@ -48,7 +48,7 @@ def lease(values: dict[str, Any]) -> int:
             text = assignments.shell_lines(made).rstrip("\n")
     _show(document, text, as_json=values["json"])
     if surprise:
-        _note(f"{document['instance']} belongs to {surprise}; choose with --pid PID or --ttl SECONDS")
+        _note(f"{document['instance']} belongs to {surprise}; choose otherwise with --pid PID or --ttl SECONDS")
     if document.get("hold") == "exclusive" and not values["json"]:
         _note(f"only portd can open port {document['port']}: it hands the socket over for lease {document['id']}")
     return 0

@@ -70,14 +70,19 @@ def test_the_owner_is_who_goes_on_to_use_the_port(lineage: list[tuple[str, ...]]
 def test_a_shell_that_may_end_at_once_is_a_surprise() -> None:
     assert "sh[101]" in chosen(tree(PYTHON, ("sh", "-c", "portd lease x; server")))[1]
     assert "sh[101]" in chosen(tree(PYTHON, ("sh", "-c", ". ./ports.sh")))[1]
-    assert not chosen(tree(PYTHON, ("sh", "-c", "P=$(portd lease x); server $P")))[1]
+    for text in (
+        "P=$(portd lease x); server $P",
+        "f() { P=$(portd lease x); }; f",
+        "( P=$(portd lease x) ); portd lease y",
+    ):
+        assert not chosen(tree(PYTHON, ("sh", "-c", text)))[1]
     assert not chosen(tree(BASH, SCRIPT, ("fork",)))[1]
     assert not chosen(tree(PYTHON))[1]
 
 
 def test_only_root_climbs_to_another_users_process() -> None:
     processes = tree(BASH, SCRIPT, uid=BOB) | {102: Process(102, 101, ALICE, "/usr/bin/su", ("su", "-c", "…"), ("2",))}
-    assert chosen(processes) == (2, "su[102]: it ends with that")
+    assert chosen(processes) == (2, "su[102], and ends with it")
     assert chosen(processes, uid=0)[0] == 1
 
 

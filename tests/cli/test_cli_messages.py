@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from portd.__main__ import main
+from portd.cli import commands
+from portd.cli.options import help_text
 from tests.cli.bed import Daemon
 
 USAGE = 2
@@ -152,3 +155,15 @@ def test_json_keeps_its_values_and_escapes_terminal_controls(daemon: Daemon) -> 
         text = daemon.portd("ls", "escaped", "--json", PYTHONIOENCODING=encoding).stdout
         assert not set(text) & set("\u202e\u009b\u2066\u007f")
         assert json.loads(text)["leases"][0]["metadata"]["name"] == name
+
+
+def test_help_uses_the_fields_words() -> None:
+    texts = [commands.overview(), *(help_text(command) for command in commands.every())]
+    avoided = r"\b(tells?|told|mend|fold|by chance|wish(ed)?|stranger|guest|somebody|asks?( for)?|look-ups?|finding)\b"
+    found = [word.group() for text in texts for word in re.finditer(avoided, text, re.IGNORECASE)]
+    assert not found
+
+
+def test_help_fits_eighty_columns() -> None:
+    for command in commands.every():
+        assert max(map(len, help_text(command).splitlines())) <= 80, command.name
