@@ -22,7 +22,8 @@ from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Settings
-from portd.leasing.service import LeaseService
+from portd.leasing.journal import Journal
+from portd.leasing.queries import LeaseQueries
 
 NO_LABELS: tuple[str, ...] = ()
 
@@ -33,7 +34,8 @@ class Condition(NamedTuple):
     settings: Settings
     started_at: float
     store: SqliteStore
-    service: LeaseService
+    journal: Journal
+    queries: LeaseQueries
     clock: LeaseClock
     processes: KernelProcesses
     http: HttpServer
@@ -78,14 +80,14 @@ class Condition(NamedTuple):
 
     def gauges(self) -> Iterable[tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]]:
         """Return (name, help, label names, value by label values) of every gauge."""
-        states = Counter((lease.state,) for lease in self.service.table)
+        states = Counter((lease.state,) for lease in self.queries)
         pools: dict[tuple[str, ...], float] = {
             (name, part): float(getattr(pool, part))
-            for name, pool in pool_status(self.service).items()
+            for name, pool in pool_status(self.queries).items()
             for part in ("used", "held", "cooling", "declined", "free")
         }
         plain = {
-            "portd_revision": ("The newest revision.", self.service.table.revision),
+            "portd_revision": ("The newest revision.", self.queries.revision),
             "portd_watched_processes": ("Owners whose exit is waited for.", self.processes.watched_count),
             "portd_http_connections": ("Open connections.", self.http.connection_count),
             "portd_http_wrong_tokens": ("Requests with a wrong token so far.", self.http.wrong_token_count),
@@ -110,7 +112,7 @@ class Condition(NamedTuple):
 
     def _store(self) -> dict[str, Any]:
         condition = self.store.condition()
-        return {**condition, "problem": self.service.journal.problem or condition["problem"]}
+        return {**condition, "problem": self.journal.problem or condition["problem"]}
 
     def _mdns(self) -> dict[str, Any]:
         return {"enabled": True, **self.announcer.condition()} if self.settings.mdns.enabled else {"enabled": False}

@@ -159,7 +159,7 @@ class Daemon:
             async with asyncio.timeout(FINISH_S):
                 await self._finish_requests(parts)
         await engine.journal.drain(DRAIN_S)
-        engine.service.close()
+        engine.leases.close()
         engine.processes.close()
         try:
             if count := wiring.store_holds(engine.holds):

@@ -42,21 +42,22 @@ from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.metrics import Metrics
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
+from portd.adapters.users import ListedUsers
 from portd.condition import Condition
 from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports
-from portd.core.allocator import Allocator, StaticPort
 from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
 from portd.core.model import Event, Lease
 from portd.core.rights import hash_token
+from portd.core.static_ports import StaticPort
 from portd.core.table import LeaseTable
 from portd.core.visibility import WhenAllCritical
-from portd.leasing.deciding import Granter, Policy
+from portd.leasing.engine import LeaseEngine, build_engine
 from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
+from portd.leasing.policy import Policy
 from portd.leasing.seams import Loaded
-from portd.leasing.service import LeaseService
 from portd.logs import LeaseLog, RefusalLog
 
 
@@ -72,7 +73,7 @@ class Engine:
     processes: KernelProcesses
     table: LeaseTable
     journal: Journal
-    service: LeaseService
+    leases: LeaseEngine
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def build(
     watchers = _watchers(settings, engine)
     _subscribe(settings, engine, watchers)
     _adopt_holds(engine.holds, loaded.live, kept_holds)
-    watchers.feed.restore(loaded)
-    engine.service.restore(loaded, procfs.boot_id())  # publishes what it observes: after the feed has its past
+    engine.leases.restore(loaded, procfs.boot_id())
     watchers.states.restore(engine.table)
     watchers.dns.restore(engine.table, engine.table.revision)
     watchers.prober.restore(engine.table)
@@ -137,8 +137,7 @@ def build(
 
 def reconfigure(parts: Parts, settings: Settings) -> None:
     """Apply the settings that can change while the daemon runs: [leases], [services] and [health]."""
-    parts.engine.service.granter.policy = policy(settings)
-    parts.engine.service.allocator.cooldown_s = settings.leases.cooldown
+    parts.engine.leases.reconfigure(policy(settings), settings.leases.cooldown)
     parts.watchers.prober.set_concurrency(settings.health.concurrency)
     parts.watchers.prober.allow_commands = settings.health.allow_commands
 
@@ -152,6 +151,9 @@ def policy(settings: Settings) -> Policy:
         frozenset(settings.health.allow_commands),
         host_name(),
         os.geteuid(),
+        settings.leases.names == "shared",
+        ListedUsers({name: service.users for name, service in settings.services.items()}).lists,
+        procfs.unprivileged_from(),
     )
 
 
@@ -174,54 +176,55 @@ def _engine(settings: Settings, store: SqliteStore) -> Engine:
     diag = SocketDiag(lambda: holds.inodes())
     holds = KernelHolds(diag.bound)
     processes = KernelProcesses()
-    table = LeaseTable()
-    allocator = Allocator(
-        {name: pool_ports(pool) for name, pool in settings.pools.items()},
-        _static_ports(settings),
-        settings.own_block,
-        settings.leases.cooldown,
+    leases = build_engine(
+        pools={name: pool_ports(pool) for name, pool in settings.pools.items()},
+        statics=_static_ports(settings),
+        own_block=settings.own_block,
+        cooldown_s=settings.leases.cooldown,
+        policy=policy(settings),
+        store=store,
+        holds=holds,
+        processes=processes,
+        clock=clock,
     )
-    journal = Journal(table, store, clock)
     if problem := store.condition()["problem"]:
-        journal.mark_unwritable(problem)
-    granter = Granter(table, allocator, holds, processes, policy(settings))
-    service = LeaseService(table, allocator, journal, granter, store, holds, processes, clock)
-    return Engine(store, clock, diag, KernelSocketTable(diag), holds, processes, table, journal, service)
+        leases.journal.mark_unwritable(problem)
+    return Engine(store, clock, diag, KernelSocketTable(diag), holds, processes, leases.table, leases.journal, leases)
 
 
 def _watchers(settings: Settings, engine: Engine) -> Watchers:
-    service, table = engine.service, engine.table
+    leases, table = engine.leases, engine.table
     metrics = Metrics()
     engine.store.subscribe(metrics.commit)
     prober = Prober(
         engine.clock,
-        service.observe_health,
+        leases.observer.observe_health,
         concurrency=settings.health.concurrency,
         allow_commands=settings.health.allow_commands,
         on_result=metrics.check,
         find_endpoint=table.named,
     )
-    service.report_to_probes = prober.reported
-    service.last_result = prober.last
+    leases.service.report_to_probes = prober.reported
+    leases.queries.last_result = prober.last
     states = StateWatch(
         engine.sockets,
         table.on_port,
         lambda: len(table),
-        service.observe_state,
-        service.observe_exit,
-        service.observe_owner,
+        leases.observer.observe_state,
+        leases.observer.observe_exit,
+        leases.observer.observe_owner,
         cooldown_s=settings.leases.cooldown,
     )
-    service.adopter.find_listeners = engine.sockets.find_listeners
-    service.passing.find_successors = states.succession.owners_exited
+    leases.adopter.find_listeners = engine.sockets.find_listeners
+    leases.passing.find_successors = states.succession.owners_exited
     return Watchers(
         metrics,
-        Feed(),
+        leases.feed,
         states,
         prober,
         Announcer(
             host_name(),
-            service.observe_announcement,
+            leases.observer.observe_announcement,
             responder=settings.mdns.responder,
             interfaces=settings.mdns.interfaces,
         ),
@@ -243,7 +246,6 @@ def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
 
     subscribed: list[Callable[[Event], None]] = [
         watchers.metrics.apply,
-        watchers.feed.apply,
         watchers.prober.apply,
         watchers.states.apply,
         watchers.log.apply,
@@ -255,7 +257,6 @@ def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
         subscribed.append(watchers.announcer.apply)
     for watcher in subscribed:
         engine.journal.subscribe(watcher)
-    engine.journal.subscribe_durable(watchers.feed.confirm)
 
 
 def _fronts(
@@ -266,18 +267,19 @@ def _fronts(
     tls: ssl.SSLContext | None,
     store_id: str,
 ) -> Fronts:
-    service = engine.service
+    service, queries = engine.leases.service, engine.leases.queries
     authenticator = _authenticator(settings, paths, engine)
     refusals = RefusalLog()
     http = HttpServer(authenticator, lambda: engine.table.revision, store_id, refusals.record)
     revisions = Revisions(store_id)
     events = EventCalls(watchers.feed, revisions)
-    leases = LeaseCalls(service)
+    leases = LeaseCalls(service, queries)
     condition = Condition(
         settings,
         engine.clock.started_at,
         engine.store,
-        service,
+        engine.journal,
+        queries,
         engine.clock,
         engine.processes,
         http,
@@ -290,13 +292,13 @@ def _fronts(
     watchers.metrics.gauges = condition.gauges
     parts = (
         leases,
-        ServiceCalls(service, watchers.feed, watchers.announcer.lan, revisions, _when_all_critical(settings)),
+        ServiceCalls(queries, watchers.feed, watchers.announcer.lan, revisions, _when_all_critical(settings)),
         events,
-        PortCalls(service, KernelSocketTable(engine.diag)),
+        PortCalls(queries, KernelSocketTable(engine.diag)),
         LanCalls(watchers.announcer.lan),
         PageCalls(),
         StatusCalls(
-            service,
+            queries,
             condition.conditions(),
             condition.facts,
             watchers.metrics.render,
@@ -312,7 +314,13 @@ def _fronts(
         FastPath(authenticator, service, leases, lambda: engine.table.revision, store_id, refusals.record),
         events,
         HandoffServer(
-            service, engine.holds, authenticator.unix_caller, watchers.states.wake, render_problem, refusals.record
+            service,
+            queries,
+            engine.holds,
+            authenticator.unix_caller,
+            watchers.states.wake,
+            render_problem,
+            refusals.record,
         ),
         tls,
     )
@@ -330,9 +338,9 @@ def _authenticator(settings: Settings, paths: Paths, engine: Engine) -> Authenti
 
 def _static_ports(settings: Settings) -> list[StaticPort]:
     return [
-        StaticPort(service, port, static.protocol, static.address)
+        StaticPort(service, port, static.protocol, static.address, endpoint)
         for service, static in settings.static.items()
-        for port in static.endpoints.values()
+        for endpoint, port in static.endpoints.items()
     ]
 
 

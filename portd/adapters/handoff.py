@@ -23,9 +23,10 @@ from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, PortTaken, Refus
 from portd.core.model import Lease
 from portd.core.model import Protocol as LeaseProtocol
 from portd.core.requests import LeaseRequest
-from portd.core.rights import Caller, check_change
+from portd.core.rights import Caller
 from portd.core.shares import Shares
 from portd.core.validation import explain
+from portd.leasing.queries import LeaseQueries
 from portd.leasing.service import LeaseService
 
 MESSAGE_MAX_BYTES: Final = 64 * 1024
@@ -72,6 +73,7 @@ class HandoffServer:
     def __init__(
         self,
         service: LeaseService,
+        queries: LeaseQueries,
         holds: PassedHolds,
         identify: Identify,
         wake: Wake,
@@ -80,6 +82,7 @@ class HandoffServer:
     ) -> None:
         self._on_refusal = on_refusal
         self._service = service
+        self._queries = queries
         self._holds = holds
         self._identify = identify
         self._wake = wake
@@ -184,7 +187,7 @@ class HandoffServer:
         except Refusal as refusal:
             self._on_refusal(refusal, caller.uid, caller.pid)
             return self._render(refusal), []
-        view = self._service.view(lease, caller, token=token)
+        view = self._queries.view(lease, caller, token=token)
         return msgspec.json.encode({"lease": view}), sockets
 
     def _render(self, refusal: Refusal) -> bytes:
@@ -213,10 +216,7 @@ class HandoffServer:
             granted = await self._service.grant([request.request], caller)
             return granted.leases[0], granted.tokens[0]
         assert request.lease is not None
-        self._service.granter.check_caller(caller)
-        lease = await self._service.find(request.lease)
-        check_change(caller, lease)
-        return self._service.live(lease), None
+        return await self._service.open_lease(request.lease, caller), None
 
     def _open(self, lease: Lease, request: HandoffRequest) -> list[socket.socket]:
         """Return the lease's sockets, TCP before UDP, listening where requested."""

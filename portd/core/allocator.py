@@ -1,59 +1,31 @@
-"""Who gets which port: pools, wishes, stickiness and quarantine. It proposes ports and never tests them itself.
+"""Who gets which port: pools, requested ports, stickiness and quarantine. It proposes, and tests no port itself.
 
-A port number is in one place at a time: in its pool's line (free), used by leases, or in quarantine (cooling after a
-lease, or on probation after a foreign process was met there). The line is ordered by when a number became free, so a pick
-takes the longest unused one in constant time, whatever the size of the pool and however full it is. A number that is
-leased for one protocol or address is not picked for another: nobody wants to explain port 20017 twice.
+A number of a pool is used by leases, in quarantine (cooling after a lease, or on probation because a foreign process
+had it), or free. What is used is the lease table's to know; the allocator keeps the free lists, in the order in which
+numbers became free, so that a candidate is the longest unused one in constant time, whatever the size of the pool and
+however full it is. A number that is leased for one protocol or address is not picked for another, so that a port number
+identifies one lease to people.
 
-The kernel is asked elsewhere: the caller tries each proposal, and says what became of it.
+The kernel is asked elsewhere: the caller tries each candidate, and goes on to the next one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
-from portd.core.bindings import Binding, binding_of, conflicts
-from portd.core.errors import PoolExhausted, PortReserved, PortTaken
-from portd.core.expiry import Deadlines
-from portd.core.model import MAIN_ENDPOINT, Lease, Protocol
-from portd.core.own_addresses import Instance, OwnAddresses
+from portd.core.bindings import Binding, binding_of
+from portd.core.model import Lease, Protocol
+from portd.core.own_addresses import Instance, OwnAddresses, User
+from portd.core.quarantine import PROBATION_S, PROBATION_SIGHTINGS, Quarantine, Quarantines
+from portd.core.static_ports import StaticPort, StaticPorts
 
 REMEMBERED_MAX: Final = 100_000
 """Endpoints whose last port is remembered, the least recently used forgotten first: about 20 MB at the most."""
-PROBATION_S: Final = 5.0
-"""Seconds between two looks at a port that a foreign process had: short enough that a dev server's end is noticed."""
-PROBATION_SIGHTINGS: Final = 3
-"""How often in a row a declined port must be seen free: a foreign process that restarts is not gone (FACTS of the field)."""
-COOLING_RECHECK_S: Final = 1.0
-"""Seconds until a cooled port that is still bound is looked at again."""
 
 EndpointName = tuple[str, str, str]
-
-
-class StaticPort(NamedTuple):
-    """A port that the configuration gives to one service for good."""
-
-    service: str
-    port: int
-    protocol: Protocol
-    address: str
-
-    @property
-    def place(self) -> Binding:
-        """Return the place that is reserved."""
-        return Binding(self.protocol, self.address, self.port)
-
-
-class Quarantine(NamedTuple):
-    """A port that is kept from all but the `exempt` instance for a while, until `sightings` more looks find it free."""
-
-    place: Binding
-    kind: Literal["cooling", "declined"]
-    exempt: Instance | None
-    sightings: int
 
 
 class PoolCount(NamedTuple):
@@ -66,19 +38,34 @@ class PoolCount(NamedTuple):
     free: int
 
 
-class Ask(NamedTuple):
-    """What the allocator needs to know of a request; `address` is resolved, never `own`."""
+class PortRequest(NamedTuple):
+    """What the allocator needs to know of a request. `address` is resolved, never `own`.
+
+    `ports` are the requested numbers, the preferred one first; `is_exact`: no others. `is_at_share`: the user has as
+    many ports as it may, and gets its own cooling ones before any free one.
+    """
 
     name: EndpointName
+    user: User
     protocol: Protocol
     address: str
-    port: int | None
+    ports: Iterable[int]
     pool: str
-    exact: bool
+    is_exact: bool = False
+    is_at_share: bool = False
+
+    @property
+    def instance(self) -> Instance:
+        """Return whose request it is: what one user had is given back to that user alone."""
+        return (self.name[0], self.name[1], self.user)
+
+    def on(self, port: int) -> Binding:
+        """Return the binding that the request would get with this port."""
+        return Binding(self.protocol, self.address, port)
 
 
 class Allocator:
-    """The port numbers of this host, as portd gives them out."""
+    """The port numbers of this host, as portd grants them. `used` are the numbers that leases and reservations have."""
 
     def __init__(
         self,
@@ -86,262 +73,174 @@ class Allocator:
         statics: Iterable[StaticPort],
         own_block: IPv4Network,
         cooldown_s: float,
+        used: Container[int],
     ) -> None:
         self.cooldown_s = cooldown_s
-        self._statics = {static.service: static for static in statics}
-        self._static_ports: dict[int, list[StaticPort]] = {}
-        for static in self._statics.values():
-            self._static_ports.setdefault(static.port, []).append(static)
+        self.statics = StaticPorts(statics)
+        self.quarantines = Quarantines(used)
+        self.own = OwnAddresses(own_block)
+        self._used = used
         self._pool_of: dict[int, str] = {}
-        self._lines: dict[str, OrderedDict[int, None]] = {}
+        self._free: dict[str, OrderedDict[int, None]] = {}
         for pool, ports in pools.items():
-            self._lines[pool] = OrderedDict.fromkeys(port for port in ports if port not in self._static_ports)
-            self._pool_of.update(dict.fromkeys(self._lines[pool], pool))
-        self._sizes = {pool: len(line) for pool, line in self._lines.items()}
-        self._uses: dict[int, int] = {}
-        self._quarantine: dict[int, list[Quarantine]] = {}
-        self._looks: Deadlines[Quarantine] = Deadlines()
-        self._last: OrderedDict[EndpointName, Binding] = OrderedDict()
-        self._own = OwnAddresses(own_block)
+            self._free[pool] = OrderedDict.fromkeys(port for port in ports if port not in self.statics)
+            self._pool_of.update(dict.fromkeys(self._free[pool], pool))
+        self._numbers = {pool: tuple(free) for pool, free in self._free.items()}
+        self._last: OrderedDict[tuple[EndpointName, User], tuple[Binding, bool]] = OrderedDict()
 
-    # --- picking ---
+    # --- candidates ---
 
-    def static_for(self, service: str, endpoint: str) -> StaticPort | None:
-        """Return the static port of a service's main endpoint, or None."""
-        return self._statics.get(service) if endpoint == MAIN_ENDPOINT else None
+    def candidates(self, request: PortRequest) -> Iterator[Binding]:
+        """Yield the bindings to try, best first: the requested ports, the endpoint's last port, the pool's longest
+        unused ones, and when none is free the pool's longest-cooling ones.
 
-    def pick(self, ask: Ask, works: Callable[[Binding], bool]) -> Binding:
-        """Return the first place that works, best first: the wish, the endpoint's last port, then the pool's longest
-        unused ones.
-
-        The caller takes it with `use`, and tells of each that a foreign process had with `decline`; the line moves on by that
-        alone. An exact wish raises PortReserved when the port is another service's static one, PortTaken when it is
-        cooling down for another instance or does not work; else PoolExhausted when the line is empty.
+        Whoever goes on to the next one has found that the last one can't be had.
         """
-        if ask.port is not None:
-            other = self._reserved_for(ask, ask.port)
-            cooling = self._blocked(ask, ask.port, "cooling")
-            place = Binding(ask.protocol, ask.address, ask.port)
-            if other is None and not cooling and works(place):  # also one on probation: the kernel tells if it is taken
-                return place
-            if ask.exact and other is not None:
-                raise PortReserved(
-                    f"port {ask.port} is static for {other}: ask for another, or without 'exact'", pointer="/port"
-                )
-            if ask.exact:
-                state = "is cooling down after another instance" if cooling else "is taken"
-                raise PortTaken(
-                    f"port {ask.port} on {ask.address} {state}: ask without 'exact' for another, "
-                    f"or see 'portd who {ask.port}'",
-                    pointer="/port",
-                )
-        last = self._last.get(ask.name)
-        if last is not None and last.port != ask.port and self._may_return_to(last, ask):
-            place = Binding(ask.protocol, ask.address, last.port)
-            if works(place):
-                return place
-        line = self._lines[ask.pool]
-        for _ in range(len(line)):
-            if not line:
+        tried = set()
+        for port in request.ports:
+            binding = request.on(port)
+            tried.add(port)
+            if (
+                self.statics.belongs_to_other(*_endpoint(request), binding) is None
+                and self.quarantines.blocking(request.instance, binding, "cooling") is None
+            ):  # one on probation is tried: the kernel says whether it is taken
+                yield binding
+        if request.is_exact:
+            return
+        last = self._last_port(request)
+        if last is not None and last not in tried:
+            yield request.on(last)
+        if request.is_at_share:
+            yield from self._cooling(request, self.quarantines.cooling(request.user))
+            return
+        free = self._free[request.pool]
+        for _ in range(len(free)):
+            if not free:
                 break
-            port = next(iter(line))
-            place = Binding(ask.protocol, ask.address, port)
-            if works(place):
-                return place
-            if port in line:  # not this time, but nothing is wrong with it
-                line.move_to_end(port)
-        raise PoolExhausted(
-            f"pool {ask.pool} has no free port: {self._account(ask.pool)}; "
-            "release some, wait for the cooldown, or widen the pool in the configuration"
-        )
+            port = next(iter(free))
+            if port in self._used or port in self.quarantines:
+                del free[port]  # it comes back when its lease has ended and it has cooled down
+                continue
+            yield request.on(port)
+            if port in free:
+                free.move_to_end(port)
+        yield from self._cooling(request, self.quarantines.cooling(of_all=True))
 
-    def _may_return_to(self, last: Binding, ask: Ask) -> bool:
-        in_pool = last.address != ask.address or self._pool_of.get(last.port) in (None, ask.pool)
-        return in_pool and self._reserved_for(ask, last.port) is None and not self._blocked(ask, last.port)
+    def _cooling(self, request: PortRequest, quarantines: Iterable[Quarantine]) -> Iterator[Binding]:
+        for quarantine in quarantines:
+            port = quarantine.binding.port
+            if port not in self._used and self._pool_of.get(port) == request.pool:
+                if any(other.kind == "declined" for other in self.quarantines.on_port(port)):
+                    continue
+                yield request.on(port)
 
-    def reserved_for(self, service: str, place: Binding) -> str | None:
-        """Return the other service that a port is static for, or None."""
-        for static in self._static_ports.get(place.port, ()):
-            if static.service != service and conflicts(static.place, place):
-                return static.service
-        return None
+    def _last_port(self, request: PortRequest) -> int | None:
+        """Return the port that the endpoint had last, if the configuration still lets it have that one."""
+        found = self._last.get((request.name, request.user))
+        if found is None:
+            return None
+        last, was_requested = found
+        pool = self._pool_of.get(last.port)
+        is_allowed = pool == request.pool or (pool is None and was_requested)
+        binding = request.on(last.port)
+        if not is_allowed or self.statics.belongs_to_other(*_endpoint(request), binding) is not None:
+            return None
+        return None if self.quarantines.blocking(request.instance, binding) is not None else last.port
 
-    def _reserved_for(self, ask: Ask, port: int) -> str | None:
-        return self.reserved_for(ask.name[0], Binding(ask.protocol, ask.address, port))
+    # --- what became of them ---
 
-    def _blocked(self, ask: Ask, port: int, kind: Literal["cooling", "declined"] | None = None) -> bool:
-        if port not in self._quarantine:
-            return False
-        return any(
-            quarantine.exempt != ask.name[:2]
-            and kind in (None, quarantine.kind)
-            and conflicts(quarantine.place, Binding(ask.protocol, ask.address, port))
-            for quarantine in self._quarantine[port]
-        )
-
-    def own_address(self, service: str, instance: str) -> str:
-        """Pick the instance's own loopback address; raises PoolExhausted when the block is used up."""
-        return self._own.pick((service, instance))
-
-    # --- what became of it ---
-
-    def use(self, lease: Lease) -> None:
-        """Count the lease's port as used, from the pick on: before the grant is durable."""
-        port = lease.port
-        self._uses[port] = self._uses.get(port, 0) + 1
-        self._leave_line(port)
-        self._end_quarantines(port, lease)
-        if lease.own_address:
-            self._own.use(lease.address, lease.name[:2])
-
-    def give_back(self, lease: Lease) -> None:
-        """Undo `use` for a grant that did not happen: the port goes back to the head of the line."""
-        self._drop_use(lease)
-        self._rejoin(lease.port, at_head=True)
-
-    def vacate(self, lease: Lease) -> None:
-        """Count a lease off the port that it has moved away from; a foreign process is there, so the port is on probation."""
-        self._drop_use(lease)
+    def put_back(self, port: int) -> None:
+        """Make a number the next free one again: the grant that reserved it did not happen."""
+        pool = self._pool_of.get(port)
+        if pool is not None and port not in self._used and port not in self.quarantines:
+            self._free[pool][port] = None
+            self._free[pool].move_to_end(port, last=False)
 
     def remember(self, lease: Lease) -> None:
-        """Keep in mind that the endpoint had this port, so that it gets it again."""
-        name = lease.name
-        self._last[name] = binding_of(lease)
-        self._last.move_to_end(name)
+        """Record that the endpoint had this port, so that it gets it again."""
+        key = (lease.name, lease.user)
+        self._last[key] = (binding_of(lease), lease.port_requested)
+        self._last.move_to_end(key)
         if len(self._last) > REMEMBERED_MAX:
             self._last.popitem(last=False)
         if lease.own_address:
-            self._own.remember(lease.address, lease.name[:2])
+            self.own.remember(lease.address, (lease.service, lease.instance, lease.user))
 
-    def cool(self, lease: Lease, tick: float) -> None:
-        """Count an ended lease off its port, which goes into its cooldown."""
-        self._drop_use(lease)
-        self.restore_cooling(lease, tick)
-
-    def restore_cooling(self, lease: Lease, tick: float, *, age_s: float = 0.0) -> None:
-        """Put an ended lease's port into its cooldown, of which `age_s` seconds have passed (a restart)."""
+    def cool(self, lease: Lease, tick: float, *, age_s: float = 0.0) -> None:
+        """Begin the cooldown of an ended lease's port, of which `age_s` seconds have passed (a restart)."""
         self.remember(lease)
-        statics = self._static_ports.get(lease.port)
-        if statics and any(static.service == lease.service for static in statics):
+        if any((each.service, each.endpoint) == lease.name[::2] for each in self.statics.on_port(lease.port)):
             return  # nobody else may have it anyway
-        quarantine = Quarantine(binding_of(lease), "cooling", lease.name[:2], 1)
-        self._isolate(quarantine, tick + max(0.0, self.cooldown_s - age_s))
+        instance = (lease.service, lease.instance, lease.user)
+        quarantine = Quarantine(binding_of(lease), "cooling", instance, lease.user, 1)
+        self.quarantines.begin(quarantine, tick + max(0.0, self.cooldown_s - age_s))
 
-    def decline(self, place: Binding, tick: float) -> None:
-        """Put a port on probation: a foreign process has it."""
-        self._isolate(Quarantine(place, "declined", None, PROBATION_SIGHTINGS), tick + PROBATION_S)
+    def decline(self, binding: Binding, tick: float, user: User = None) -> None:
+        """Put a port on probation, because a foreign process has it. It counts to the share of a `user` who says so."""
+        self.quarantines.begin(Quarantine(binding, "declined", None, user, PROBATION_SIGHTINGS), tick + PROBATION_S)
 
-    def restore_line(self, ended: Iterable[Lease]) -> None:
-        """Order the lines by these ended leases, oldest end first: their ports go to the back, as they had gone."""
-        for lease in ended:
-            self.remember(lease)
-            line = self._lines.get(self._pool_of.get(lease.port, ""))
-            if line is not None and lease.port in line:
-                line.move_to_end(lease.port)
-
-    # --- quarantine ---
-
-    def next_look(self) -> float | None:
-        """Return the tick at which a quarantined port wants to be looked at, or None."""
-        return self._looks.next_tick()
-
-    def due_looks(self, tick: float) -> list[Quarantine]:
-        """Take the quarantined ports that are due; each must be answered with `seen`."""
-        return self._looks.pop_due(tick)
-
-    def seen(self, quarantine: Quarantine, free: bool, tick: float) -> None:
-        """Tell whether a quarantined port was found unbound; it joins the line when it has been, often enough."""
-        port = quarantine.place.port
-        held = self._quarantine.get(port, [])
-        if quarantine not in held:
-            return  # its instance took it back meanwhile
-        held.remove(quarantine)
-        if not held:
-            self._quarantine.pop(port, None)
-        left = quarantine.sightings - 1 if free else max(quarantine.sightings, 1)
-        if left > 0:
-            wait_s = PROBATION_S if quarantine.kind == "declined" else COOLING_RECHECK_S
-            if not free and quarantine.kind == "declined":
-                left = PROBATION_SIGHTINGS
-            self._isolate(quarantine._replace(sightings=left), tick + wait_s)
-        else:
+    def polled(self, quarantine: Quarantine, is_free: bool, tick: float) -> None:
+        """Record whether a quarantined port was found unbound; it returns to the free list when it was often enough."""
+        port = quarantine.binding.port
+        if self.quarantines.polled(quarantine, is_free, tick) and port not in self._used:
             self._rejoin(port)
 
-    def quarantines(self) -> Iterator[Quarantine]:
-        """Yield every quarantine."""
-        for held in self._quarantine.values():
-            yield from held
+    def restore_order(self, ended: Iterable[Lease]) -> None:
+        """Order the free lists by these ended leases, oldest end first: their ports became free in this order."""
+        for lease in ended:
+            self.remember(lease)
+            free = self._free.get(self._pool_of.get(lease.port, ""))
+            if free is not None and lease.port in free:
+                free.move_to_end(lease.port)
 
-    def quarantines_on(self, port: int) -> list[Quarantine]:
-        """Return the quarantines of one port number."""
-        return list(self._quarantine.get(port, ()))
+    def _rejoin(self, port: int) -> None:
+        pool = self._pool_of.get(port)
+        if pool is not None:
+            self._free[pool][port] = None
+            self._free[pool].move_to_end(port)
 
-    # --- accounts ---
-
-    def statics(self) -> Iterable[StaticPort]:
-        """Return every static port."""
-        return self._statics.values()
+    # --- queries ---
 
     def pools(self) -> Iterable[str]:
         """Return the names of the pools."""
-        return self._lines.keys()
+        return self._free.keys()
+
+    def numbers(self, pool: str) -> tuple[int, ...]:
+        """Return the numbers of a pool, in ascending order."""
+        return self._numbers[pool]
 
     def pool_of(self, port: int) -> str | None:
         """Return the pool that a port number belongs to, or None."""
         return self._pool_of.get(port)
 
     def count(self, pool: str) -> PoolCount:
-        """Count a pool's numbers; walks the used and quarantined ones: for status, not on the way of a grant."""
-        used = sum(1 for port in self._uses if self._pool_of.get(port) == pool)
-        kinds = {"cooling": 0, "declined": 0}
-        for port, held in self._quarantine.items():
-            if port not in self._uses and self._pool_of.get(port) == pool:
-                kinds["declined" if any(q.kind == "declined" for q in held) else "cooling"] += 1
-        return PoolCount(self._sizes[pool], used, kinds["cooling"], kinds["declined"], len(self._lines[pool]))
+        """Count a pool's numbers. Walks all of them: for status, not on the way of a grant."""
+        used = cooling = declined = 0
+        numbers = self._numbers[pool]
+        for port in numbers:
+            if port in self._used:
+                used += 1
+            elif port in self.quarantines:
+                is_declined = any(each.kind == "declined" for each in self.quarantines.on_port(port))
+                declined += is_declined
+                cooling += not is_declined
+        return PoolCount(len(numbers), used, cooling, declined, len(numbers) - used - cooling - declined)
 
-    def _account(self, pool: str) -> str:
-        count = self.count(pool)
-        return f"{count.used} of {count.size} leased, {count.cooling} cooling, {count.declined} declined"
-
-    # --- moving numbers between line, use and quarantine ---
-
-    def _isolate(self, quarantine: Quarantine, tick: float) -> None:
-        port = quarantine.place.port
-        held = self._quarantine.setdefault(port, [])
-        if quarantine not in held:
-            held.append(quarantine)
-        self._looks.set(quarantine, tick)
-        self._leave_line(port)
-
-    def _end_quarantines(self, port: int, lease: Lease) -> None:
-        held = self._quarantine.get(port)
-        if not held:
-            return
-        for quarantine in list(held):
-            if conflicts(quarantine.place, binding_of(lease)):
-                held.remove(quarantine)
-                self._looks.discard(quarantine)
-        if not held:
-            del self._quarantine[port]
-
-    def _leave_line(self, port: int) -> None:
-        pool = self._pool_of.get(port)
-        if pool is not None:
-            self._lines[pool].pop(port, None)
-
-    def _rejoin(self, port: int, *, at_head: bool = False) -> None:
-        pool = self._pool_of.get(port)
-        if pool is None or port in self._uses or port in self._quarantine:
-            return
-        self._lines[pool][port] = None
-        if at_head:
-            self._lines[pool].move_to_end(port, last=False)
-
-    def _drop_use(self, lease: Lease) -> None:
-        left = self._uses.get(lease.port, 0) - 1
-        if left > 0:
-            self._uses[lease.port] = left
-        else:
-            self._uses.pop(lease.port, None)
+    def misplaced(self, lease: Lease) -> str | None:
+        """Return why the configuration would not give the lease what it has, or None. It keeps it until it ends."""
+        static = self.statics.belongs_to_other(lease.service, lease.endpoint, binding_of(lease))
+        if static is not None:
+            return f"port {lease.port} is static for {static.service} (endpoint {static.endpoint}) now"
         if lease.own_address:
-            self._own.release(lease.address)
+            return None if self.own.contains(lease.address) else f"{lease.address} is outside own_addresses now"
+        if lease.lifetime == "static" or lease.port_requested:
+            return None
+        if lease.pool not in self._free:
+            return f"pool {lease.pool} is no longer configured"
+        if self._pool_of.get(lease.port) != lease.pool:
+            return f"port {lease.port} is not in pool {lease.pool} any more"
+        return None
+
+
+def _endpoint(request: PortRequest) -> tuple[str, str]:
+    return request.name[0], request.name[2]

@@ -186,6 +186,13 @@ def resolve(
     )
 
 
+def is_same(one: Announcement | None, other: Announcement | None) -> bool:
+    """Return whether two announcements request the same, whatever became of them on the LAN."""
+    if one is None or other is None:
+        return one is other
+    return (one.type, one.name, one.txt) == (other.type, other.name, other.txt)
+
+
 def reachable(address: str) -> bool:
     """Return whether other hosts can reach the address: not a loopback one, and not `own`."""
     if address in (OWN_ADDRESS, LOCALHOST):

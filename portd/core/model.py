@@ -254,6 +254,7 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     token_hash: bytes = b""
     ttl: float | None = None
     exact: bool = False
+    port_requested: bool = False
     own_address: bool = False
     token_name: str | None = None
     foreign: Owner | None = None

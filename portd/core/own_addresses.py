@@ -1,25 +1,27 @@
 """Loopback addresses of instances' own: one each, the same again whenever it can be.
 
-An address costs nothing (anybody can bind any of 127/8 on Linux), so a fresh one is taken while there is one, and only
+An address costs nothing (anybody can bind any of 127/8 on Linux), so a fresh one is given while there is one, and only
 then the longest idle. Memory is bounded by the block.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 from portd.core.errors import PoolExhausted
 
-Instance = tuple[str, str]
-"""(service, instance)."""
+User = int | str | None
+"""Whose a lease is: a uid, `token:NAME`, or None where neither is known."""
+Instance = tuple[str, str, User]
+"""(service, instance, user): what one user had is given back to that user alone."""
 
 
 class OwnAddresses:
     """The block of loopback addresses that instances get one of (`own_addresses` in the configuration)."""
 
     def __init__(self, block: IPv4Network) -> None:
-        self._block = block
+        self.block = block
         self._next = 1  # the first address of a block is its network's name, the last its broadcast: both stay unused
         self._leases: dict[str, int] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
@@ -32,16 +34,21 @@ class OwnAddresses:
         Raises PoolExhausted when every address of the block is in use.
         """
         mine = self._address.get(instance)
-        if mine is not None:
+        if mine is not None and (mine in self._leases or self.contains(mine)):
             return mine
-        while self._next < self._block.num_addresses - 1:
-            address = str(self._block[self._next])
+        while self._next < self.block.num_addresses - 1:
+            address = str(self.block[self._next])
             if address not in self._instance:
                 return address
             self._next += 1
-        if self._idle:
-            return next(iter(self._idle))
-        raise PoolExhausted(f"every address of own_addresses ({self._block}) is in use: widen it in the configuration")
+        for address in self._idle:
+            if self.contains(address):
+                return address
+        raise PoolExhausted(f"every address of own_addresses ({self.block}) is in use: widen it in the configuration")
+
+    def contains(self, address: str) -> bool:
+        """Return whether the configured block has the address; one that a live lease keeps may lie outside it."""
+        return IPv4Address(address) in self.block
 
     def use(self, address: str, instance: Instance) -> None:
         """Count one more lease of the instance on the address, which becomes its own."""
@@ -50,8 +57,7 @@ class OwnAddresses:
         self._idle.pop(address, None)
 
     def release(self, address: str) -> None:
-        """Count one lease less; an address without any goes to the end of the idle line, still known as its last
-        instance's."""
+        """Count one lease less; an address without any becomes the newest idle one, and stays its instance's."""
         left = self._leases.get(address, 0) - 1
         if left > 0:
             self._leases[address] = left
@@ -61,7 +67,7 @@ class OwnAddresses:
             self._idle.move_to_end(address)
 
     def remember(self, address: str, instance: Instance) -> None:
-        """Keep in mind whose address it is or was."""
+        """Record whose address it is or was."""
         before = self._instance.get(address)
         if before is not None and before != instance and self._address.get(before) == address:
             del self._address[before]

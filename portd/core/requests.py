@@ -1,15 +1,17 @@
-"""What a caller may ask for: the types that validate a request, and from which the OpenAPI document is made.
+"""What a caller may request: the types that validate a request, and from which the OpenAPI document is made.
 
-Bounds stand here once; what depends on the configuration or on other leases is judged by the service.
+Bounds stand here once; what depends on the configuration or on other leases is decided by the engine.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
-from portd.core.model import Check, HoldKind, Label, PortNumber, Protocol
+from portd.core.errors import InvalidRequest
+from portd.core.model import Check, CheckTiming, HoldKind, Label, PortNumber, Protocol
 
 Tag = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 Tags = Annotated[tuple[Tag, ...], Meta(max_length=64)]
@@ -29,25 +31,39 @@ class AnnounceRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = {}
 
 
+PortRange = Annotated[str, Meta(pattern=r"^[0-9]{1,5}(-[0-9]{1,5})?\Z", examples=["8000-8010"])]
+Ports = PortNumber | PortRange | Annotated[tuple[PortNumber | PortRange, ...], Meta(min_length=1, max_length=64)]
+Weight = Annotated[int, Meta(ge=0, le=65_535)]
+
+
 class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A wish for one lease; only `service` is required."""
+    """A request for one lease; only `service` is required.
+
+    `port`: the first of these numbers that is free, else another one unless `exact`. `offset` (in an array, not in its
+    first request): the port is that of the first lease plus this; all are found together. `adopt`: the lease is for the
+    process that listens on the port already. `weight` and `priority` are
+    those of SRV records (RFC 2782).
+    """
 
     service: Label
     instance: Label | None = None
     endpoint: Label = "main"
     protocol: Protocol = "tcp"
     address: Annotated[str, Meta(min_length=1, max_length=64)] = "127.0.0.1"
-    port: PortNumber | None = None
+    port: Ports | None = None
     exact: bool = False
     adopt: bool = False
+    offset: Annotated[int, Meta(ge=-65_534, le=65_534)] | None = None
     pool: Annotated[str, Meta(min_length=1, max_length=63)] = "default"
     hold: HoldKind | None = None
     pid: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
     ttl: Ttl | None = None
-    tags: Tags = ()
-    metadata: Metadata = {}
-    check: Check | None = None
-    announce: bool | AnnounceRequest | None = None
+    tags: Tags | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
+    weight: Weight | UnsetType = UNSET
+    priority: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    check: Check | UnsetType | None = UNSET
+    announce: bool | AnnounceRequest | UnsetType | None = UNSET
 
 
 class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,3 +98,47 @@ class HealthReport(Struct, frozen=True, forbid_unknown_fields=True):
 
     status: Literal["passing", "warning", "critical"]
     note: Annotated[str, Meta(max_length=4096)] = ""
+
+
+DETAILS_MAX_BYTES: Final = 16 * 1024
+"""Tags and metadata of a lease together, as UTF-8: every look-up and every event carries them."""
+
+
+def port_numbers(ports: Ports | None) -> tuple[int, ...]:
+    """Return the requested port numbers, the preferred one first; raises InvalidRequest for a range that is none."""
+    if ports is None:
+        return ()
+    if isinstance(ports, int):
+        return (ports,)
+    if isinstance(ports, str):
+        first, _, last = ports.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or numbers[0] < 1 or numbers[-1] > 65_535:
+            raise InvalidRequest(f"{ports!r} is not a range within 1-65535, lower bound first", pointer="/port")
+        return tuple(numbers)
+    return tuple(dict.fromkeys(number for each in ports for number in port_numbers(each)))
+
+
+def check_details(tags: tuple[str, ...], metadata: dict[str, str]) -> None:
+    """Raise InvalidRequest for tags and metadata that are too large together."""
+    texts = (*tags, *metadata, *metadata.values())
+    if sum(map(len, texts)) * 4 <= DETAILS_MAX_BYTES:  # at most four bytes a character
+        return
+    size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if size_bytes > DETAILS_MAX_BYTES:
+        raise InvalidRequest(
+            f"tags and metadata have {size_bytes} bytes together: at most {DETAILS_MAX_BYTES} are allowed",
+            pointer="/metadata" if metadata else "/tags",
+        )
+
+
+def check_timing(check: Check) -> Check:
+    """Return the check with a timeout within its interval; raises InvalidRequest for a longer one that was given."""
+    if check.timeout <= check.interval:
+        return check
+    if check.timeout != CheckTiming().timeout:
+        raise InvalidRequest(
+            f"a check's timeout ({check.timeout:g} s) is at most its interval ({check.interval:g} s)",
+            pointer="/check/timeout",
+        )
+    return replace(check, timeout=check.interval)

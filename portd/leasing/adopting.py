@@ -36,7 +36,7 @@ async def _nobody(port: int) -> list[tuple[Listener, Holder]]:
 class Adopter:
     """Finds the process of an adoption, and judges whether the caller may adopt it."""
 
-    def __init__(self, processes: Processes, check_caller: Callable[[Caller], None]) -> None:
+    def __init__(self, processes: Processes, check_caller: Callable[[Caller], object]) -> None:
         self._processes = processes
         self._check_caller = check_caller
         self.find_listeners: FindListeners = _nobody

@@ -1,346 +1,422 @@
-"""Deciding a grant: from a request to a lease that is claimed and held, in one go.
+"""Deciding a call for leases: from requests to reservations on a Pending, in one go.
 
-Everything here is synchronous. Between reading the table and claiming the place there is no await, so no other grant
-can come in between: that, and not a lock, is why a port is never granted twice.
+Everything here is synchronous. Between reading the table and reserving in it there is no await, so no other grant can
+come in between: that, and not a lock, is why a port is never granted twice. Whatever is refused on the way is raised;
+the caller of `decide` then rolls the Pending back, and nothing has changed.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
-from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any, Final, NamedTuple
 
-import msgspec
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from portd.core import announcing
-from portd.core.allocator import Allocator, Ask
+from portd.core.allocator import Allocator, PortRequest
 from portd.core.bindings import LOCALHOST, Binding
-from portd.core.errors import (
-    FILE_LIMIT,
-    Busy,
-    InvalidRequest,
-    NotOwner,
-    OtherNetwork,
-    PortReserved,
-    PortTaken,
-    QuotaExceeded,
-    Unauthenticated,
-)
+from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, PortReserved, PortTaken, QuotaExceeded, Refusal
 from portd.core.health import CheckPolicy, validate_check
-from portd.core.model import (
-    OWN_ADDRESS,
-    Check,
-    HoldKind,
-    Lease,
-    Lifetime,
-    Now,
-    Owner,
-    ProcessId,
-    Protocol,
-)
-from portd.core.requests import LeaseRequest
+from portd.core.model import OWN_ADDRESS, Check, HoldKind, Lease, Lifetime, Owner, Protocol
+from portd.core.names import Holder, ServiceNames, check_name
+from portd.core.own_addresses import Instance, User
+from portd.core.requests import LeaseRequest, check_details, check_timing, port_numbers
 from portd.core.rights import Caller, hash_token
 from portd.core.table import LeaseTable
+from portd.core.transitions import Change
+from portd.core.updating import check_same, replaced_fields
 from portd.leasing.adopting import Adopted
-from portd.leasing.seams import ForeignNetwork, Holds, Process, Processes, ProcessGone
+from portd.leasing.owners import Owners, describe_owner
+from portd.leasing.pending import Grant, Pending
+from portd.leasing.policy import Policy, new_id, new_token
+from portd.leasing.refusing import Search, no_port
+from portd.leasing.seams import Holds, Process
+from portd.leasing.static_holds import StaticHolds
+from portd.leasing.timers import HoldKeeper, LeaseClocks
 
 TRIES_MAX: Final = 512
 """Candidates that one grant tries: each costs a bind (10 µs), so a pool full of foreign processes blocks the loop for
-5 ms at the most. Strangers' ports go on probation, so the next try goes on where this one stopped."""
+5 ms at the most. Their ports go on probation, so the next grant goes on where this one stopped."""
 DEFAULT_ADDRESS: Final = "127.0.0.1"
 DEFAULT_PROTOCOL: Final = "tcp"
 """What a request binds that says nothing else; a static port's own address and protocol take their place."""
-PRIVILEGED_BELOW: Final = 1024
-"""Ports that only root may bind by the kernel's rule: a lease on one is a privilege too, except on an own address."""
-
-DRAWN_BYTES: Final = 4096
 
 
-class Policy(NamedTuple):
-    """What the configuration says about grants. `quota_per_uid` counts leases; `max_ttl_s` is in seconds;
-    `daemon_uid` is the user that the daemon runs as."""
-
-    max_ttl_s: float
-    quota_per_uid: int
-    hold: HoldKind
-    allow_commands: frozenset[str]
-    host: str
-    daemon_uid: int = 0
+NOTHING_ADOPTED: Final[Mapping[int, Adopted]] = {}
+Reserve = Callable[..., Any]
+"""`reserve(release, *args)`: registers a compensation, at the Pending or at one attempt of it."""
 
 
-class Grant(NamedTuple):
-    """A decided grant, with the secret that is shown once."""
+class Draft(NamedTuple):
+    """A lease that lacks nothing but its port. `fields` are those of the Lease, `token` is shown once;
+    `is_whole`: the number must be free at every address of this host."""
 
-    lease: Lease
+    id: str
     token: str
+    ports: PortRequest
+    hold: HoldKind
+    is_privileged: bool
+    is_whole: bool
+    fields: dict[str, Any]
 
 
-class _Chance:
-    """The kernel's random bytes, drawn by the page: a system call for each token costs as much as the rest of it."""
-
-    def __init__(self) -> None:
-        self._drawn = b""
-        self._at = 0
-
-    def take(self, count: int) -> bytes:
-        """Return so many bytes, none of them twice."""
-        at = self._at
-        if at + count > len(self._drawn):
-            at, self._drawn = 0, os.urandom(DRAWN_BYTES)
-        self._at = at + count
-        return self._drawn[at : self._at]
-
-
-_chance = _Chance()
-
-
-def new_id(at: float) -> str:
-    """Make a lease id: milliseconds since the epoch, then 48 bits of chance, in hex digits.
-
-    Ids that grow with time lie together in the store: a quarter of a commit's time at 64 grants. No secret is in them.
-    """
-    return f"{int(at * 1000) & 0xFFFFFFFFFFFF:012x}{_chance.take(6).hex()}"
-
-
-def new_token() -> str:
-    """Make a token: 192 bits of chance."""
-    return urlsafe_b64encode(_chance.take(24)).decode("ascii")
-
-
-class Granter:
-    """Decides grants and takes their holds; undoes both where nothing comes of it."""
+class Decider:
+    """Decides calls for leases, and moves to another port."""
 
     def __init__(
         self,
         table: LeaseTable,
         allocator: Allocator,
+        names: ServiceNames,
         holds: Holds,
-        processes: Processes,
+        keeper: HoldKeeper,
+        statics: StaticHolds,
+        owners: Owners,
+        clocks: LeaseClocks,
         policy: Policy,
         make_id: Callable[[float], str] = new_id,
         make_token: Callable[[], str] = new_token,
     ) -> None:
         self._table = table
         self._allocator = allocator
+        self._names = names
         self._holds = holds
-        self._processes = processes
+        self._keeper = keeper
+        self._statics = statics
+        self._owners = owners
+        self._clocks = clocks
         self.policy = policy
         self._make_id = make_id
         self._make_token = make_token
 
-    def grant(
+    # --- calls ---
+
+    def decide(
+        self,
+        pending: Pending,
+        requests: Sequence[LeaseRequest],
+        caller: Caller,
+        adopted: Mapping[int, Adopted] = NOTHING_ADOPTED,
+    ) -> None:
+        """Decide all requests of a call, and record the leases in `pending.grants`; raises the first refusal.
+
+        `adopted` are the processes of requests to adopt one, by index. Requests with an `offset` are placed together with the first one, the others one after the other.
+        """
+        grants: dict[int, Grant] = {}
+        relative = [index for index, request in enumerate(requests) if request.offset is not None]
+        if relative:
+            self._grant_together(pending, requests, relative, caller, grants)
+        for index, request in enumerate(requests):
+            if index not in grants:
+                with _pointing_to(index, len(requests)):
+                    grants[index] = self._grant(
+                        request, caller, pending, _leases(grants), pending.reserve, adopted.get(index)
+                    )
+        pending.grants = [grants[index] for index in range(len(requests))]
+
+    def move(self, lease: Lease, pending: Pending, *, is_privileged: bool) -> Lease:
+        """Reserve another port for a live lease whose port a foreign process has; the old one goes on probation.
+
+        The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none.
+        """
+        self._allocator.decline(Binding(lease.protocol, lease.address, lease.port), pending.now.tick, lease.user)
+        ports = PortRequest(lease.name, lease.user, lease.protocol, lease.address, (), lease.pool)
+        draft = Draft(lease.id, "", ports, lease.hold, is_privileged, not lease.own_address, {})
+        self._holds.drop(lease.id)
+        pending.reserve(self._hold_again, lease)
+        search = Search()
+        for binding in self._allocator.candidates(ports):
+            if self._hold(draft, binding, pending, search):
+                moved = replace(lease, port=binding.port, state="held")
+                pending.reserve(self._withdraw_move, moved)
+                self._table.reserve_move(moved, pending)
+                return moved
+        raise no_port(self._allocator, self._table, draft.ports, search, pending.now.tick, self.policy)
+
+    def check_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> Check | None:
+        """Return the check as it will be made; raises InvalidRequest for one that can't be made for this user."""
+        if check is None:
+            return None
+        validate_check(check, protocol, uid, CheckPolicy(self.policy.daemon_uid, self.policy.allow_commands))
+        return check_timing(check)
+
+    # --- one request ---
+
+    def _grant(
+        self,
+        request: LeaseRequest,
+        caller: Caller,
+        pending: Pending,
+        made: Sequence[Lease],
+        reserve: Reserve,
+        adopted: Adopted | None = None,
+    ) -> Grant:
+        """Grant one request. `made` are the leases of the call so far: endpoints of a service share their instance."""
+        if adopted is None:
+            process = self._owners.acquire(request.pid, caller, pending, is_lifetime=request.ttl is None)
+        else:
+            process = adopted.process
+            if request.ttl is None:
+                self._owners.keep(process.id, pending)
+        existing = self._existing(request)
+        if existing is not None:
+            return self._again(existing, request, caller, process, pending)
+        draft = self._draft(request, caller, process, pending, made, reserve)
+        if adopted is not None:
+            return self._adopt(draft, adopted, pending, reserve)
+        search = Search()
+        for binding in self._allocator.candidates(draft.ports):
+            if self._hold(draft, binding, pending, search):
+                return self._reserve(draft, binding.port, pending, reserve)
+        raise no_port(self._allocator, self._table, draft.ports, search, pending.now.tick, self.policy)
+
+    def _adopt(self, draft: Draft, adopted: Adopted, pending: Pending, reserve: Reserve) -> Grant:
+        """Reserve the port that the process listens on. Nothing is held while its socket is in the way."""
+        request = draft.ports._replace(address=adopted.address, is_exact=True)
+        (port,) = request.ports
+        name, binding = request.name, request.on(port)
+        is_reserved = self._allocator.statics.belongs_to_other(name[0], name[2], binding) is not None
+        if is_reserved or self._table.conflicting(binding) is not None:
+            raise no_port(self._allocator, self._table, request, Search(), pending.now.tick, self.policy)
+        draft.fields["address"] = adopted.address
+        grant = self._reserve(draft, port, pending, reserve)
+        pending.changes.append(Change(grant.lease.id, "bound", adopted.seen._asdict()))
+        pending.on_commit(partial(self._keeper.restore, grant.lease))  # once its owner's socket is not in the way
+        return grant
+
+    def _grant_together(
+        self,
+        pending: Pending,
+        requests: Sequence[LeaseRequest],
+        relative: Sequence[int],
+        caller: Caller,
+        grants: dict[int, Grant],
+    ) -> None:
+        """Grant the first request, and those with an offset at ports counted from its own. Where one of them can't be
+        had, the first one's next candidate is tried with all of them."""
+        with _pointing_to(0, len(requests)):
+            first = requests[0]
+            if first.offset is not None:
+                raise InvalidRequest("'offset' counts from the first request of an array", pointer="/offset")
+            process = self._owners.acquire(first.pid, caller, pending, is_lifetime=first.ttl is None)
+            existing = self._existing(first)
+            if existing is not None:
+                grants[0] = self._again(existing, first, caller, process, pending)
+                self._grant_relative(pending, requests, relative, caller, grants, pending.reserve)
+                return
+            draft = self._draft(first, caller, process, pending, (), pending.reserve)
+        search = Search()
+        last: Refusal | None = None
+        for binding in self._allocator.candidates(draft.ports):
+            if not self._hold(draft, binding, pending, search):
+                continue
+            before = len(pending.changes), len(pending.effects)
+            with ExitStack() as attempt:
+                grants[0] = self._reserve(draft, binding.port, pending, attempt.callback)
+                try:
+                    self._grant_relative(pending, requests, relative, caller, grants, attempt.callback)
+                except (PortTaken, PortReserved) as refusal:
+                    if (refusal.pointer or "").endswith("/instance"):
+                        raise
+                    last = refusal
+                    grants.clear()
+                    del pending.changes[before[0] :], pending.effects[before[1] :]
+                    continue
+                pending.reserve(attempt.pop_all().close)
+                return
+        with _pointing_to(0, len(requests)):
+            raise last or no_port(self._allocator, self._table, draft.ports, search, pending.now.tick, self.policy)
+
+    def _grant_relative(
+        self,
+        pending: Pending,
+        requests: Sequence[LeaseRequest],
+        relative: Sequence[int],
+        caller: Caller,
+        grants: dict[int, Grant],
+        reserve: Reserve,
+    ) -> None:
+        first_port = grants[0].lease.port
+        for index in relative:
+            with _pointing_to(index, len(requests)):
+                request = _at_offset(requests[index], first_port)
+                grants[index] = self._grant(request, caller, pending, _leases(grants), reserve)
+
+    def _existing(self, request: LeaseRequest) -> Lease | None:
+        if request.instance is None:
+            return None
+        return self._table.named(request.service, request.instance, request.endpoint)
+
+    def _draft(
         self,
         request: LeaseRequest,
         caller: Caller,
         process: Process | None,
-        now: Now,
-        shared: Iterable[str] = (),
-        adopted: Adopted | None = None,
-    ) -> Grant:
-        """Decide one grant: the lease is claimed in the table, counted in its pool, and its hold is taken.
-
-        `shared` are instances of the same service that the same call has made: endpoints gather on them. `adopted` is
-        the process that listens on the port already: then nothing is held. Raises the refusal; then nothing is left
-        behind.
-        """
+        pending: Pending,
+        made: Sequence[Lease],
+        reserve: Reserve,
+    ) -> Draft:
         self._check(request)
-        owner, identity = self._owner(caller, process)
-        self.check_check(request.check, request.protocol, owner.uid)
-        quota = self.policy.quota_per_uid
-        if quota and self._table.count_of_uid(owner.uid) >= quota:
-            raise QuotaExceeded(
-                f"uid {owner.uid} has {quota} leases already, its quota: release some, "
-                "or raise quota_per_uid in the configuration"
-            )
-        instance = request.instance or self._table.free_instance(request.service, request.endpoint, shared)
-        static = self._allocator.static_for(request.service, request.endpoint)
-        address, own = self._address(request, instance)
-        protocol = request.protocol
-        wish = request.port
-        if static is not None and wish in (None, static.port):
-            wish = static.port
+        owner = Owner(uid=caller.uid, known_by=caller.known_by) if process is None else process.owner
+        token_name = caller.token_name if owner.uid is None else None
+        user: User = owner.uid if token_name is None else f"token:{token_name}"
+        check = None if request.check is UNSET else self.check_check(request.check, request.protocol, owner.uid)
+        table, service, endpoint = self._table, request.service, request.endpoint
+        shared = dict.fromkeys(lease.instance for lease in made if lease.service == service) if made else ()
+        instance = request.instance or table.free_instance(service, endpoint, shared)
+        oldest, of_instance = table.oldest_of_service(service), table.oldest_of_instance(service, instance)
+        lease_count = table.count_of_user(user)
+        if not caller.admin:
+            self._check_names(service, instance, user, oldest, of_instance, pending)
+        static = self._allocator.statics.of_endpoint(service, endpoint)
+        address_user = user if of_instance is None else of_instance.user  # endpoints share their instance's address
+        address, is_own = self._address(request, (service, instance, address_user), reserve)
+        protocol, numbers, is_exact = request.protocol, port_numbers(request.port), request.exact
+        is_static = static is not None and (not numbers or static.port in numbers[:1])
+        if static is not None and is_static:
+            numbers, is_exact = (static.port,), True
             if static.protocol != "both" and protocol == DEFAULT_PROTOCOL:
                 protocol = static.protocol
-            address = address if own or request.address != DEFAULT_ADDRESS else static.address
-        hold = self._hold(request, protocol)
-        announce = announcing.resolve(
-            request.announce,
-            service=request.service,
-            instance=instance,
-            endpoint=request.endpoint,
-            protocol=protocol,
-            address=address,
-            check=request.check,
-        )
-        ask = Ask((request.service, instance, request.endpoint), protocol, address, wish, request.pool, request.exact)
-        privileged = caller.admin or own or (static is not None and wish == static.port)
+            address = address if is_own or request.address != DEFAULT_ADDRESS else static.address
+        quota = self.policy.quota_per_uid
+        is_at_share = bool(quota) and lease_count + self._allocator.quarantines.count_of(user) >= quota
+        if is_at_share and lease_count >= quota:
+            raise QuotaExceeded(
+                f"{lease_count} leases are granted already, the quota: release some, or raise quota_per_uid in the "
+                "configuration"
+            )
+        hold = self._hold_kind(request, protocol)
+        announce = None
+        if request.announce is not UNSET:
+            announce = announcing.resolve(
+                request.announce,
+                service=service,
+                instance=instance,
+                endpoint=endpoint,
+                protocol=protocol,
+                address=address,
+                check=check,
+            )
+        lifetime: Lifetime = "ttl" if request.ttl is not None else "static" if is_static else "process"
         token = self._make_token()
-        lease_id = self._make_id(now.at)
-        whole = not (request.exact or own)
-        if adopted is not None:
-            address = adopted.address
-            place = self._adopt(ask._replace(address=address))
-        else:
-            place = self._find(lease_id, ask, hold, now, privileged=privileged, whole=whole)
-        lifetime: Lifetime = "process"
-        if request.ttl is not None:
-            lifetime = "ttl"
-        elif static is not None and place.port == static.port:
-            lifetime = "static"
-        lease = Lease(
-            id=lease_id,
-            service=request.service,
-            instance=instance,
-            endpoint=request.endpoint,
-            protocol=protocol,
-            address=address,
-            port=place.port,
-            pool=request.pool,
-            hold=hold,
-            lifetime=lifetime,
-            owner=owner,
-            uid=owner.uid,
-            tags=request.tags,
-            metadata=request.metadata,
-            check=request.check,
-            announce=announce,
-            host=self.policy.host,
-            created_at=now.at,
-            process=identity,
-            token_hash=hash_token(token),
-            ttl=request.ttl,
-            exact=request.exact,
-            own_address=own,
+        fields = {
+            "service": service,
+            "instance": instance,
+            "endpoint": endpoint,
+            "protocol": protocol,
+            "address": address,
+            "pool": request.pool,
+            "hold": hold,
+            "lifetime": lifetime,
+            "owner": owner,
+            "uid": owner.uid,
+            "tags": () if request.tags is UNSET else request.tags,
+            "metadata": {} if request.metadata is UNSET else request.metadata,
+            "weight": 1 if request.weight is UNSET else request.weight,
+            "priority": request.priority,
+            "check": check,
+            "announce": announce,
+            "host": self.policy.host,
+            "created_at": pending.now.at,
+            "process": None if process is None else process.id,
+            "token_hash": hash_token(token),
+            "token_name": token_name,
+            "ttl": request.ttl,
+            "exact": is_exact,
+            "port_requested": bool(numbers),
+            "own_address": is_own,
+        }
+        if is_static:
+            self._statics.give_way(service, endpoint, reserve)
+        is_privileged = caller.admin or is_own or (is_static and bool(self.policy.is_listed(service, user)))
+        ports = PortRequest(
+            (service, instance, endpoint), user, protocol, address, numbers, request.pool, is_exact, is_at_share
         )
-        self._table.claim(lease)  # no await between the pick and here
-        self._allocator.use(lease)
-        return Grant(lease, token)
+        return Draft(self._make_id(pending.now.at), token, ports, hold, is_privileged, not (is_exact or is_own), fields)
 
-    def undo(self, lease: Lease) -> None:
-        """Give up a decided grant of which nothing came."""
-        self._holds.drop(lease.id)
-        self._table.disclaim(lease)
-        self._allocator.give_back(lease)
+    def _reserve(self, draft: Draft, port: int, pending: Pending, reserve: Reserve) -> Grant:
+        """Reserve the lease's name and binding on a port that is held for it; no await since the candidate."""
+        lease = Lease(id=draft.id, port=port, **draft.fields)
+        reserve(self._withdraw, lease)
+        self._table.reserve(lease, pending)
+        pending.changes.append(Change(lease.id, "granted", lease=lease))
+        if lease.ttl is not None:
+            pending.on_commit(partial(self._clocks.start, lease))
+        return Grant(lease, draft.token)
 
-    def move(self, lease: Lease, now: Now, *, privileged: bool) -> Lease:
-        """Decide another port for a live lease whose port a foreign process has; the old one goes on probation.
+    def _hold(self, draft: Draft, binding: Binding, pending: Pending, search: Search) -> bool:
+        """Hold the binding for the lease, unless somebody has it; the search records why not."""
+        port = binding.port
+        if port < self.policy.unprivileged_from and not draft.is_privileged:
+            search.add("privileged", port)
+            return False
+        if self._table.conflicting(binding) is not None:
+            search.add("leased", port)
+            return False
+        search.tries += 1
+        if search.tries > TRIES_MAX:
+            raise Busy(f"{TRIES_MAX} ports in a row are used by foreign processes; try again")
+        taken = self._holds.take(draft.id, binding.protocol, binding.address, port, draft.hold, whole=draft.is_whole)
+        if taken == "taken":
+            return True
+        if taken == "no_address":
+            raise InvalidRequest(f"{binding.address} is not an address of this host", pointer="/address")
+        if taken == "no_descriptors":
+            raise Busy(FILE_LIMIT)
+        search.add(taken, port)
+        if taken == "busy" and self._allocator.pool_of(port) is not None and not self._table.on_port(port):
+            self._allocator.decline(binding, pending.now.tick)
+        return False
 
-        The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none.
-        """
-        self._allocator.decline(Binding(lease.protocol, lease.address, lease.port), now.tick)
-        self._holds.drop(lease.id)
-        ask = Ask(lease.name, lease.protocol, lease.address, None, lease.pool, exact=False)
-        try:
-            whole = not lease.own_address
-            place = self._find(lease.id, ask, lease.hold, now, privileged=privileged, whole=whole)
-        except BaseException:
-            self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
-            raise
-        moved = msgspec.structs.replace(lease, port=place.port, state="held")
-        self._table.claim_move(moved)  # no await between the pick and here
-        self._allocator.use(moved)
-        return moved
+    # --- the same name again ---
 
-    def undo_move(self, lease: Lease, moved: Lease, *, is_live: bool) -> None:
-        """Give up a decided move: the lease stays where it was, if it still lives."""
-        self._holds.drop(moved.id)
-        self._table.disclaim_move(moved.id)
-        self._allocator.give_back(moved)
-        if is_live:
-            self._holds.restore(lease.id, lease.protocol, lease.address, lease.port, lease.hold)
-
-    def process(self, request_pid: int | None, caller: Caller, *, required: bool) -> Process | None:
-        """Find the process that a lease will belong to: the wished one, else the caller.
-
-        None where it can't be known and is not `required`. Raises InvalidRequest for a process that is gone or not
-        known, NotOwner for somebody else's, OtherNetwork for one of another network namespace.
-        """
-        self.check_caller(caller)
-        pid = caller.pid if request_pid is None else self._translate(request_pid, caller)
-        if pid is None or (caller.known_by == "token" and request_pid is None):
-            if required:
-                raise InvalidRequest(
-                    "which process calls can't be known here: give 'ttl' (seconds), and renew in time", pointer="/ttl"
+    def _again(
+        self, lease: Lease, request: LeaseRequest, caller: Caller, process: Process | None, pending: Pending
+    ) -> Grant:
+        """Answer a request for a name that is leased: the same owner has it already; a user's new process gets the ttl
+        lease of one that died; anybody else is refused."""
+        identity = None if process is None else process.id
+        fields: dict[str, Any] = {}
+        if lease.process is None or identity != lease.process:
+            is_orphaned = lease.lifetime == "ttl" and not self._owners.is_alive(lease.process)
+            is_authorized = (
+                (caller.uid is not None and caller.uid == lease.uid)
+                or (caller.token_hash is not None and caller.token_hash == lease.token_hash)
+                or (lease.token_name is not None and caller.token_name == lease.token_name)
+            )
+            if request.ttl is None or not is_orphaned or not is_authorized:
+                raise PortTaken(
+                    f"instance {lease.instance!r} (endpoint {lease.endpoint}) is already leased by "
+                    f"{describe_owner(lease.owner)} on port {lease.port}: choose another instance name or omit it",
+                    pointer="/instance",
                 )
-            return None
-        try:
-            process = self._processes.find(pid, caller.known_by)
-        except ForeignNetwork as error:
-            raise OtherNetwork(
-                f"process {pid} lives in another network namespace: its ports are not this host's; run "
-                "portd in that namespace",
-                pointer="/pid" if request_pid else None,
-            ) from error
-        except ProcessGone as error:
-            if not required and request_pid is None:
-                return None
-            raise InvalidRequest(f"there is no process {pid} (any more)", pointer="/pid") from error
-        except OSError as error:
-            raise Busy(FILE_LIMIT) from error
-        if request_pid is None and process.owner.uid != caller.uid:
-            # Credentials are those of connect(): the pid may have passed on to another user's process since.
-            raise InvalidRequest(f"process {pid} is not the one that connected: connect again", pointer="/pid")
-        if request_pid is not None and not caller.admin and process.owner.uid != caller.uid:
-            raise NotOwner(
-                f"process {pid} belongs to uid {process.owner.uid}: only root or the admin group may lease for it",
-                pointer="/pid",
-            )
-        return process
-
-    def check_caller(self, caller: Caller) -> None:
-        """Refuse a caller that may not have ports or sockets of this host: one in another network namespace, and one
-        whose process can't be known any more. Raises OtherNetwork, Unauthenticated, Busy."""
-        if caller.known_by == "token":
-            return  # it is on another host, or behind a proxy: its token says who it is
-        if caller.uid is None:
-            raise Unauthenticated("the kernel does not know the other end of this connection: connect again")
-        if caller.other_network:
-            raise OtherNetwork(
-                "the calling process is in another network namespace: its ports are not this host's; run portd in that "
-                "namespace"
-            )
-        if caller.pid is not None:
-            try:
-                self._processes.find(caller.pid, caller.known_by)
-            except ForeignNetwork as error:
-                raise OtherNetwork(
-                    f"the calling process {caller.pid} is in another network namespace: its ports are not this host's; "
-                    "run portd in that namespace"
-                ) from error
-            except ProcessGone as error:
-                raise OtherNetwork(
-                    f"process {caller.pid}, which opened this connection, has exited: connect again"
-                ) from error
-            except OSError as error:
-                raise Busy(FILE_LIMIT) from error
-
-    def _translate(self, request_pid: int, caller: Caller) -> int:
-        """Return portd's number for a process that the caller names in its own pid namespace; raises InvalidRequest."""
-        if caller.known_by == "token":
-            return request_pid
-        try:
-            if caller.pid is None:
-                raise ProcessGone(request_pid)
-            return self._processes.translate(request_pid, caller.pid)
-        except ProcessGone as error:
-            raise InvalidRequest(
-                f"there is no process {request_pid} in the caller's pid namespace that portd can see", pointer="/pid"
-            ) from error
-
-    def check_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> None:
-        """Refuse a check that can't be made here for a lease of this user; raises InvalidRequest."""
-        if check is not None:
-            validate_check(check, protocol, uid, CheckPolicy(self.policy.daemon_uid, self.policy.allow_commands))
+            if process is not None:
+                fields = {"owner": process.owner, "process": process.id}
+        else:
+            address = request.address if request.address == OWN_ADDRESS else _normal_address(request.address)
+            check_same(lease, request, address)
+        if request.check is not UNSET:
+            self.check_check(request.check, lease.protocol, lease.uid)
+        fields |= replaced_fields(lease, request, pending.now.at)
+        if fields:
+            pending.changes.append(Change(lease.id, "updated", fields))
+        if lease.lifetime == "ttl":
+            pending.reserve(self._clocks.resume, lease.id)
+            self._clocks.pause(lease.id)
+            pending.on_commit(partial(self._clocks.renew_paused, lease))
+        return Grant(lease, None)
 
     # --- parts of a decision ---
 
     def _check(self, request: LeaseRequest) -> None:
         if request.pool not in self._allocator.pools():
             raise InvalidRequest(
-                f"there is no pool {request.pool}; there is: {', '.join(self._allocator.pools())}", pointer="/pool"
+                f"there is no pool {request.pool!r}: the configuration has {', '.join(self._allocator.pools())}",
+                pointer="/pool",
             )
         if request.ttl is not None and request.ttl > self.policy.max_ttl_s:
             raise InvalidRequest(
@@ -348,79 +424,94 @@ class Granter:
             )
         if request.exact and request.port is None:
             raise InvalidRequest("'exact' needs a 'port'", pointer="/exact")
+        if request.offset is not None and request.pool != "default" and request.port is None:
+            raise InvalidRequest("a port with 'offset' comes from no pool", pointer="/pool")
+        if request.tags is not UNSET or request.metadata is not UNSET:
+            check_details(
+                () if request.tags is UNSET else request.tags, {} if request.metadata is UNSET else request.metadata
+            )
 
-    @staticmethod
-    def _owner(caller: Caller, process: Process | None) -> tuple[Owner, ProcessId | None]:
-        if process is None:
-            return Owner(uid=caller.uid, known_by=caller.known_by), None
-        return process.owner, process.id
+    def _check_names(
+        self,
+        service: str,
+        instance: str,
+        user: User,
+        oldest: Lease | None,
+        of_instance: Lease | None,
+        pending: Pending,
+    ) -> None:
+        """Refuse a service name or an instance of another user: the lease would speak in its name."""
+        if not self.policy.has_shared_names:
+            holder = self._names.holder(service, pending.now.tick) if oldest is None else Holder(oldest.user)
+            check_name(service, user, holder, self.policy.is_listed(service, user))
+        if of_instance is not None and of_instance.user != user:
+            raise PortTaken(
+                f"instance {instance!r} belongs to {describe_owner(of_instance.owner)}: choose another instance name "
+                "or omit it",
+                pointer="/instance",
+            )
 
-    def _hold(self, request: LeaseRequest, protocol: Protocol) -> HoldKind:
+    def _hold_kind(self, request: LeaseRequest, protocol: Protocol) -> HoldKind:
         if request.hold == "shared" and protocol == "udp":
             raise InvalidRequest(
-                "a udp port can't be held 'shared': the last to bind gets every datagram; use "
-                "'exclusive' (by handoff) or 'none'",
+                "a udp port can't be held 'shared': the last to bind gets every datagram; use 'exclusive' (by handoff) "
+                "or 'none'",
                 pointer="/hold",
             )
         if request.hold is not None:
             return request.hold
         return "none" if protocol == "udp" else self.policy.hold
 
-    def _address(self, request: LeaseRequest, instance: str) -> tuple[str, bool]:
-        if request.address == OWN_ADDRESS:
-            return self._allocator.own_address(request.service, instance), True
-        return _normal_address(request.address), False
+    def _address(self, request: LeaseRequest, instance: Instance, reserve: Reserve) -> tuple[str, bool]:
+        if request.address != OWN_ADDRESS:
+            return _normal_address(request.address), False
+        address = self._allocator.own.pick(instance)
+        reserve(self._allocator.own.release, address)
+        self._allocator.own.use(address, instance)
+        return address, True
 
-    def _adopt(self, ask: Ask) -> Binding:
-        """Return the binding of a port that its process listens on; raises PortReserved, PortTaken."""
-        assert ask.port is not None, "checked with the request"
-        place = Binding(ask.protocol, ask.address, ask.port)
-        other = self._allocator.reserved_for(ask.name[0], place)
-        if other is not None:
-            raise PortReserved(f"port {ask.port} is static for {other}: adopt it as that service", pointer="/port")
-        lease = self._table.conflicting(place)
-        if lease is not None:
-            raise PortTaken(f"port {ask.port} is leased already, by {lease.instance} ({lease.id})", pointer="/port")
-        return place
+    # --- compensations ---
 
-    def _find(self, lease_id: str, ask: Ask, hold: HoldKind, now: Now, *, privileged: bool, whole: bool) -> Binding:
-        """Find a port that works. `whole`: its number must be free at every address of this host."""
-        tries = 0
+    def _withdraw(self, lease: Lease) -> None:
+        """Undo the reservation of a grant that does not happen."""
+        self._holds.drop(lease.id)
+        self._table.release(lease)
+        self._allocator.put_back(lease.port)
 
-        def works(place: Binding) -> bool:
-            nonlocal tries
-            if place.port < PRIVILEGED_BELOW and not privileged:
-                if ask.exact:
-                    raise PortReserved(
-                        f"port {place.port} is privileged: only root, the admin group or a static port "
-                        "of the configuration gets it; or ask for an own address",
-                        pointer="/port",
-                    )
-                return False
-            if self._table.conflicting(place) is not None:
-                return False
-            tries += 1
-            if tries > TRIES_MAX:
-                raise Busy(f"{TRIES_MAX} ports of pool {ask.pool} in a row are taken by foreign processes; try again")
-            taken = self._holds.take(lease_id, place.protocol, place.address, place.port, hold, whole=whole)
-            if taken == "taken":
-                return True
-            if taken == "busy" and self._allocator.pool_of(place.port) is not None and not self._mine(place):
-                self._allocator.decline(place, now.tick)
-            elif taken == "no_address":
-                raise InvalidRequest(f"{place.address} is not an address of this host", pointer="/address")
-            elif taken == "no_descriptors":
-                raise Busy(FILE_LIMIT)
-            elif taken == "forbidden" and ask.exact:
-                raise PortReserved(
-                    f"portd may not bind port {place.port}: it lacks CAP_NET_BIND_SERVICE", pointer="/port"
-                )
-            return False
+    def _withdraw_move(self, moved: Lease) -> None:
+        self._holds.drop(moved.id)
+        self._table.release_move(moved.id)
+        self._allocator.put_back(moved.port)
 
-        return self._allocator.pick(ask, works)
+    def _hold_again(self, lease: Lease) -> None:
+        if self._table.get(lease.id) is not None:
+            self._keeper.restore(lease)
 
-    def _mine(self, place: Binding) -> bool:
-        return bool(self._table.on_port(place.port))
+
+def _leases(grants: dict[int, Grant]) -> Sequence[Lease]:
+    return [grant.lease for grant in grants.values()] if grants else ()
+
+
+def _at_offset(request: LeaseRequest, first_port: int) -> LeaseRequest:
+    """Return the request with the port that its offset means."""
+    assert request.offset is not None
+    if request.port is not None:
+        raise InvalidRequest("'port' and 'offset' exclude each other", pointer="/port")
+    port = first_port + request.offset
+    if not 1 <= port <= 65_535:
+        raise PortTaken(f"port {first_port} {request.offset:+d} is not within 1-65535", pointer="/offset")
+    return replace(request, port=port, exact=True)
+
+
+@contextmanager
+def _pointing_to(index: int, count: int) -> Iterator[None]:
+    """Let the pointer of a refusal start at the request's place in the array of the call."""
+    try:
+        yield
+    except Refusal as refusal:
+        if count > 1:
+            refusal.pointer = f"/{index}{refusal.pointer or ''}"
+        raise
 
 
 @lru_cache(maxsize=1024)

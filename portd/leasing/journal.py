@@ -1,12 +1,13 @@
-"""The order of everything that happens: changes become events here, one after the other, and nowhere else.
+"""The sequencer: changes become events here, one after the other, and nowhere else.
 
-Two kinds of change come in. A *commit* is somebody's request: it is true only once the disk has it, and then it is
-answered. An *observation* (a process is gone, a clock ran out, a port is listened on) is true already: it is applied
-at once and written with the next commit; a disk that is full must not keep a dead instance in the look-ups.
+There are two kinds of change. A *request* (`submit`) is true only once it is durable, and then it is answered. An
+*observation* (`observe`: a process is gone, a port is listened on) is true already: it is applied at once and written
+with the next commit, so a full disk does not keep a dead instance in the look-ups.
 
 Revisions are given at the moment of sequencing. While a commit is on its way to the disk nothing else is applied, so
-the order of revisions, of application and of the log is one and the same. The batch forms by itself: whatever comes
-in while the disk works goes with the next one.
+the order of revisions, of application and of the log is one and the same. Batches form by themselves: whatever comes
+in while the disk works goes with the next one. Requests are settled after the observations that waited behind them, so
+an answer shows what is, not what was.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavailable
@@ -23,6 +24,7 @@ from portd.core.failpoints import failpoint
 from portd.core.model import EndedBecause, Event, Lease
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change, advance, is_legal
+from portd.leasing.pending import Pending
 from portd.leasing.seams import REVISION_GAP, ApplyEvent, Clock, LeaseStore
 
 logger = logging.getLogger(__name__)
@@ -31,62 +33,14 @@ UNWRITTEN_MAX: Final = REVISION_GAP // 10
 """Events that may wait for the disk (about 100 MB). Past it the daemon stops, rather than forget one, or come near the
 revisions of the next start."""
 PENDING_MAX: Final = 2_048
-"""Requests that may wait for the disk; the next one is told to come back (`busy`)."""
+"""Requests that may wait for the disk; the next one is refused as `busy`."""
 BATCH_MAX: Final = 512
 """Requests in one transaction: larger ones win no throughput and cost latency."""
 PATIENCE_S: Final = 5.0
-"""Seconds that requests wait for one commit. A disk that hangs is answered as one that fails, and what it writes late
-is taken back."""
+"""Seconds that requests wait for one commit. A disk that hangs is answered as one that fails; grants that it writes
+late are revoked."""
 RETRY_S: Final = 0.5
-"""Seconds between two tries to write while the store is unavailable."""
-
-Undo = Callable[[], None]
-Tell = Callable[[], None]
-
-
-class Entry:
-    """A request on its way: its changes are applied all or none. `undo` runs when nothing came of it.
-
-    It is settled once, when its leases are durable and applied, or when it is refused. No future: one for each grant
-    would cost a turn of the loop for each, where a whole batch is settled in one.
-    """
-
-    __slots__ = ("_outcome", "_waiting", "abandoned", "changes", "undo")
-
-    def __init__(self, changes: Sequence[Change], undo: Undo) -> None:
-        self.changes = changes
-        self.undo = undo
-        self.abandoned = False
-        self._outcome: list[Lease] | Refusal | None = None
-        self._waiting: list[Tell] = []
-
-    def settle(self, outcome: list[Lease] | Refusal) -> None:
-        """Tell who waits; nothing happens when it was settled before."""
-        if self._outcome is None:
-            self._outcome = outcome
-            for tell in self._waiting:
-                tell()
-            self._waiting.clear()  # who waits mostly refers to the entry: a circle of garbage for each grant
-
-    def then(self, tell: Tell) -> None:
-        """Have `tell` called as soon as it is settled, at once if it is; it must not raise or wait."""
-        if self._outcome is None:
-            self._waiting.append(tell)
-        else:
-            tell()
-
-    async def wait(self) -> None:
-        """Wait until it is settled; whoever is cancelled meanwhile gives up the waiting, and the work goes on."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.then(lambda: None if waiter.done() else waiter.set_result(None))
-        await waiter
-
-    def result(self) -> list[Lease]:
-        """Return the changed leases of a settled entry; raises the Refusal that it ended with."""
-        assert self._outcome is not None, "not settled yet"
-        if isinstance(self._outcome, Refusal):
-            raise self._outcome
-        return self._outcome
+"""Seconds between two attempts to write while the store is unavailable."""
 
 
 class Journal:
@@ -100,12 +54,12 @@ class Journal:
         self._revision = table.revision
         self._watchers: list[ApplyEvent] = []
         self._durable_watchers: list[Callable[[int], None]] = []
-        self._entries: list[Entry] = []
+        self._requests: list[Pending] = []
         self._observed: deque[Change] = deque()
         self._unwritten: list[Event] = []
-        self._committing = False
-        self._hanging = False
-        self._applying = False
+        self._is_committing = False
+        self._is_hanging = False
+        self._is_applying = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,7 +69,7 @@ class Journal:
     @property
     def waiting_count(self) -> int:
         """Return how many requests wait for the disk."""
-        return len(self._entries)
+        return len(self._requests)
 
     def unwritten(self, lease_id: str) -> Lease | None:
         """Return a lease as an observation that the disk does not have yet left it, or None."""
@@ -126,7 +80,7 @@ class Journal:
         return [event.lease for event in reversed(self._unwritten) if event.type == "ended"]
 
     def start_after(self, revision: int) -> None:
-        """Take revisions up after this one."""
+        """Give the next event the revision after this one, at the least."""
         self._revision = revision
 
     def subscribe(self, watcher: ApplyEvent) -> None:
@@ -141,30 +95,31 @@ class Journal:
         """
         self._durable_watchers.append(watcher)
 
-    def commit(self, changes: Sequence[Change], undo: Undo = lambda: None) -> Entry:
-        """Queue a request; the entry is settled once its leases are durable and applied.
+    def submit(self, pending: Pending, *, is_internal: bool = False) -> None:
+        """Queue a request. It is committed and settled once its changes are durable and applied.
 
-        Or it is refused, with StoreUnavailable or a Refusal of the change itself, after `undo` ran (where the disk
-        hangs, it is taken back when the disk has answered). Raises Busy when too many wait already, StoreUnavailable
-        while a commit hangs.
+        Or it is rolled back and settled with a refusal: StoreUnavailable, or that of a change that is no longer
+        possible (where the disk hangs, it is settled at once and rolled back when the disk has answered). Raises Busy
+        when too many wait already (`is_internal`: the engine's own are never too many), StoreUnavailable while a commit
+        hangs; then it is rolled back too.
         """
-        if self._hanging and self.problem is not None:
+        if self._is_hanging and self.problem is not None:
+            pending.rollback()
             raise StoreUnavailable(self.problem)  # nobody waits behind a commit that hangs
-        if len(self._entries) >= PENDING_MAX:
+        if len(self._requests) >= PENDING_MAX and not is_internal:
+            pending.rollback()
             raise Busy("too many requests wait for the disk: try again in a second")
-        entry = Entry(changes, undo)
-        self._entries.append(entry)
+        self._requests.append(pending)
         self._idle.clear()
         self._wake.set()
-        return entry
 
     def observe(self, change: Change) -> None:
-        """Make something true that is so already. A change that is no longer legal when its turn comes is dropped."""
+        """Apply a change that has happened already. One that is not legal when its turn comes is dropped."""
         self._observed.append(change)
         self._apply_observations()
 
     def mark_unwritable(self, problem: str) -> None:
-        """Take the store for one that takes no writes, for this reason, until a write shows otherwise."""
+        """Treat the store as read-only, for this reason, until a write succeeds."""
         self._set_problem(problem)
         self._wake.set()
 
@@ -173,14 +128,14 @@ class Journal:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._entries or self._unwritten or self.problem:
+            while self._requests or self._unwritten or self.problem:
                 if len(self._unwritten) > UNWRITTEN_MAX:
                     raise StoreLost(f"{len(self._unwritten)} events wait for a disk that does not take them")
                 await self._write_batch()
-                if not self._entries and not self._unwritten:
+                if not self._requests and not self._unwritten:
                     self._idle.set()
-                if self.problem and not self._entries:
-                    await self._wait_for_entry(RETRY_S)
+                if self.problem and not self._requests:
+                    await self._wait_for_request(RETRY_S)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until everything that came in is on the disk, for at most `timeout_s` seconds."""
@@ -190,98 +145,107 @@ class Journal:
         except TimeoutError:
             logger.warning("%d events did not reach the disk before the stop", len(self._unwritten))
 
-    async def _wait_for_entry(self, timeout_s: float) -> None:
+    async def _wait_for_request(self, timeout_s: float) -> None:
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
 
     async def _write_batch(self) -> None:
-        batch, self._entries = self._entries[:BATCH_MAX], self._entries[BATCH_MAX:]
-        observed = len(self._unwritten)
+        batch, self._requests = self._requests[:BATCH_MAX], self._requests[BATCH_MAX:]
+        observed_count = len(self._unwritten)
         sequenced = self._sequence(batch)
         events = self._unwritten + [event for _, made in sequenced for event in made]
         if not events and self.problem is None:
-            return  # else an empty batch tries the store: nobody may be asking for anything, and the problem is over
+            return  # else an empty batch probes the store: nobody may be asking for anything, and the problem is over
         # From here until the batch is applied or given up nothing else is applied: `observe` queues.
-        self._committing = bool(sequenced)
+        self._is_committing = bool(sequenced)
         loop = asyncio.get_running_loop()
-        impatience = loop.call_later(self.patience_s, self._abandon, [entry for entry, _ in sequenced])
+        impatience = loop.call_later(self.patience_s, self._abandon, [pending for pending, _ in sequenced])
+        refusal: Refusal | None = StoreUnavailable("portd is stopping")
         try:
             failpoint("journal.sequenced")
             await self._store.commit(events)
             failpoint("journal.durable")
         except StoreUnavailable as error:
+            refusal = error
             self._give_up(sequenced, error)
         except asyncio.CancelledError:
             raise  # the daemon stops; what the disk has is found at the next start
         except BaseException as error:
             lost = error if isinstance(error, StoreLost) else StoreLost(f"the journal failed: {error!r}")
-            self._give_up(
-                sequenced, StoreUnavailable("the store failed; portd is starting over from the disk"), undo=False
-            )
+            refusal = StoreUnavailable("the store failed; portd is starting over from the disk")
+            self._set_problem(refusal.detail)
             raise lost from error
         else:
             if self.problem is not None:
                 logger.info("the store works again")
             self.problem = None
-            del self._unwritten[:observed]
-            for entry, made in sequenced:
-                if entry.abandoned:
-                    self._revoke(entry)
+            del self._unwritten[:observed_count]
+            refusal = None
+            for pending, made in sequenced:
+                if pending.is_abandoned:
+                    self._apply_late(pending)
                 else:
-                    self._finish(entry, made)
+                    for event in made:
+                        self._publish(event)
+                if pending.effects:
+                    pending.commit()
             if events:
-                self._confirm(events[-1].revision)
+                for watcher in self._durable_watchers:
+                    watcher(events[-1].revision)
             failpoint("journal.applied")
         finally:
             impatience.cancel()
-            self._committing = self._hanging = False
+            self._is_committing = self._is_hanging = False
             self._apply_observations()
+            for pending, _ in sequenced:  # last: an answer shows what happened meanwhile too
+                pending.settle(refusal)
 
-    def _abandon(self, under_way: list[Entry]) -> None:
-        """Answer the requests that wait for a disk that hangs, and those behind them.
+    def _abandon(self, under_way: list[Pending]) -> None:
+        """Refuse the requests that wait for a disk that hangs, and roll back those behind them, which it has not seen.
 
         Observations are applied again from here on, with later revisions: an exit is true whatever the disk does.
         """
         problem = StoreUnavailable(f"the disk has not answered for {self.patience_s:g} s: nothing is granted till then")
         self._set_problem(problem.detail)
         logger.error("%s", problem.detail)
-        for entry in under_way:
-            entry.abandoned = True
-            entry.settle(problem)
-        waiting, self._entries = self._entries, []
-        for entry in waiting:
-            self._refuse(entry, problem)
-        self._hanging, self._committing = True, False
+        for pending in under_way:
+            pending.is_abandoned = True
+            pending.settle(problem)
+        waiting, self._requests = self._requests, []
+        for pending in waiting:
+            pending.rollback()
+            pending.settle(problem)
+        self._is_hanging, self._is_committing = True, False
         self._apply_observations()
 
-    def _revoke(self, entry: Entry) -> None:
-        """Take back what the disk wrote after its requests were refused: others have happened since, so the changes
-        come again, behind them, and grants end at once (nobody knows of them, so nobody owns them)."""
-        for change in entry.changes:
+    def _apply_late(self, pending: Pending) -> None:
+        """Apply what the disk wrote after its request was refused: other events have come since, so the changes come
+        again, behind them, and grants end at once (nobody knows of them, so nobody owns them)."""
+        for change in pending.changes:
             self._observed.append(change)
             if change.type == "granted":
                 self._observed.append(end(change.lease_id, "revoked", self._clock.now().at))
 
-    def _sequence(self, batch: Iterable[Entry]) -> list[tuple[Entry, list[Event]]]:
-        """Turn requests into events with the next revisions; each change sees the ones before it."""
+    def _sequence(self, batch: Iterable[Pending]) -> list[tuple[Pending, list[Event]]]:
+        """Make events of requests, with the next revisions; each change sees the ones before it."""
         staged: dict[str, Lease] = {}
         sequenced = []
-        at = self._clock.now().at
-        for entry in batch:
+        for pending in batch:
             made: list[Event] = []
-            before_entry = dict(staged) if len(entry.changes) > 1 else staged
+            before = dict(staged) if len(pending.changes) > 1 else staged
             try:
-                for change in entry.changes:
-                    event = self._event(change, staged.get(change.lease_id), at)
+                for change in pending.changes:
+                    event = self._event(change, staged.get(change.lease_id), pending.now.at)
                     staged[change.lease_id] = event.lease
                     made.append(event)
             except Refusal as refusal:
-                staged = before_entry
-                self._refuse(entry, refusal)
+                staged = before
+                pending.rollback()
+                pending.settle(refusal)
             else:
-                sequenced.append((entry, made))
+                sequenced.append((pending, made))
         return sequenced
 
     def _event(self, change: Change, staged: Lease | None, at: float) -> Event:
@@ -292,11 +256,11 @@ class Journal:
         return Event(self._revision, change.type, at, advance(lease, change, self._revision))
 
     def _apply_observations(self) -> None:
-        """Apply what was observed, unless a commit is on its way (then it does so when it has landed, or failed), or a
-        watcher observes while it is being told something: each watcher sees events in order."""
-        if self._committing or self._applying:
+        """Apply what was observed, unless a commit is on its way (then when it has landed, or failed), or a watcher
+        observes while it is being notified: each watcher sees events in order."""
+        if self._is_committing or self._is_applying:
             return
-        self._applying = True
+        self._is_applying = True
         try:
             while self._observed:
                 change = self._observed.popleft()
@@ -307,44 +271,32 @@ class Journal:
                 self._publish(event)
                 self._unwritten.append(event)
         finally:
-            self._applying = False
+            self._is_applying = False
         if self._unwritten:
             if self.problem is not None:
-                self._confirm(self._revision)
+                self._confirm_all()
             self._idle.clear()
             self._wake.set()
-
-    def _set_problem(self, problem: str) -> None:
-        self.problem = problem
-        self._confirm(self._table.revision)
-
-    def _confirm(self, revision: int) -> None:
-        for watcher in self._durable_watchers:
-            watcher(revision)
 
     def _publish(self, event: Event) -> None:
         self._table.apply(event)
         for watcher in self._watchers:
             watcher(event)
 
-    def _finish(self, entry: Entry, made: list[Event]) -> None:
-        for event in made:
-            self._publish(event)
-        entry.settle([event.lease for event in made])
-
-    def _give_up(
-        self, sequenced: Iterable[tuple[Entry, list[Event]]], error: StoreUnavailable, *, undo: bool = True
-    ) -> None:
+    def _give_up(self, sequenced: Iterable[tuple[Pending, list[Event]]], error: StoreUnavailable) -> None:
         if self.problem is None:
             logger.error("the store does not take writes: %s", error.detail)
         self._set_problem(error.detail)
-        for entry, _ in sequenced:
-            self._refuse(entry, error, undo=undo)
+        for pending, _ in sequenced:
+            pending.rollback()
 
-    def _refuse(self, entry: Entry, refusal: Refusal, *, undo: bool = True) -> None:
-        if undo:
-            entry.undo()
-        entry.settle(refusal)
+    def _set_problem(self, problem: str) -> None:
+        self.problem = problem
+        self._confirm_all()
+
+    def _confirm_all(self) -> None:
+        for watcher in self._durable_watchers:
+            watcher(self._table.revision)
 
 
 def end(lease_id: str, because: EndedBecause, at: float) -> Change:

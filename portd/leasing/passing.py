@@ -6,7 +6,7 @@ exited before anything listened may be reported once more, within the cooldown: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -19,13 +19,13 @@ from portd.core.ownership import KIN_MAX, key_of
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change
 from portd.leasing.journal import Journal, end
+from portd.leasing.owners import Owners
 from portd.leasing.seams import Clock, FindSuccessors, ForeignNetwork, Process, Processes, ProcessGone, Successor
-from portd.leasing.timers import LeaseClocks
+from portd.leasing.timers import HoldKeeper
 
 
 class Passing:
-    """Ends and passes the leases of exited owners. `watch` waits for a process' exit and raises a Refusal where that
-    can't be done; `unwatch` stops waiting for one that owns nothing any more."""
+    """Ends and passes the leases of exited owners."""
 
     def __init__(
         self,
@@ -33,19 +33,17 @@ class Passing:
         allocator: Allocator,
         journal: Journal,
         processes: Processes,
-        clocks: LeaseClocks,
         clock: Clock,
-        watch: Callable[[ProcessId], None],
-        unwatch: Callable[[ProcessId | None], None],
+        keeper: HoldKeeper,
+        owners: Owners,
     ) -> None:
         self._table = table
         self._allocator = allocator
         self._journal = journal
         self._processes = processes
-        self._clocks = clocks
         self._clock = clock
-        self._watch = watch
-        self._unwatch = unwatch
+        self._keeper = keeper
+        self._owners = owners
         self._before: dict[str, ProcessId | None] = {}
         self.find_successors: FindSuccessors = self._end_all
 
@@ -83,7 +81,7 @@ class Passing:
     def give_up(self, lease: Lease, process: ProcessId) -> None:
         """Leave a lease with its owner, which may have exited meanwhile."""
         self._before.pop(lease.id, None)
-        self._unwatch(process)
+        self._owners.forget(process)
         current = self._table.get(lease.id)
         if current is not None:
             self._check_owner(current)
@@ -91,7 +89,7 @@ class Passing:
     def on_passed(self, event: Event) -> None:
         """Settle a `passed` event: stop waiting for the old owner's exit, and see whether the new one has exited."""
         lease = event.lease
-        self._unwatch(self._before.pop(lease.id, None))
+        self._owners.forget(self._before.pop(lease.id, None))
         self._check_owner(lease)
 
     def _check_owner(self, lease: Lease) -> None:
@@ -112,10 +110,11 @@ class Passing:
         if self._table.named(*lease.name) is not None or self._table.conflicting(binding_of(lease)) is not None:
             return
         if self._watch_quietly(process.id):
-            self._table.claim(lease)
-            self._allocator.use(lease)
+            self._table.reserve(lease, None)
+            if lease.own_address:
+                self._allocator.own.use(lease.address, (lease.service, lease.instance, lease.user))
             self._journal.observe(Change(lease.id, "passed", lease=lease))
-            self._clocks.hold_again(lease)
+            self._keeper.restore(lease)
 
     def _find(self, successor: Successor, lease: Lease) -> Process | None:
         try:
@@ -126,7 +125,7 @@ class Passing:
 
     def _watch_quietly(self, process: ProcessId) -> bool:
         try:
-            self._watch(process)
+            self._owners.watch(process)
         except Refusal:
             return False
         return True

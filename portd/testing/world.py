@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network
 from typing import Any
 
-from portd.core.allocator import Allocator, StaticPort
 from portd.core.model import Event, Lease, Listener
 from portd.core.ownership import Holder, key_of
 from portd.core.requests import LeaseRequest
 from portd.core.rights import Caller
-from portd.core.table import LeaseTable
-from portd.leasing.deciding import Granter, Policy
-from portd.leasing.feed import Feed
-from portd.leasing.journal import Journal
+from portd.core.static_ports import StaticPort
+from portd.leasing.engine import LeaseEngine, build_engine
+from portd.leasing.policy import Policy
 from portd.leasing.seams import LeaseStore, Successor
-from portd.leasing.service import Granted, LeaseService
+from portd.leasing.service import Granted
 from portd.testing.fakes import BOOT_ID, FakeClock, FakeHolds, FakeProcesses
 from portd.testing.memory_store import MemoryStore
+
+
+class Surface:
+    """All that the engine offers, in one object: a test says what it does, not which part does it."""
+
+    def __init__(self, engine: LeaseEngine) -> None:
+        self.parts = (engine.service, engine.queries, engine.observer, engine.timer, engine)
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self.parts:
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(name)
 
 
 class World:
@@ -34,12 +45,17 @@ class World:
         statics: Iterable[StaticPort] = (),
         cooldown_s: float = 5.0,
         quota_per_uid: int = 0,
+        listed: Mapping[str, Collection[int | str]] | None = None,
+        has_shared_names: bool = False,
         store: LeaseStore | None = None,
     ) -> None:
         self.ports = list(ports)
         self.statics = list(statics)
         self.cooldown_s = cooldown_s
-        self.policy = Policy(86_400.0, quota_per_uid, "shared", frozenset({"/bin/true"}), "testhost")
+        self.policy = Policy(86_400.0, quota_per_uid, "shared", frozenset({"/bin/true"}), "testhost")._replace(
+            has_shared_names=has_shared_names,
+            is_listed=lambda service, user: user in listed[service] if listed and service in listed else None,
+        )
         self.clock = FakeClock()
         self.processes = FakeProcesses()
         self.store: Any = store or MemoryStore()
@@ -55,29 +71,25 @@ class World:
         """Start the service on what the store remembers."""
         self.holds = FakeHolds()
         self.holds.foreign = self.foreign
-        self.table = LeaseTable()
-        self.allocator = Allocator({"default": self.ports}, self.statics, IPv4Network("127.77.0.0/16"), self.cooldown_s)
-        self.journal = Journal(self.table, self.store, self.clock)
-        granter = Granter(
-            self.table,
-            self.allocator,
-            self.holds,
-            self.processes,
-            self.policy,
+        self.engine = build_engine(
+            pools={"default": self.ports},
+            statics=self.statics,
+            own_block=IPv4Network("127.77.0.0/16"),
+            cooldown_s=self.cooldown_s,
+            policy=self.policy,
+            store=self.store,
+            holds=self.holds,
+            processes=self.processes,
+            clock=self.clock,
             make_id=lambda at: f"lease-{next(self._ids):04}",
         )
-        self.service = LeaseService(
-            self.table, self.allocator, self.journal, granter, self.store, self.holds, self.processes, self.clock
-        )
-        self.service.passing.find_successors = self._find_successors
-        self.service.adopter.find_listeners = self._find_listeners
-        self.feed = Feed()
-        self.journal.subscribe(self.feed.apply)
-        self.journal.subscribe_durable(self.feed.confirm)
+        self.table, self.allocator, self.journal = self.engine.table, self.engine.allocator, self.engine.journal
+        self.service = Surface(self.engine)
+        self.feed = self.engine.feed
+        self.engine.passing.find_successors = self._find_successors
+        self.engine.adopter.find_listeners = self._find_listeners
         self.journal.subscribe(self.events.append)
-        loaded = await self.store.load()
-        self.feed.restore(loaded)
-        self.service.restore(loaded, self.boot_id)  # publishes what it observes: after the feed has its past
+        self.engine.restore(await self.store.load(), self.boot_id)
         self._task = asyncio.create_task(self.journal.run())
         return self
 
@@ -107,7 +119,7 @@ class World:
             self._task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await self._task
-        self.service.close()
+        self.engine.close()
 
     async def restart(self) -> World:
         """Kill the daemon, and start another on the same store."""
@@ -121,7 +133,8 @@ class World:
 
     async def ask(self, requests: list[LeaseRequest], *, pid: int = 0, uid: int = 1000, admin: bool = False) -> Granted:
         """Make a call of the service's as a process."""
-        return await self.service.grant(requests, self.caller(pid, uid, admin=admin))
+        granted: Granted = await self.service.grant(requests, self.caller(pid, uid, admin=admin))
+        return granted
 
     @staticmethod
     def caller(pid: int = 0, uid: int = 1000, *, admin: bool = False) -> Caller:
@@ -131,7 +144,7 @@ class World:
     def pass_time(self, seconds: float) -> None:
         """Let time pass, and do what is due."""
         self.clock.advance(seconds)
-        self.service.run_due()
+        self.engine.timer.run_due()
 
     async def settle(self) -> None:
         """Wait until everything that came in is in the store."""

@@ -22,7 +22,9 @@ class Door:
         listener.bind(self._path)
         listener.listen()
         world.processes.start(41)
-        self.server = HandoffServer(world.service, self, lambda connection: world.caller(41), lambda: None, str)
+        self.server = HandoffServer(
+            world.service, world.service, self, lambda connection: world.caller(41), lambda: None, str
+        )
         self.server.serve(listener)
 
     def pass_on(self, lease_id, protocol, address, port):
@@ -60,7 +62,7 @@ async def test_a_handoff_under_way_is_finished_by_a_stop(world):
     world.store.gate.clear()
     with door.passed, await door.knock() as client:
         client.send(REQUEST)
-        while not world.journal.waiting_count and not world.journal._committing:
+        while not world.journal.waiting_count and not world.journal._is_committing:
             await asyncio.sleep(0)
         stopping = asyncio.create_task(door.server.close())
         await asyncio.sleep(0)

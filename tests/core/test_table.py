@@ -1,4 +1,4 @@
-"""LeaseTable: never two leases in each other's way, and indexes that agree with the leases."""
+"""LeaseTable: never two leases in conflict, and indexes that agree with the leases."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def lease(lease_id="a", instance="orders-1", port=20000, address="127.0.0.1", pr
 
 
 def granted(table, made):
-    table.claim(made)
+    table.reserve(made, None)
     table.apply(Event(table.revision + 1, "granted", 0.0, made))
     return made
 
 
 @pytest.mark.parametrize(
-    ("taken", "wanted", "collide"),
+    ("reserved", "wanted", "collide"),
     [
         (("tcp", "127.0.0.1"), ("tcp", "0.0.0.0"), True),
         (("tcp", "0.0.0.0"), ("tcp", "127.0.0.1"), True),
@@ -54,22 +54,22 @@ def granted(table, made):
         (("tcp", "::1"), ("tcp", "::"), True),
     ],
 )
-def test_a_place_is_in_the_way_by_the_kernels_rules(taken, wanted, collide):
+def test_bindings_conflict_by_the_kernels_rules(reserved, wanted, collide):
     table = LeaseTable()
-    table.claim(lease(protocol=taken[0], address=taken[1]))
+    table.reserve(lease(protocol=reserved[0], address=reserved[1]), None)
     assert (table.conflicting(Binding(wanted[0], wanted[1], 20000)) is not None) == collide
 
 
-def test_a_claim_can_not_be_made_twice():
+def test_a_name_or_binding_is_reserved_once():
     table = LeaseTable()
-    table.claim(lease())
+    table.reserve(lease(), None)
     with pytest.raises(AssertionError):
-        table.claim(lease("b", instance="orders-2"))
+        table.reserve(lease("b", instance="orders-2"), None)
     with pytest.raises(AssertionError):
-        table.claim(lease("b", port=20001))
+        table.reserve(lease("b", port=20001), None)
 
 
-def test_the_lowest_free_instance_number_is_taken():
+def test_the_lowest_free_instance_number_is_chosen():
     table = LeaseTable()
     for number in (1, 2, 4):
         granted(table, lease(str(number), instance=f"orders-{number}", port=20000 + number))
@@ -81,9 +81,9 @@ def test_the_lowest_free_instance_number_is_taken():
     assert table.free_instance(long, "main") == "x" * 61 + "-1"
 
 
-def test_endpoints_of_one_call_gather_on_one_instance():
+def test_endpoints_of_one_call_share_an_instance():
     table = LeaseTable()
-    table.claim(lease(instance="orders-1"))
+    table.reserve(lease(instance="orders-1"), None)
     assert table.free_instance("orders", "metrics", ["orders-1"]) == "orders-1"
     assert table.free_instance("orders", "main", ["orders-1"]) == "orders-2"
 
@@ -96,7 +96,7 @@ def test_revisions_only_grow():
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Claims, grants, moves and ends in any order, against a plain list of leases."""
+    """Reservations, grants, moves and ends in any order, against a plain list of leases."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ class TableMachine(RuleBasedStateMachine):
         old = self.live[data.draw(st.sampled_from(sorted(self.live)))]
         new = msgspec.structs.replace(old, port=port)
         if self.table.conflicting(binding_of(new)) is None:
-            self.table.claim_move(new)
+            self.table.reserve_move(new, None)
             self.table.apply(Event(self.table.revision + 1, "declined", 0.0, new))
             self.live[new.id] = new
 
@@ -147,7 +147,7 @@ class TableMachine(RuleBasedStateMachine):
             expected = {made.id for made in self.live.values() if made.process.pid == pid}
             assert {made.id for made in self.table.of_process(ProcessId(pid, 1, "boot"))} == expected
         assert set(self.table.of_service("orders")) == set(self.live)
-        assert sum(self.table.count_of_uid(uid) for uid in range(3)) == len(self.live)
+        assert sum(self.table.count_of_user(uid) for uid in range(3)) == len(self.live)
 
 
 TestTableMachine = TableMachine.TestCase

@@ -76,18 +76,19 @@ def test_a_daemon_that_stood_still_gives_the_time_back(own_daemon: Daemon) -> No
 
 
 def test_a_port_cools_for_others_and_not_for_its_own_instance(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon(port_count=1)
+    daemon = make_daemon(port_count=2)
     daemon.configure("[leases]\ncooldown = 1")
     daemon.start()
     lease = daemon.lease("mine", instance="mine-a", ttl=60)
     daemon.call("DELETE", f"/v1/leases/{lease['id']}")
     assert daemon.verdict(lease["port"]) == "cooling"
-    refused = daemon.call("POST", "/v1/leases", {"service": "other", "ttl": 60})
-    assert (refused.status, refused.code) == (503, "pool_exhausted")
+    exact = {"service": "other", "ttl": 60, "port": lease["port"], "exact": True}
+    refused = daemon.call("POST", "/v1/leases", exact)
+    assert (refused.status, refused.code, refused.headers["retry-after"]) == (409, "port_taken", "1")
     again = daemon.lease("mine", instance="mine-a", ttl=60)
     assert again["port"] == lease["port"]
     daemon.call("DELETE", f"/v1/leases/{again['id']}")
-    wait_for(lambda: daemon.call("POST", "/v1/leases", {"service": "other", "ttl": 60}).status == 201, "it has cooled")
+    wait_for(lambda: daemon.call("POST", "/v1/leases", exact).status == 201, "it has cooled")
 
 
 def test_leases_that_are_renewed_once_all_end(daemon: Daemon) -> None:

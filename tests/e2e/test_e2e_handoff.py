@@ -120,7 +120,7 @@ def test_a_handoff_after_a_crash_of_the_daemon(make_daemon: MakeDaemon) -> None:
 def test_a_user_without_privileges_gets_a_privileged_port_that_is_its_own(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     low = next(port for port in range(900, 1000) if is_bindable(port))
-    daemon.configure(f"[static.low]\nport = {low}")
+    daemon.configure(f'[static.low]\nport = {low}\n[services.low]\nusers = ["{NOBODY}"]')
     daemon.start()
     with Puppet(daemon, uid=NOBODY) as nobody:
         assert "ermission" in str(nobody.listen(low))

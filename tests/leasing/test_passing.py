@@ -53,7 +53,7 @@ async def test_an_ended_lease_is_taken_up_again_under_its_id(world):
     world.service.observe_exit(ended, world.successor(ended))
     resumed = world.table.get(lease.id)
     assert (resumed.state, resumed.owner.pid, resumed.port, resumed.ended_at) == ("held", 42, PORT, None)
-    assert not world.allocator.quarantines_on(PORT)
+    assert world.allocator.count("default")[1:4] == (1, 0, 0), "it does not cool any more"
     await world.settle()
     await world.restart()
     assert world.table.get(lease.id).owner.pid == 42

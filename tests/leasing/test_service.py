@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from portd.core.allocator import StaticPort
 from portd.core.bindings import Binding
 from portd.core.errors import (
     AnnounceUnreachable,
@@ -18,6 +17,7 @@ from portd.core.errors import (
 )
 from portd.core.model import CommandCheck, HttpCheck, ReportCheck
 from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
+from portd.core.static_ports import StaticPort
 from portd.testing.world import in_world
 
 LOOPBACK = "127.0.0.1"
@@ -57,7 +57,7 @@ async def test_another_owner_is_refused_a_taken_instance(world):
     assert refused.value.pointer == "/instance"
 
 
-@in_world()
+@in_world(has_shared_names=True)
 async def test_an_instance_is_one_users_with_all_its_endpoints(world):
     world.processes.start(41)
     world.processes.start(42, uid=2000)
@@ -162,7 +162,7 @@ async def test_a_static_port_has_its_own_protocol_unless_another_is_asked_for(wo
     assert await given(service="any", protocol="both") == ("both", 8081, "static")
 
 
-@in_world(statics=[StaticPort("web", 80, "tcp", LOOPBACK)])
+@in_world(statics=[StaticPort("web", 80, "tcp", LOOPBACK)], listed={"web": {1000}})
 async def test_a_static_port_opens_no_other_privileged_one(world):
     world.processes.start(41)
     with pytest.raises(PortReserved):
@@ -288,7 +288,7 @@ async def test_checks_that_can_not_work_are_refused_at_the_grant(world):
 @in_world()
 async def test_only_a_report_check_takes_reports(world):
     told = []
-    world.service.report_to_probes = lambda *report: told.append(report)
+    world.engine.service.report_to_probes = lambda *report: told.append(report)
     plain = await world.grant(service="plain", ttl=30.0)
     reporting = await world.grant(service="reporting", ttl=30.0, check=ReportCheck())
     with pytest.raises(InvalidRequest):

@@ -175,6 +175,7 @@ async def test_a_ttl_lease_ends_at_its_time_unless_renewed(world):
     world.pass_time(29.0)
     assert world.table.get(lease.id) is not None
     world.pass_time(1.0)
+    await world.settle()
     assert world.events[-1].lease.ended_because == "expired"
     assert world.events[-1].lease.renewed_at is not None
     with pytest.raises(LeaseEnded):
@@ -193,6 +194,7 @@ async def test_renewing_commits_nothing_and_a_new_period_is_durable(world):
     world.pass_time(59.0)
     assert world.table.get(lease.id) is not None
     world.pass_time(1.0)
+    await world.settle()
     assert world.table.get(lease.id) is None
 
 
@@ -224,7 +226,7 @@ async def test_a_lease_survives_its_owner_changing_user_and_is_released_by_who_l
     now = await world.service.find(lease.id)
     assert (now.uid, now.owner.uid, now.owner.exe) == (1000, 65534, "/usr/bin/memcached")
     await world.service.release(lease.id, world.caller(uid=1000))
-    assert world.table.count_of_uid(1000) == world.table.count_of_uid(65534) == 0
+    assert world.table.count_of_user(1000) == world.table.count_of_user(65534) == 0
 
 
 @in_world()

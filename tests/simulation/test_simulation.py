@@ -195,7 +195,7 @@ class Simulation(RuleBasedStateMachine):
         lease = data.draw(st.sampled_from(sorted(leases, key=lambda lease: lease.id)))
         owner = self.world.processes.change(lease.process.pid, uid=uid, exe=exe)
         state = data.draw(st.sampled_from(["bound", "held", "conflict"]))
-        self.do(self.world.service.observe_state, lease.id, state, None if state == "held" else owner)
+        self.do(self.world.engine.observer.observe_state, lease.id, state, None if state == "held" else owner)
         self.forget_ended()
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))

@@ -23,8 +23,8 @@ from portd.adapters.http.problems import PROBLEM_TYPE, headers_of, problem_of
 from portd.core.errors import ForbiddenOrigin, Refusal
 from portd.core.failpoints import failpoint
 from portd.core.rights import Caller
-from portd.leasing.journal import Entry
-from portd.leasing.service import Decision, LeaseService
+from portd.leasing.pending import Pending
+from portd.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +109,11 @@ class FastPath:
             return None  # the normal path can wait
         return PlainGrant(body, head)
 
-    def grant(self, plain: PlainGrant, send: Send) -> Entry | None:
-        """Grant, and send the answer: at once, or when the entry that is returned is settled."""
+    def grant(self, plain: PlainGrant, send: Send) -> Pending | None:
+        """Grant, and send the answer: at once, or when the request that is returned is settled."""
         body, caller = plain.body, plain.head.caller
         try:
-            decision = self._service.decide(as_requests(body), caller)
+            pending = self._service.decide(as_requests(body), caller)
         except Refusal as refusal:
             self._on_refusal(refusal, caller.uid, caller.pid)
             send(_refuse(refusal))
@@ -122,16 +122,14 @@ class FastPath:
             logger.exception("a grant failed")
             send(None)
             return None
-        if decision.entry is None:
-            send(self._respond(decision, body, caller))
-            return None
-        decision.entry.then(lambda: send(self._respond(decision, body, caller)))
-        return decision.entry
+        was_settled = pending.is_settled
+        pending.then(lambda: send(self._respond(pending, body, caller)))
+        return None if was_settled else pending
 
-    def _respond(self, decision: Decision, body: GrantBody, caller: Caller) -> bytes | None:
+    def _respond(self, pending: Pending, body: GrantBody, caller: Caller) -> bytes | None:
         failpoint("http.answering")
         try:
-            answer = self._calls.show_granted(self._service.granted(decision), body, caller)
+            answer = self._calls.show_granted(self._service.granted(pending), body, caller)
         except Refusal as refusal:
             self._on_refusal(refusal, caller.uid, caller.pid)
             return _refuse(refusal)

@@ -27,7 +27,7 @@ from aiohttp import web
 from portd.adapters.http.authenticator import Authenticator, ConnectionPeer
 from portd.adapters.http.fast_path import Head, PlainGrant, Send
 from portd.core.errors import Busy
-from portd.leasing.journal import Entry
+from portd.leasing.pending import Pending
 
 REQUEST_TIMEOUT_S: Final = 10.0
 """Seconds for the head of a request to arrive, and again for its body: a phone on a bad network needs one."""
@@ -90,7 +90,7 @@ class PlainGrants(Protocol):
 
     def accept(self, end: ConnectionPeer, data: bytes, last: Head | None) -> PlainGrant | None: ...
 
-    def grant(self, plain: PlainGrant, send: Send) -> Entry | None: ...
+    def grant(self, plain: PlainGrant, send: Send) -> Pending | None: ...
 
 
 class Connections:
@@ -158,7 +158,7 @@ class Front(asyncio.Protocol):
         self._inner: asyncio.Protocol | None = None
         self._kept = b""
         self._last_head: Head | None = None
-        self._grant: Entry | None = None
+        self._grant: Pending | None = None
         self._search: asyncio.Task[None] | None = None
         self._is_handling = False
         self._excess: str | None = None

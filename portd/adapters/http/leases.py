@@ -23,6 +23,7 @@ from portd.core.requests import (
 )
 from portd.core.rights import Caller
 from portd.core.views import LeaseView
+from portd.leasing.queries import LeaseQueries
 from portd.leasing.service import Granted, LeaseService
 
 GRANT_MAX: Final = 256
@@ -73,8 +74,9 @@ def as_requests(body: GrantBody) -> list[LeaseRequest]:
 class LeaseCalls:
     """The handlers of /v1/leases."""
 
-    def __init__(self, service: LeaseService) -> None:
+    def __init__(self, service: LeaseService, queries: LeaseQueries) -> None:
         self._service = service
+        self._queries = queries
 
     def routes(self) -> list[Route]:
         """Return the routes of this module."""
@@ -191,7 +193,7 @@ class LeaseCalls:
     def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
         """Show what a call for leases brought, in the shape that it was asked for in."""
         views = [
-            self._service.view(lease, caller, token=token)
+            self._queries.view(lease, caller, token=token)
             for lease, token in zip(granted.leases, granted.tokens, strict=True)
         ]
         return Answer(views if isinstance(body, list) else views[0], 201 if granted.is_new else 200)
@@ -201,14 +203,14 @@ class LeaseCalls:
         query: LeaseQuery = call.query
         after = decode_cursor(query.cursor, size=4)
         leases = await self._candidates(query)
-        revision = self._service.table.revision
+        revision = self._queries.revision
         found = await in_order(leases, _order, after, partial(_matches, filters=_filters(query), tags=query.tag))
         show = partial(self._view, caller=call.caller)
         return Answer(page("leases", found, query.limit, show, encode), revision=revision)
 
     async def show(self, call: Call) -> Answer:
         """GET /v1/leases/{id}."""
-        return self._answer(await self._service.find(call.path["id"]), call)
+        return self._answer(await self._queries.find(call.path["id"]), call)
 
     async def renew(self, call: Call) -> Answer:
         """POST /v1/leases/{id}/renew."""
@@ -241,19 +243,18 @@ class LeaseCalls:
 
     async def _candidates(self, query: LeaseQuery) -> Any:
         if query.state == "ended":
-            return await self._service.ended(query.service)
-        table = self._service.table
+            return await self._queries.ended(query.service)
         if query.service is not None:
-            return table.of_service(query.service).values()
+            return self._queries.of_service(query.service)
         if query.port is not None:
-            return table.on_port(query.port)
-        return table
+            return self._queries.on_port(query.port)
+        return self._queries
 
     def _answer(self, lease: Lease, call: Call) -> Answer:
         return Answer(self._view(lease, call.caller))
 
     def _view(self, lease: Lease, caller: Caller) -> LeaseView:
-        return self._service.view(lease, caller)
+        return self._queries.view(lease, caller)
 
 
 def _filters(query: LeaseQuery) -> list[tuple[Callable[[Lease], Any], Any]]:

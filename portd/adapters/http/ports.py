@@ -22,8 +22,8 @@ from portd.core.model import Lease, Listener, Owner, Protocol
 from portd.core.ownership import Holder, key_of, shows
 from portd.core.rights import Caller, sees_process
 from portd.core.views import LeaseView, moment
+from portd.leasing.queries import LeaseQueries
 from portd.leasing.seams import PortSocket, SocketKind, SocketTable
-from portd.leasing.service import LeaseService
 
 Verdict = Literal["held", "bound", "conflict", "unmanaged", "taken", "cooling", "declined", "static", "free"]
 KernelProtocol = Literal["tcp", "udp"]
@@ -93,8 +93,8 @@ class History(Struct, frozen=True):
 class PortCalls:
     """The handlers of /v1/ports. `sockets` is a table of its own: calls never delay the state watch's."""
 
-    def __init__(self, service: LeaseService, sockets: SocketTable) -> None:
-        self._service = service
+    def __init__(self, queries: LeaseQueries, sockets: SocketTable) -> None:
+        self._queries = queries
         self._sockets = sockets
         self._owners = OwnerSearch(sockets)
 
@@ -120,14 +120,13 @@ class PortCalls:
             listeners.setdefault((listener.port, listener.protocol), []).append(listener)
         owners = await self._owners.find({one.inode for some in listeners.values() for one in some})
         used = set(listeners)
-        for count, lease in enumerate(list(self._service.table), 1):
+        for count, lease in enumerate(list(self._queries), 1):
             used.update((lease.port, protocol) for protocol in lease.protocols)
             if count % SCAN_SLICE == 0:
                 await asyncio.sleep(0)
-        allocator = self._service.allocator
         for binding in (
-            *(quarantine.place for quarantine in allocator.quarantines()),
-            *(static.place for static in allocator.statics()),
+            *(quarantine.binding for quarantine in self._queries.quarantines()),
+            *(static.binding for static in self._queries.statics()),
         ):
             used.update((binding.port, protocol) for protocol in _parts(binding.protocol))
 
@@ -144,7 +143,7 @@ class PortCalls:
         wanted = call.query.protocol
         protocols: tuple[KernelProtocol, ...] = (wanted,) if wanted else ("tcp", "udp")
         sockets = [each for each in self._sockets.on_port(port) if each.socket.protocol in protocols]
-        likely = [lease.owner.pid for lease in self._service.table.on_port(port) if lease.owner.pid is not None]
+        likely = [lease.owner.pid for lease in self._queries.on_port(port) if lease.owner.pid is not None]
         holders = await self._sockets.holders({each.socket.inode for each in sockets}, likely)
         sockets = without_clients(sockets, holders)
         views = []
@@ -158,7 +157,7 @@ class PortCalls:
         """GET /v1/ports/{port}/history."""
         query: HistoryQuery = call.query
         at = query.at.timestamp() if query.at is not None else None
-        leases = await self._service.history(_port(call), query.protocol, at, query.limit)
+        leases = await self._queries.history(_port(call), query.protocol, at, query.limit)
         return Answer(History([self._show_lease(lease, call.caller) for lease in leases]))
 
     # --- views ---
@@ -173,7 +172,7 @@ class PortCalls:
         ended: Lease | None,
     ) -> PortView:
         """Show a port with all of its sockets, and of its leases the one in the most telling state."""
-        leases = [lease for lease in self._service.table.on_port(port) if protocol in lease.protocols]
+        leases = [lease for lease in self._queries.on_port(port) if protocol in lease.protocols]
         lease = min(leases, key=lambda each: _TELLING.index(each.state), default=None)
         return PortView(
             port,
@@ -193,7 +192,7 @@ class PortCalls:
         caller: Caller,
     ) -> Iterable[PortView]:
         """Show a port in the list: once, or once for each of the leases on its addresses (own addresses)."""
-        leases = [lease for lease in self._service.table.on_port(port) if protocol in lease.protocols]
+        leases = [lease for lease in self._queries.on_port(port) if protocol in lease.protocols]
         if len(leases) < 2:
             yield self._view(port, protocol, sockets, owners, caller, None)
             return
@@ -210,26 +209,26 @@ class PortCalls:
 
     def _verdict(self, port: int, protocol: KernelProtocol, sockets: Sequence[PortSocket]) -> Verdict:
         """Judge a port without a lease. A static port is static whoever has it: its sockets are listed."""
-        allocator = self._service.allocator
-        if any(static.port == port and protocol in _parts(static.protocol) for static in allocator.statics()):
+        if any(protocol in _parts(static.protocol) for static in self._queries.static_on(port)):
             return "static"
         if any(each.kind == "listening" for each in sockets):
             return "unmanaged"
         if sockets:
             return "taken"
-        kinds = {q.kind for q in allocator.quarantines_on(port) if protocol in _parts(q.place.protocol)}
+        quarantines = self._queries.quarantines_on(port)
+        kinds = {each.kind for each in quarantines if protocol in _parts(each.binding.protocol)}
         if "declined" in kinds:
             return "declined"
         return "cooling" if kinds else "free"
 
     def _show_lease(self, lease: Lease, caller: Caller) -> LeaseView:
-        return self._service.view(lease, caller)
+        return self._queries.view(lease, caller)
 
     async def _left_over(self, port: int, protocol: KernelProtocol, holders: Sequence[Holder]) -> Lease | None:
         """Find the ended lease that a process on the port was the owner of, descends from, or has the token of."""
         if not any(holder.owner is not None for holder in holders):
             return None
-        leases = await self._service.history(port, None, None, ENDED_MAX)
+        leases = await self._queries.history(port, None, None, ENDED_MAX)
         ended = [lease for lease in leases if lease.state == "ended" and protocol in lease.protocols]
         return next((lease for lease in ended if any(is_left_over(holder, lease) for holder in holders)), None)
 

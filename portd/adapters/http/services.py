@@ -21,7 +21,7 @@ from portd.core.shares import Shares
 from portd.core.views import LeaseView, OwnerView, moment
 from portd.core.visibility import WhenAllCritical, is_loopback, reachable_at, serving
 from portd.leasing.feed import Feed
-from portd.leasing.service import LeaseService
+from portd.leasing.queries import LeaseQueries
 
 WAIT_MAX_S: Final = 600.0
 """The longest long poll, in seconds: proxies and kernels forget idle connections that stay longer."""
@@ -108,7 +108,7 @@ class ServiceCalls:
 
     def __init__(
         self,
-        service: LeaseService,
+        queries: LeaseQueries,
         feed: Feed,
         lan: LanLookup,
         revisions: Revisions,
@@ -117,7 +117,7 @@ class ServiceCalls:
         self._when_all_critical = when_all_critical
         self._revisions = revisions
         self._polls = Shares("long polls", total=POLLS_MAX, per_user=USER_POLLS_MAX)
-        self._service = service
+        self._queries = queries
         self._feed = feed
         self._lan = lan
 
@@ -155,10 +155,10 @@ class ServiceCalls:
         """GET /v1/services."""
         query: ServiceListQuery = call.query
         after = decode_cursor(query.cursor, size=1)
-        table = self._service.table
-        revision = table.revision
-        found = await in_order(table.services(), lambda name: (name,), after, lambda name: True)
-        leases = ((key, some) for key, name in found if (some := list(table.of_service(name).values())))
+        queries = self._queries
+        revision = queries.revision
+        found = await in_order(queries.services(), lambda name: (name,), after, lambda name: True)
+        leases = ((key, some) for key, name in found if (some := list(queries.of_service(name))))
         return Answer(page("services", leases, query.limit, _count, encode), revision=revision)
 
     async def show(self, call: Call) -> Answer:
@@ -174,7 +174,7 @@ class ServiceCalls:
                 for seen in await self._lan(None)
                 if seen.txt.get("service") == name and not (seen.ours and query.scope == "all")
             ]
-        now, revision = self._service.clock.now().at, self._feed.revision
+        now, revision = self._queries.now().at, self._feed.revision
         asked_at = asked_address(call)
         local = [(one, at) for one in self._select(name, query) if (at := reachable_at(one, asked_at))]
         addresses = {lease.id: at[0] for lease, at in local}
@@ -183,7 +183,7 @@ class ServiceCalls:
         def show(one: Lease | LanService) -> LeaseView:
             if isinstance(one, LanService):
                 return _view_lan(one, name, now)
-            view = self._service.view(one, call.caller)
+            view = self._queries.view(one, call.caller)
             return view if view.address == addresses[one.id] else replace(view, address=addresses[one.id])
 
         found = await in_order(seen, _order, after, lambda one: True)
@@ -205,7 +205,7 @@ class ServiceCalls:
                     return
 
     def _serving(self, name: str, query: ServiceQuery) -> list[Lease]:
-        given = serving(self._service.table.of_service(name).values(), self._when_all_critical(name))
+        given = serving(self._queries.of_service(name), self._when_all_critical(name))
         return [lease for lease in given if _matches(lease, query)]
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
@@ -214,7 +214,7 @@ class ServiceCalls:
         if query.serving or query.passing:
             found = self._serving(name, query)
         else:
-            leases = self._service.table.of_service(name).values()
+            leases = self._queries.of_service(name)
             found = [lease for lease in leases if _matches(lease, query) and (query.held or lease.state != "held")]
         return [lease for lease in found if query.health in (None, lease.health)]
 
@@ -233,8 +233,8 @@ class ServiceCalls:
                 and all(tag in lease.tags for tag in query.tag)
             )
 
-        revision = self._service.table.revision
-        found = await in_order(self._service.table, lambda lease: lease.name, None, matches)
+        revision = self._queries.revision
+        found = await in_order(self._queries, lambda lease: lease.name, None, matches)
         return Answer(
             Rows(b"[", (_target(lease, asked_at) for _, lease in found), lambda count: b"]"), revision=revision
         )

@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from portd import __version__
 from portd.adapters.http.calls import Answer, Call, Route
-from portd.leasing.service import LeaseService
+from portd.leasing.queries import LeaseQueries
 
 
 class PoolStatus(Struct, frozen=True):
@@ -115,14 +115,14 @@ class StatusCalls:
 
     def __init__(
         self,
-        service: LeaseService,
+        queries: LeaseQueries,
         conditions: Conditions,
         facts: Callable[[], dict[str, Any]],
         metrics: Callable[[], bytes],
         extra_warnings: Callable[[], list[str]],
         ranges: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     ) -> None:
-        self._service = service
+        self._queries = queries
         self._conditions = conditions
         self._facts = facts
         self._metrics = metrics
@@ -155,11 +155,11 @@ class StatusCalls:
     async def status(self, call: Call) -> Answer:
         """GET /v1/status."""
         facts = self._facts()
-        table = self._service.table
-        states = Counter(lease.state for lease in table)
+        queries = self._queries
+        states = Counter(lease.state for lease in queries)
         counts = {
-            "leases": len(table),
-            "services": sum(1 for _ in table.services()),
+            "leases": len(queries),
+            "services": sum(1 for _ in queries.services()),
             **{state: states[state] for state in ("held", "bound", "conflict")},
             **facts["counts"],
         }
@@ -168,9 +168,9 @@ class StatusCalls:
         return Answer(
             Status(
                 version=__version__,
-                host=self._service.granter.policy.host,
-                revision=table.revision,
-                pools=pool_status(self._service, self._ranges),
+                host=queries.host,
+                revision=queries.revision,
+                pools=pool_status(queries, self._ranges),
                 counts=counts,
                 warnings=self._warnings(found),
                 pid=facts["pid"],
@@ -197,30 +197,16 @@ class StatusCalls:
 
     def _warnings(self, found: dict[str, dict[str, Any]]) -> list[str]:
         warnings = [f"{name}: {condition['problem']}" for name, condition in found.items() if condition.get("problem")]
-        if count := self._service.without_hold_count:
-            warnings.append(
-                f"{count} leases have no hold: their owners listened already when portd started; each is "
-                "held again as soon as its owner stops listening"
-            )
-        return warnings + self._extra_warnings()
+        return [*warnings, *self._queries.warnings(), *self._extra_warnings()]
 
 
 def pool_status(
-    service: LeaseService, ranges: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    queries: LeaseQueries, ranges: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 ) -> dict[str, PoolStatus]:
     """Count every pool's numbers; `ranges` are the pools' ports, "FIRST-LAST" each."""
-    allocator = service.allocator
-    held = Counter(allocator.pool_of(port) for port in {lease.port for lease in service.table if lease.state == "held"})
-    pools = {}
-    for name in allocator.pools():
-        count = allocator.count(name)
-        pools[name] = PoolStatus(
-            count.size,
-            count.used - held[name],
-            held[name],
-            count.cooling,
-            count.declined,
-            count.free,
-            ranges.get(name, ()),
+    return {
+        name: PoolStatus(
+            count.size, count.used - held, held, count.cooling, count.declined, count.free, ranges.get(name, ())
         )
-    return pools
+        for name, (count, held) in queries.pools().items()
+    }

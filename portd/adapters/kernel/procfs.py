@@ -115,6 +115,15 @@ def boot_id() -> str:
     return _read(f"{ROOT}/sys/kernel/random/boot_id").decode("ascii").strip()
 
 
+def unprivileged_from(root: str = ROOT) -> int:
+    """Return the first port that any user may bind (ip_unprivileged_port_start, ip-sysctl; 1024 where it is unknown)."""
+    try:
+        with open(f"{root}/sys/net/ipv4/ip_unprivileged_port_start", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 1024
+
+
 def stat(pid: int, root: str = ROOT) -> Stat:
     """Read when a process started, and whose child it is; raises OSError, EMFILE at the file limit too."""
     return parse_stat(_read(f"{root}/{pid}/stat"))

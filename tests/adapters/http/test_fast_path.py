@@ -110,7 +110,9 @@ def path_of(world, peer=None):
     peer = peer or Peer(1000, 41, frozenset(), "peercred")
     authenticator = Authenticator(FakePeers(peer), "", {}, [], lambda token: token.encode())
     end = ConnectionPeer(peer, is_local=True, is_unix=True)
-    return FastPath(authenticator, world.service, LeaseCalls(world.service), lambda: world.table.revision, "ab"), end
+    return FastPath(
+        authenticator, world.service, LeaseCalls(world.service, world.service), lambda: world.table.revision, "ab"
+    ), end
 
 
 def request(body, head=b""):

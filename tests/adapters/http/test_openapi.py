@@ -26,7 +26,7 @@ from portd.adapters.http.status import StatusCalls
 
 REVISIONS = Revisions("")
 ROUTES = [
-    *LeaseCalls(None).routes(),
+    *LeaseCalls(None, None).routes(),
     *ServiceCalls(None, None, None, REVISIONS).routes(),
     *EventCalls(None, REVISIONS).routes(),
     *PortCalls(None, None).routes(),

@@ -1,0 +1,110 @@
+"""Pending: one request on its way to the disk, and the only way to undo it.
+
+A request reserves before it is true: a hold, a name and a binding in the table, a watched process. Each reservation
+registers its compensation here, beside the effect; a rollback runs them in reverse order, a commit drops them. Effects
+that may only follow the commit (a clock that restarts) wait in `on_commit`. This module must not know what is reserved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from portd.core.errors import Refusal
+from portd.core.model import Lease, Now
+from portd.core.transitions import Change
+
+Notify = Callable[[], None]
+
+
+class Grant(NamedTuple):
+    """One lease of a call, with its token; None where the lease was there before: a token is shown once."""
+
+    lease: Lease
+    token: str | None
+
+
+class Pending:
+    """A request in flight: its changes are committed all or none, then it is settled, once.
+
+    `now` is the clock's reading at the decision. `grants` are the leases that it answers with, in the order of the
+    call. `is_abandoned` says that its caller has been answered with a refusal while the disk still works on it.
+    """
+
+    __slots__ = (
+        "_is_settled",
+        "_refusal",
+        "_undo",
+        "_waiting",
+        "changes",
+        "effects",
+        "grants",
+        "is_abandoned",
+        "now",
+        "reserve",
+    )
+
+    def __init__(self, now: Now) -> None:
+        self.now = now
+        self.changes: list[Change] = []
+        self.grants: list[Grant] = []
+        self.effects: list[Callable[[], None]] = []
+        self.is_abandoned = False
+        self._undo = ExitStack()
+        self.reserve: Callable[..., Any] = self._undo.callback
+        """`reserve(release, *args)`: have `release` called at a rollback. It must not raise."""
+        self._waiting: list[Notify] = []
+        self._is_settled = False
+        self._refusal: Refusal | None = None
+
+    def on_commit(self, effect: Callable[[], None]) -> None:
+        """Have `effect` called once the changes are durable and applied; it must neither raise nor wait."""
+        self.effects.append(effect)
+
+    def commit(self) -> None:
+        """Keep what was reserved, and run the effects that waited for the commit."""
+        self._undo.pop_all()
+        effects, self.effects = self.effects, []
+        for effect in effects:
+            effect()
+
+    def rollback(self) -> None:
+        """Release everything that was reserved, newest first; nothing happens the second time."""
+        self.effects.clear()
+        self._undo.close()
+
+    def settle(self, refusal: Refusal | None = None) -> None:
+        """Notify everybody who waits; nothing happens when it was settled before."""
+        if self._is_settled:
+            return
+        self._is_settled, self._refusal = True, refusal
+        waiting, self._waiting = self._waiting, []  # they mostly refer to this object: a cycle for each grant
+        for notify in waiting:
+            notify()
+
+    def then(self, notify: Notify) -> None:
+        """Have `notify` called as soon as it is settled, at once if it is; it must neither raise nor wait."""
+        if self._is_settled:
+            notify()
+        else:
+            self._waiting.append(notify)
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether it is durable and applied, or refused."""
+        return self._is_settled
+
+    async def wait(self) -> None:
+        """Wait until it is settled. Cancelling the wait does not cancel the request."""
+        if not self._is_settled:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(lambda: None if waiter.done() else waiter.set_result(None))
+            await waiter
+
+    def check(self) -> None:
+        """Raise the Refusal that it was settled with, if any."""
+        assert self._is_settled, "not settled yet"
+        if self._refusal is not None:
+            raise self._refusal
