@@ -31,13 +31,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UsageError as error:
-        _complain(str(error))
+        _complain(str(error), code="invalid_request", as_json=_wants_json(words))
         return USAGE
     except BrokenPipeError:
         _discard_stdout()
         return DONE
     except OSError as error:  # mostly a full disk
-        _complain(error.strerror or str(error))
+        _complain(error.strerror or str(error), code="failed", as_json=_wants_json(words))
         _discard_stdout()
         return NO
     except KeyboardInterrupt:
@@ -76,21 +76,18 @@ def _refused(command: Command, error: Exception, *, as_json: bool) -> int:
     """Print an error on stderr: one line, or a problem document."""
     from portd._client import documents
     from portd._client.errors import DaemonUnavailable, InvalidUrl, Problem, ProtocolError
+    from portd.cli.printing import escaped
 
     if isinstance(error, Problem):
-        status = USAGE if error.code == "invalid_request" else NO
-        document, text = error.document, _explained(command, error)
-    else:
-        is_away = isinstance(error, (DaemonUnavailable, ProtocolError))
-        status, text = NO_DAEMON if is_away else USAGE if isinstance(error, InvalidUrl) else NO, str(error)
-        document = {"code": "no_daemon" if is_away else "failed", "detail": text}
-    if as_json:
-        from portd.cli.printing import escaped
-
-        print(escaped(documents.encode(document).decode()), file=sys.stderr)
-    else:
-        _complain(text)
-    return status
+        if as_json:
+            print(escaped(documents.encode(error.document).decode()), file=sys.stderr)
+        else:
+            _complain(_explained(command, error), code=error.code)
+        return USAGE if error.code == "invalid_request" else NO
+    is_away = isinstance(error, (DaemonUnavailable, ProtocolError))
+    code = getattr(error, "code", "no_daemon" if is_away else "failed")
+    _complain(str(error), code=code, as_json=as_json)
+    return NO_DAEMON if is_away else USAGE if isinstance(error, InvalidUrl) else NO
 
 
 def _explained(command: Command, problem: Problem) -> str:
@@ -103,10 +100,16 @@ def _explained(command: Command, problem: Problem) -> str:
     return f"{name}: {problem.detail}" if name in known else f"{problem.detail} (at {problem.pointer})"
 
 
-def _complain(text: str) -> None:
-    from portd.cli.printing import clean
+def _complain(text: str, *, code: str, as_json: bool = False) -> None:
+    from portd.cli import printing
 
-    print("portd: " + clean(" ".join(text.split())), file=sys.stderr)
+    printing.error(text, code=code, as_json=as_json)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Return whether a command line that may not be parsable asks for JSON."""
+    own = words[: words.index("--")] if "--" in words else words
+    return "--json" in own or "-j" in own
 
 
 def _tolerate_unencodable() -> None:

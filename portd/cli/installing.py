@@ -165,11 +165,18 @@ def _manual_paths(directory: Path) -> list[Path]:
 
 
 def _user_manual() -> Path:
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "man"
+    return Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local/share") / "man"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise PortdError("your account has no home directory: set HOME") from None
 
 
 def _user_units() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd/user"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or _home() / ".config") / "systemd/user"
 
 
 # --- steps ---

@@ -52,7 +52,7 @@ def ls(values: dict[str, Any]) -> int:
             notes = [(printing.instance(lease), printing.note(lease)) for lease in leases]
             printing.facts([(name, said) for name, said in notes if said != UNKNOWN])
     if not leases and values["service"]:
-        return nothing(f"no lease of service {values['service']}")
+        return nothing(f"no lease of service {values['service']}", values)
     return 0
 
 
@@ -87,7 +87,7 @@ def history(values: dict[str, Any]) -> int:
     if leases:
         return 0
     when = f"at {values['at']}" if values["at"] else "in the history that is kept"
-    return nothing(f"nobody had port {values['port']} {when}")
+    return nothing(f"nobody had port {values['port']} {when}", values)
 
 
 def checks(values: dict[str, Any]) -> int:
@@ -117,12 +117,12 @@ def checks(values: dict[str, Any]) -> int:
         )  # fmt: skip
     if leases:
         return 0
-    return nothing(f"no lease {'of service ' + values['service'] if values['service'] else 'here'} has a check")
+    return nothing(f"no lease {'of service ' + values['service'] if values['service'] else 'here'} has a check", values)
 
 
-def nothing(text: str) -> int:
+def nothing(text: str, values: dict[str, Any]) -> int:
     """Print a clear no on stderr, and return its exit status."""
-    print(f"portd: {printing.clean(text)}", file=sys.stderr)
+    printing.error(text, code="not_found", as_json=values["json"])
     return 1
 
 

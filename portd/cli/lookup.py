@@ -62,7 +62,7 @@ def resolve(values: dict[str, Any]) -> int:
     return (
         0
         if instances
-        else nothing(f"no instance of {values['service']} serves{within}{_why(client, values['service'])}")
+        else nothing(f"no instance of {values['service']} serves{within}{_why(client, values['service'])}", values)
     )
 
 
@@ -77,7 +77,7 @@ def wait(values: dict[str, Any]) -> int:
         found = len(_serving(client, {**options, "service": name}, count, deadline)["instances"])
         if found < count:
             what = "pass" if options["health"] else "serve"
-            return nothing(f"{found} of {count} instances of {name} {what}{_why(client, name)}")
+            return nothing(f"{found} of {count} instances of {name} {what}{_why(client, name)}", values)
     return 0
 
 

@@ -84,6 +84,16 @@ def json(document: Any) -> None:
     print(escaped(codec.dumps(document, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False)))
 
 
+def error(text: str, *, code: str, as_json: bool) -> None:
+    """Print an error on stderr: one line, or the shortest problem document (RFC 9457)."""
+    if as_json:
+        from portd._client import documents
+
+        print(escaped(documents.encode({"code": code, "detail": text}).decode()), file=sys.stderr)
+    else:
+        print("portd: " + clean(" ".join(text.split())), file=sys.stderr)
+
+
 def clean(text: str) -> str:
     """Replace what could move a terminal's cursor or reorder its text: other people's words are printed here."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

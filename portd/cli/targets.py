@@ -18,6 +18,8 @@ ID_LENGTH = 24
 class NoSuchLease(PortdError):
     """X names no lease; the message says what is near."""
 
+    code = "not_found"
+
 
 def find(client: Client, target: str) -> list[LeaseDocument]:
     """Return the leases of an id, an instance (every endpoint of it) or a port; raises NoSuchLease or UsageError."""

@@ -167,3 +167,21 @@ def test_help_uses_the_fields_words() -> None:
 def test_help_fits_eighty_columns() -> None:
     for command in commands.every():
         assert max(map(len, help_text(command).splitlines())) <= 80, command.name
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "code"),
+    [
+        (["lease", "Bad_Name", "--json"], USAGE, "invalid_request"),
+        (["ls", "nobody-here", "--json"], 1, "not_found"),
+        (["resolve", "nobody-here", "--json"], 1, "not_found"),
+        (["wait", "nobody-here", "--timeout", "0.1", "--json"], 1, "not_found"),
+        (["history", "1", "--json"], 1, "not_found"),
+        (["release", "nobody-1", "--json"], 1, "not_found"),
+    ],
+)
+def test_errors_with_json_are_problem_documents(daemon: Daemon, words: list[str], status: int, code: str) -> None:
+    done = daemon.portd(*words)
+    document = json.loads(done.stderr)
+    assert (done.returncode, document["code"]) == (status, code)
+    assert document["detail"]
