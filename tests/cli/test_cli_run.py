@@ -253,3 +253,20 @@ def test_an_endpoint_has_a_check_of_its_own(daemon: Daemon) -> None:
     environ = got["env"]
     checks = [daemon.client.lease(environ[name])["check"] for name in ("PORTD_LEASE", "PORTD_LEASE_ADMIN")]
     assert [check and check["kind"] for check in checks] == ["tcp", "http"]
+
+
+def test_an_endpoint_may_be_relative_to_the_main_port(daemon: Daemon) -> None:
+    got, _ = reported(daemon, "related", "--endpoint", "bus:+7")
+    assert int(got["env"]["PORT_BUS"]) == int(got["env"]["PORT"]) + 7
+
+
+def test_the_first_free_of_several_ports_is_leased(daemon: Daemon) -> None:
+    with socket.create_server(("127.0.0.1", 24380)):
+        got, _ = reported(daemon, "several", "--port", "24380,24381-24385", "--exact")
+    assert got["env"]["PORT"] == "24381"
+
+
+def test_localhost_is_given_as_host(daemon: Daemon) -> None:
+    got, _ = reported(daemon, "both-families", "--address", "localhost", "--env", "URL={url}")
+    assert got["env"]["HOST"] == "localhost"
+    assert got["env"]["URL"] == f"http://localhost:{got['env']['PORT']}"
