@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from portd.adapters.availability import Availability
@@ -19,6 +19,8 @@ from portd.adapters.http.server import HttpServer
 from portd.adapters.http.status import pool_status
 from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.mdns.announcer import Announcer
+from portd.adapters.portserver.grpc import GrpcPortServer
+from portd.adapters.portserver.portpicker import PortpickerServer
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.config import Settings
@@ -44,6 +46,7 @@ class Condition(NamedTuple):
     dns: DnsServer
     prober: Prober
     availability: Availability
+    compat: Sequence[PortpickerServer | GrpcPortServer]
 
     def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""
@@ -69,6 +72,7 @@ class Condition(NamedTuple):
     def warnings(self) -> list[str]:
         """Return what an operator should know, a sentence each."""
         found = list(self.store.notes)
+        found += [f"[compat] {server.problem}" for server in self.compat if server.problem]
         if lost_s := self.clock.lost_s:
             found.append(f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much")
         if self.prober.is_late:

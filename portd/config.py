@@ -32,6 +32,10 @@ Problem = tuple[str, str]
 """The dotted key of a setting, and what is wrong with it."""
 
 
+SOCKET_NAME_MAX_BYTES: Final = 107
+"""The longest name of a unix socket (unix(7))."""
+
+
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all sections have in common: an unknown key is an error."""
 
@@ -131,7 +135,10 @@ class Dns(_Section, frozen=True):
 
 
 class Compat(_Section, frozen=True):
-    """Protocols of other programs that portd may speak."""
+    """Protocols of other programs that portd may speak; an empty string is off.
+
+    `portserver` is `@NAME` (abstract) or a path, `grpc_port_server` a loopback ADDRESS:PORT.
+    """
 
     consul: str | tuple[str, ...] = ""
     portserver: str = ""
@@ -475,9 +482,25 @@ def _check_dns(settings: Settings) -> Iterator[Problem]:
 
 
 def _check_compat(settings: Settings) -> Iterator[Problem]:
-    for key in Compat.__struct_fields__:
-        if getattr(settings.compat, key):
-            yield f"compat.{key}", "is not available in this version of portd: remove it"
+    compat = settings.compat
+    if compat.consul:
+        yield "compat.consul", "is not available in this version of portd: remove it"
+    name = compat.portserver.removeprefix("@")
+    if compat.portserver and (
+        not name or len(name) > SOCKET_NAME_MAX_BYTES or (name[0] != "/" and name == compat.portserver)
+    ):
+        yield (
+            "compat.portserver",
+            f"{compat.portserver!r} is not @NAME or an absolute path of at most {SOCKET_NAME_MAX_BYTES} bytes",
+        )
+    if compat.grpc_port_server:
+        try:
+            host, _ = split_host_port(compat.grpc_port_server)
+        except ValueError as error:
+            yield "compat.grpc_port_server", str(error)
+        else:
+            if not ipaddress.ip_address(host).is_loopback:
+                yield "compat.grpc_port_server", f"{host} is not a loopback address: its callers can't be identified"
 
 
 def _check_cluster(settings: Settings) -> Iterator[Problem]:

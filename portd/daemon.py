@@ -116,6 +116,8 @@ class Daemon:
                 await watchers.announcer.start()
             with suppress(OSError):  # a DNS port that is taken is reported in the status: leases matter more
                 await watchers.dns.start(of_dns)
+            for server in parts.fronts.compat:
+                await server.start()
             addresses = await self._listen(parts, others)
             failpoint("start.listening")
             tune_gc()
@@ -172,6 +174,8 @@ class Daemon:
     async def _finish_requests(self, parts: Parts) -> None:
         watchers, fronts = parts.watchers, parts.fronts
         await fronts.http.stop_accepting()
+        for server in fronts.compat:
+            await server.close()
         if self._settings.mdns.enabled:
             await watchers.announcer.close()
         watchers.prober.close()

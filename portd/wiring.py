@@ -40,11 +40,13 @@ from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.kernel.states import StateWatch
 from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.metrics import Metrics
+from portd.adapters.portserver.grpc import GrpcPortServer
+from portd.adapters.portserver.portpicker import PortpickerServer
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.adapters.users import ListedUsers
 from portd.condition import Condition
-from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports
+from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports, split_host_port
 from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
@@ -58,6 +60,7 @@ from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
 from portd.leasing.policy import Policy
 from portd.leasing.seams import Loaded
+from portd.leasing.service import LeaseService
 from portd.logs import LeaseLog, RefusalLog
 
 
@@ -99,6 +102,7 @@ class Fronts:
     fast_path: FastPath
     events: EventCalls
     handoff: HandoffServer
+    compat: tuple[PortpickerServer | GrpcPortServer, ...]
     tls: ssl.SSLContext | None
 
 
@@ -274,6 +278,7 @@ def _fronts(
     revisions = Revisions(store_id)
     events = EventCalls(watchers.feed, revisions)
     leases = LeaseCalls(service, queries)
+    compat = _compat(settings, service, authenticator, refusals)
     condition = Condition(
         settings,
         engine.clock.started_at,
@@ -288,6 +293,7 @@ def _fronts(
         watchers.dns,
         watchers.prober,
         watchers.availability,
+        compat,
     )
     watchers.metrics.gauges = condition.gauges
     parts = (
@@ -322,8 +328,23 @@ def _fronts(
             render_problem,
             refusals.record,
         ),
+        compat,
         tls,
     )
+
+
+def _compat(
+    settings: Settings, service: LeaseService, authenticator: Authenticator, refusals: RefusalLog
+) -> tuple[PortpickerServer | GrpcPortServer, ...]:
+    """Build the servers of other programs' protocols that the configuration enables."""
+    compat = settings.compat
+    servers: list[PortpickerServer | GrpcPortServer] = []
+    if compat.portserver:
+        servers.append(PortpickerServer(compat.portserver, service, authenticator.unix_caller, refusals.record))
+    if compat.grpc_port_server:
+        address = split_host_port(compat.grpc_port_server)
+        servers.append(GrpcPortServer(address, service, authenticator.tcp_caller, refusals.record))
+    return tuple(servers)
 
 
 def _authenticator(settings: Settings, paths: Paths, engine: Engine) -> Authenticator:

@@ -69,7 +69,8 @@ def allowed(module):
         }, "the HTTP module also receives the service"
     if module.startswith("portd.adapters."):
         technology = ".".join(module.split(".")[:3])
-        handoff = ENGINE if technology == "portd.adapters.handoff" else set()
+        callers = {"portd.adapters.handoff", "portd.adapters.portserver", "portd.adapters.consul"}
+        handoff = ENGINE if technology in callers else set()
         return {
             "portd.core",
             "portd.leasing.seams",

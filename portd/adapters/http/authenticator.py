@@ -132,6 +132,15 @@ class Authenticator:
         """Return the caller at the other end of a unix socket."""
         return self.caller(self._unix_peer(connection), {})
 
+    def tcp_caller(self, transport: Any, headers: Mapping[str, str]) -> Caller:
+        """Return the caller at the other end of a loopback TCP connection.
+
+        Raises ForbiddenOrigin for what a web page could have sent, OSError when the connection is gone already.
+        """
+        end = self.identify(transport)
+        self.check_origin(end, headers)
+        return self.caller(end, {})
+
     async def find_process(self, end: ConnectionPeer) -> None:
         """Find the process behind a loopback TCP connection, once: milliseconds."""
         if end.peer is not None and end.needs_process:
