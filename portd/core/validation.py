@@ -61,6 +61,11 @@ def explain(error: msgspec.ValidationError) -> tuple[str, str]:
     return _words(what, names), pointer
 
 
+def _plain(value: str) -> str:
+    """Write a number as people do."""
+    return value.removesuffix(".0")
+
+
 def _words(what: str, names: list[str]) -> str:
     """Say a rule of msgspec's in a person's words; `names` is the path to the field."""
     named = [name for name in names if not name.isdecimal()]
@@ -71,7 +76,7 @@ def _words(what: str, names: list[str]) -> str:
         return "path must begin with '/' and have no spaces or control characters"
     for pattern, words in _WORDS:
         if found := pattern.fullmatch(what):
-            return words.format(*found.groups(), field=field)
+            return words.format(*map(_plain, found.groups()), field=field)
     if found := _EXPECTED.fullmatch(what):
         wanted = " or ".join(
             dict.fromkeys(_KINDS.get(kind.strip(), kind.strip()) for kind in found["wanted"].split("|"))

@@ -1,8 +1,10 @@
-"""What is granted: wishes, exact ports, static ones, arrays, addresses; and never the same twice."""
+"""What is granted: preferred and exact ports, static ones, arrays, addresses; and never the same twice."""
 
 from __future__ import annotations
 
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.harness import Daemon, is_bindable, listen_on, unique
+from tests.e2e.harness import Daemon, Reply, is_bindable, listen_on, owner, unique
 
 EVERYWHERE = ("127.0.0.1", "0.0.0.0", "::", "::1", "127.0.0.2")
 PAIRS = [(first, second) for first in EVERYWHERE for second in EVERYWHERE]
@@ -266,3 +268,28 @@ def test_history_says_who_had_a_port_and_when(daemon: Daemon) -> None:
         assert [one["id"] for one in then] == [lease["id"]]
     ended = daemon.get("/v1/leases?state=ended&service=early")["leases"]
     assert {lease["id"] for lease in ended} == {lease["id"] for lease in leases[1:]}
+
+
+def test_grant_waits_for_its_exact_port(daemon: Daemon) -> None:
+    with socket.socket() as foreign:
+        foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        foreign.bind(("127.0.0.1", daemon.first_port))
+        foreign.listen()
+        body = {"service": "patient", "port": daemon.first_port, "exact": True, "ttl": 60}
+        assert daemon.call("POST", "/v1/leases?wait=0.1", body).code == "port_taken"
+        replies: list[Reply] = []
+        thread = threading.Thread(target=lambda: replies.append(daemon.call("POST", "/v1/leases?wait=20", body)))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join()
+    assert [(reply.status, reply.body["port"]) for reply in replies] == [(201, daemon.first_port)]
+
+
+def test_grant_with_another_owners_instance_does_not_wait(daemon: Daemon) -> None:
+    daemon.lease("named", instance="named-1", ttl=60)
+    with owner() as process:
+        reply = daemon.call(
+            "POST", "/v1/leases?wait=600", {"service": "named", "instance": "named-1", "pid": process.pid}
+        )
+    assert (reply.status, reply.body.get("pointer")) == (409, "/instance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -11,6 +12,7 @@ from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, decode_cursor, in_order, page
+from portd.core.errors import PoolExhausted, PortTaken
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
 from portd.core.requests import (
     DrainRequest,
@@ -22,12 +24,19 @@ from portd.core.requests import (
     TransferRequest,
 )
 from portd.core.rights import Caller
+from portd.core.shares import Shares
 from portd.core.views import LeaseView
 from portd.leasing.queries import LeaseQueries
 from portd.leasing.service import Granted, LeaseService
 
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
+WAITING_MAX: Final = 1_024
+USER_WAITING_MAX: Final = 128
+"""Requests that wait for a port at once, of all callers and of one user."""
+FIRST_RETRY_S: Final = 0.02
+RETRY_MAX_S: Final = 0.5
+"""Seconds between two tries of a waiting request: doubled each time, up to the second figure. A try costs 50 µs."""
 GrantBody: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
 
 
@@ -59,6 +68,15 @@ class LeaseQuery(Struct, frozen=True, forbid_unknown_fields=True):
     cursor: Cursor | None = None
 
 
+class GrantQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a grant may wait for its port."""
+
+    wait: Annotated[
+        float,
+        Meta(ge=0, le=600, description="Seconds to wait for a port that is taken, or for a free one of the pool."),
+    ] = 0.0
+
+
 class LeaseList(Struct, frozen=True):
     """One page of leases; `next` is the cursor of the next one, or null."""
 
@@ -76,6 +94,7 @@ class LeaseCalls:
 
     def __init__(self, service: LeaseService, queries: LeaseQueries) -> None:
         self._service = service
+        self._waiting = Shares("waiting requests", total=WAITING_MAX, per_user=USER_WAITING_MAX)
         self._queries = queries
 
     def routes(self) -> list[Route]:
@@ -90,6 +109,7 @@ class LeaseCalls:
                 self.grant,
                 "Grant one lease, or several: all or none",
                 {201: LeaseView | list[LeaseView], 200: LeaseView | list[LeaseView]},
+                query=GrantQuery,
                 body=GrantBody,
                 refusals=(
                     "unauthenticated",
@@ -186,9 +206,28 @@ class LeaseCalls:
         ]
 
     async def grant(self, call: Call) -> Answer:
-        """POST /v1/leases."""
+        """POST /v1/leases; with `wait` a port that is taken is requested again until it is free."""
         requests = as_requests(call.body)
-        return self.show_granted(await self._service.grant(requests, call.caller), call.body, call.caller)
+        if not call.query.wait:
+            return self.show_granted(await self._service.grant(requests, call.caller), call.body, call.caller)
+        with self._waiting.use(call.caller.user):
+            granted = await self._grant_in_time(requests, call.caller, call.query.wait)
+        return self.show_granted(granted, call.body, call.caller)
+
+    async def _grant_in_time(self, requests: list[LeaseRequest], caller: Caller, wait_s: float) -> Granted:
+        """Repeat a request while its port is taken: nobody reports when a foreign process closes one."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        pause_s = FIRST_RETRY_S
+        while True:
+            try:
+                return await self._service.grant(requests, caller)
+            except (PortTaken, PoolExhausted) as refusal:
+                left_s = deadline - loop.time()
+                if left_s <= 0 or (refusal.pointer or "").endswith("/instance"):
+                    raise  # time is up, or another owner has the instance
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
         """Show what a call for leases brought, in the shape that it was asked for in."""
