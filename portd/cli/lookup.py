@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, sleep
 
 from portd._client import calls
 from portd._client.client import Client
+from portd._client.errors import DaemonUnavailable, ProtocolError, Retryable
 from portd.cli import printing
 from portd.cli.lease_options import WAIT_S
 from portd.cli.listing import nothing
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 POLL_MAX_S = 55.0
 """Seconds that one long poll asks for: less than proxies and the daemon's own bound cut off."""
+RETRY_S = 0.2
+"""Seconds between tries while the daemon restarts."""
+TIMER_S = 0.05
+"""A long poll that ends this long before the deadline has reached it."""
 COUNTS = ("instances", "serving", "passing", "warning", "critical", "unknown")
 
 
@@ -82,7 +87,10 @@ def wait(values: dict[str, Any]) -> int:
 
 
 def _serving(client: Client, values: dict[str, Any], count: int, deadline: float) -> Any:
-    """Ask for the instances that serve until there are `count`, or the deadline (seconds of `monotonic`) has passed."""
+    """Return the instances that serve, once there are `count` or the deadline (seconds of `monotonic`) has passed.
+
+    A daemon that has answered once may restart meanwhile.
+    """
     filters = {
         "serving": True,
         "tag": values["tag"] or None,
@@ -90,12 +98,20 @@ def _serving(client: Client, values: dict[str, Any], count: int, deadline: float
         "scope": values["scope"],
         **({"health": "passing"} if values.get("health") else {}),
     }
+    if deadline > monotonic():
+        client.call(calls.status())
     while True:
         left_s = deadline - monotonic()
         polled = {"min": count, "wait": round(min(left_s, POLL_MAX_S), 3)} if left_s > 0 else {}
-        found: Any = client.service(values["service"], **filters, **polled)
-        if len(found["instances"]) >= count or left_s <= POLL_MAX_S:
-            return found
+        try:
+            found: Any = client.service(values["service"], **filters, **polled)
+        except (DaemonUnavailable, ProtocolError, Retryable):
+            if left_s <= 0:
+                raise
+        else:
+            if len(found["instances"]) >= count or monotonic() >= deadline - TIMER_S:
+                return found
+        sleep(RETRY_S)  # a restart, or the end of one long poll
 
 
 def _why(client: Client, name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from portd._client import calls
 from portd.cli import lookup
-from tests.cli.bed import Daemon, end, serving
+from tests.cli.bed import Daemon, end, serving, wait_for
 
 USAGE = 2
 SERVER = (sys.executable, "-m", "http.server", "{port}", "--bind", "{host}")
@@ -79,3 +80,19 @@ def test_services_shows_why_one_does_not_serve(daemon: Daemon) -> None:
 def test_the_reason_is_the_first_that_matters(fields: dict[str, Any], reason: str) -> None:
     lease = {"state": "bound", "drain": False, "health": "passing", "port": 20000, "elsewhere": [], **fields}
     assert lookup._reason(lease) == reason
+
+
+def test_wait_goes_on_over_a_restart_of_the_daemon(own_daemon: Daemon) -> None:
+    own_daemon.start()
+    waiting = own_daemon.start_portd("wait", "patient", "--timeout", "20")
+    wait_for(lambda: _is_polling(own_daemon), "it polls")
+    own_daemon.stop()
+    own_daemon.start()
+    with serving(own_daemon, "patient"):
+        written, _ = waiting.communicate(timeout=20)
+    assert (waiting.returncode, written) == (0, "")
+
+
+def _is_polling(daemon: Daemon) -> bool:
+    """Return whether another connection than this one is open."""
+    return bool(daemon.client.call(calls.status())["counts"]["connections"] > 1)
