@@ -72,7 +72,7 @@ class ConnectionPeer:
 
     @property
     def needs_process(self) -> bool:
-        """Tell whether the process behind the connection is still to be found."""
+        """Return whether the process behind the connection is still to be found."""
         return self.peer is not None and bool(self.peer.inode) and self.peer.pid is None and not self.pid_requested
 
 
@@ -250,7 +250,7 @@ def _host_of(origin: str) -> str | None:
 
 
 def _is_member(peer: Peer | None, group: str) -> bool:
-    """Tell whether a peer is in a group: its process has the group, or its user is listed in the group database now."""
+    """Return whether a peer is in a group: its process has the group, or the group database lists its user now."""
     if peer is None or not group:
         return False
     try:

@@ -263,7 +263,7 @@ def _viewer(caller: Caller) -> Caller:
 
 
 def _is_event_source(request: web.Request) -> bool:
-    """Tell whether a browser's EventSource makes the request: by the headers that no script sets (Fetch standard)."""
+    """Return whether a browser's EventSource makes the request: by the headers that no script sets (Fetch standard)."""
     return request.headers.get("Accept") == "text/event-stream" and "Sec-Fetch-Mode" in request.headers
 
 

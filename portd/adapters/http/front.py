@@ -283,7 +283,7 @@ class Front(asyncio.Protocol):
 
     @property
     def is_stalled(self) -> bool:
-        """Tell whether the client lets an answer wait."""
+        """Return whether the client lets an answer wait."""
         return "stalled" in self._timers
 
     @property
@@ -398,7 +398,7 @@ class Outlet(asyncio.Transport):
         return self._front if name == FRONT else self._transport.get_extra_info(name, default)
 
     def is_closing(self) -> bool:
-        """Tell whether no more can be written."""
+        """Return whether no more can be written."""
         return self._front.state in ("closing", "closed") or self._transport.is_closing()
 
     def close(self) -> None:
@@ -422,7 +422,7 @@ class Outlet(asyncio.Transport):
         self._transport.write_eof()
 
     def can_write_eof(self) -> bool:
-        """Tell whether one half can be closed alone."""
+        """Return whether one half can be closed alone."""
         return self._transport.can_write_eof()
 
     def get_write_buffer_size(self) -> int:
@@ -438,7 +438,7 @@ class Outlet(asyncio.Transport):
         self._transport.set_write_buffer_limits(high, low)
 
     def is_reading(self) -> bool:
-        """Tell whether data is read."""
+        """Return whether data is read."""
         return self._transport.is_reading()
 
     def pause_reading(self) -> None:

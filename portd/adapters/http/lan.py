@@ -1,4 +1,4 @@
-"""The call of those who look at the LAN."""
+"""The call that browses the LAN."""
 
 from __future__ import annotations
 

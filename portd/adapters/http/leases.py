@@ -148,7 +148,7 @@ class LeaseCalls:
                 "POST",
                 f"{lease}/decline",
                 self.decline,
-                "Get another port: somebody else has this one",
+                "Report that another process has the port, and get another one",
                 one,
                 refusals=(*mine, "not_declinable", "pool_exhausted"),
                 access="lease",
@@ -167,7 +167,7 @@ class LeaseCalls:
                 "POST",
                 f"{lease}/drain",
                 self.drain,
-                "Take no new work, or take it again",
+                "Start or end draining",
                 one,
                 body=DrainRequest,
                 body_required=False,
@@ -230,7 +230,7 @@ class LeaseCalls:
             pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
-        """Show what a call for leases brought, in the shape that it was asked for in."""
+        """Show the outcome of a grant: one lease, or an array where the request was one."""
         views = [
             self._queries.view(lease, caller, token=token)
             for lease, token in zip(granted.leases, granted.tokens, strict=True)

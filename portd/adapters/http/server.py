@@ -259,7 +259,7 @@ async def _answer_all(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 async def _expect(request: web.Request) -> None:
-    """Ask for the body where the client waits for that; any other expectation may be ignored (RFC 9110, 10.1.1)."""
+    """Request the body where the client waits for that; any other expectation may be ignored (RFC 9110, 10.1.1)."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer's head is still to be written
