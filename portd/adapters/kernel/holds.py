@@ -96,7 +96,7 @@ class KernelHolds:
 
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
-        for slot, held in self._held.pop(lease_id, {}).items():
+        for held in self._held.pop(lease_id, {}).values():
             self._inodes.discard(_inode(held))
             held.close()
 

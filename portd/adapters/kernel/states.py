@@ -89,7 +89,7 @@ class StateWatch:
         self._await(event.lease)
         self.owners.follow(event.lease)
         self.succession.apply(event)
-        if event.type in ("granted", "declined", "passed") or self.succession.is_waiting:
+        if event.type in ("granted", "declined", "passed") or self.succession.is_expected_on(event.lease.port):
             self.wake()
 
     def wake(self) -> None:
@@ -109,7 +109,7 @@ class StateWatch:
             await self.poll()
             self.owners.check_due()
             pause_s = self._eager.pop(0) if self._eager else self._interval_s
-            is_busy = self._live_count() or self.succession.is_waiting
+            is_busy = self._live_count() or self.succession.is_waiting()
             pause_s = max(pause_s, COST_FACTOR * self._cost_s) if is_busy else math.inf
             self._due = loop.time() + pause_s
             while (left_s := self._due - loop.time()) > 0:
