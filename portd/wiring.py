@@ -46,7 +46,7 @@ from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.adapters.users import ListedUsers
 from portd.condition import Condition
-from portd.config import Paths, Service, Settings, dns_addresses, http_addresses, pool_ports, split_host_port
+from portd.config import Paths, Settings, dns_addresses, http_addresses, pool_ports, split_host_port
 from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
@@ -91,6 +91,7 @@ class Watchers:
     dns: DnsServer
     log: LeaseLog
     availability: Availability
+    when_all_critical: dict[str, WhenAllCritical]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def build(
 def reconfigure(parts: Parts, settings: Settings) -> None:
     """Apply the settings that can change while the daemon runs: [leases], [services] and [health]."""
     parts.engine.leases.reconfigure(policy(settings), settings.leases.cooldown)
+    parts.watchers.when_all_critical.clear()
+    parts.watchers.when_all_critical.update(_when_all_critical(settings))
+    parts.watchers.dns.forget_answers()
     parts.watchers.prober.set_concurrency(settings.health.concurrency)
     parts.watchers.prober.allow_commands = settings.health.allow_commands
 
@@ -199,6 +203,7 @@ def _engine(settings: Settings, store: SqliteStore) -> Engine:
 def _watchers(settings: Settings, engine: Engine) -> Watchers:
     leases, table = engine.leases, engine.table
     metrics = Metrics()
+    panic = _when_all_critical(settings)
     engine.store.subscribe(metrics.commit)
     prober = Prober(
         engine.clock,
@@ -233,16 +238,21 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
             interfaces=settings.mdns.interfaces,
         ),
         DnsServer(
-            dns_addresses(settings), settings.dns.zone, settings.dns.ttl, metrics.query, _when_all_critical(settings)
+            dns_addresses(settings),
+            settings.dns.zone,
+            settings.dns.ttl,
+            metrics.query,
+            lambda service: panic.get(service, "none"),
         ),
         LeaseLog(),
         Availability(),
+        panic,
     )
 
 
-def _when_all_critical(settings: Settings) -> Callable[[str], WhenAllCritical]:
-    """Return what decides, for a service, what is given when all its instances are critical."""
-    return lambda service: (settings.services.get(service) or Service()).when_all_critical
+def _when_all_critical(settings: Settings) -> dict[str, WhenAllCritical]:
+    """Return what a service gives when all its instances are critical, of those that the configuration names."""
+    return {name: service.when_all_critical for name, service in settings.services.items()}
 
 
 def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
@@ -296,9 +306,10 @@ def _fronts(
         compat,
     )
     watchers.metrics.gauges = condition.gauges
+    panic = watchers.when_all_critical
     parts = (
         leases,
-        ServiceCalls(queries, watchers.feed, watchers.announcer.lan, revisions, _when_all_critical(settings)),
+        ServiceCalls(queries, watchers.feed, watchers.announcer.lan, revisions, lambda name: panic.get(name, "none")),
         events,
         PortCalls(queries, KernelSocketTable(engine.diag)),
         LanCalls(watchers.announcer.lan),

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,9 @@ import dns.message
 import dns.query
 import uvloop
 
+from portd.adapters.dns.message import Limits, Responder
 from portd.adapters.dns.server import DnsServer
+from portd.adapters.dns.zone import Zone
 from portd.adapters.metrics import Metrics
 from portd.core.model import Lease, Owner
 from tests.bench.bed import LOAD_CORE, free_port, running, wait_for
@@ -56,10 +60,46 @@ server:
 
 async def measure() -> list[dict[str, Any]]:
     """Return a row for each server, size and type: answers a second, what one costs the server in µs of CPU time (which
-    a busy machine disturbs least), latency in ms, the answer's bytes and records."""
-    return await asyncio.to_thread(
-        lambda: [row for count in SIZES for serve in (_portd, _dnsmasq, _unbound) for row in _rows(serve, count)]
-    )
+    a busy machine disturbs least), latency in ms, the answer's bytes and records; then how evenly portd rotates. A row
+    names a program that is missing."""
+    return await asyncio.to_thread(lambda: [*_speed(), *_rotation()])
+
+
+def _speed() -> Iterator[dict[str, Any]]:
+    if shutil.which("dnsperf") is None:
+        yield {"missing": "dnsperf"}
+        return
+    for count in SIZES:
+        for serve, program in ((_portd, sys.executable), (_dnsmasq, "dnsmasq"), (_unbound, "unbound")):
+            if shutil.which(program) is None:
+                yield {"server": program, "instances": count, "missing": program}
+            else:
+                yield from _rows(serve, count)
+
+
+def _rotation() -> Iterator[dict[str, Any]]:
+    """Ask for each of 1,000 instances twice, by UDP and then by TCP as clients do after a cut answer."""
+    count = SIZES[-1]
+    zone = Zone(SERVICE.partition(".")[2], 0, ["127.0.0.1"])
+    for lease in _leases(count):
+        zone.apply(lease)
+    responder = Responder(zone)
+    firsts: dict[str, Counter[str]] = {"udp": Counter(), "tcp": Counter()}
+    query = dns.message.make_query(SERVICE, "A").to_wire()
+    for _ in range(2 * count):
+        for way, size_bytes in (("udp", 512), ("tcp", 65535)):
+            answer = responder.respond(query, Limits(size_bytes, size_bytes))
+            assert answer is not None
+            firsts[way][dns.message.from_wire(answer).answer[0][0].to_text()] += 1
+    for way, counts in firsts.items():
+        yield {
+            "server": "portd",
+            "rotation": way,
+            "instances": count,
+            "ever_first": len(counts),
+            "most_often": max(counts.values()),
+            "least_often": min(counts.values()),
+        }
 
 
 def _rows(serve: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -189,15 +229,21 @@ def _unbound(directory: Path, port: int, count: int) -> Iterator[Process]:
 
 async def _serve(port: int, count: int) -> None:
     server = DnsServer([("127.0.0.1", port)], on_query=Metrics().query)
-    server.restore(
-        Lease(
-            id=str(its_port),
+    server.restore(_leases(count))
+    await server.start()
+    await asyncio.Event().wait()
+
+
+def _leases(count: int) -> Iterator[Lease]:
+    for host, address, port in _instances(count):
+        yield Lease(
+            id=str(port),
             service="orders",
             instance=host.partition(".")[0],
             endpoint="main",
             protocol="tcp",
             address=address,
-            port=its_port,
+            port=port,
             pool="default",
             hold="shared",
             state="bound",
@@ -206,10 +252,6 @@ async def _serve(port: int, count: int) -> None:
             created_at=0.0,
             owner=Owner(known_by="peercred"),
         )
-        for host, address, its_port in _instances(count)
-    )
-    await server.start()
-    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

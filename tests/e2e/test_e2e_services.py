@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -102,6 +104,10 @@ def test_panic_gives_all_critical_instances_where_configured(make_daemon: MakeDa
         assert names(daemon, "other", "serving=true") == set()
         with instance(daemon, "orders", "passing", instance="b"):
             assert names(daemon, "orders", "serving=true") == {"b"}
+        wait_for(lambda: names(daemon, "orders", "serving=true") == {"a"}, "the sick one is given again")
+        daemon.configure('[services.orders]\nwhen_all_critical = "none"')
+        os.kill(daemon.pid, signal.SIGHUP)
+        wait_for(lambda: not names(daemon, "orders", "serving=true"), "the new setting applies")
 
 
 def test_waiting_for_instances_ends_when_enough_serve(own_daemon: Daemon) -> None:

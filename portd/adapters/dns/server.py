@@ -84,6 +84,10 @@ class DnsServer:
         else:
             self._news[lease.id] = lease
 
+    def forget_answers(self) -> None:
+        """Make every answer anew: what `when_all_critical` says has changed."""
+        self._zone.forget_answers()
+
     async def start(self, passed: Iterable[socket.socket] = ()) -> None:
         """Listen; raises OSError that says where it can't, and leaves nothing open then.
 

@@ -84,7 +84,7 @@ class Service(Source):
         """Enter an endpoint, or replace it, or note that its lease has changed."""
         lease = endpoint.lease
         self._endpoints.setdefault(lease.endpoint, {})[lease.instance] = endpoint
-        self._change()
+        self.change()
 
     def remove(self, lease: Lease) -> bool:
         """Remove an endpoint; True when the service has none left."""
@@ -92,7 +92,7 @@ class Service(Source):
         del instances[lease.instance]
         if not instances:
             del self._endpoints[lease.endpoint]
-        self._change()
+        self.change()
         return not self._endpoints
 
     def serving(self, endpoint: str) -> Mapping[str, Endpoint]:
@@ -118,7 +118,8 @@ class Service(Source):
         """Tell whether a live lease is an endpoint of this instance."""
         return any(instance in instances for instances in self._endpoints.values())
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Note that the service's answers are others now."""
         self._serving = None
         self.version += 1
 
@@ -319,6 +320,11 @@ class Zone(Source):
             if before is not None:
                 self._leave(before)
             self._enter(endpoint)
+
+    def forget_answers(self) -> None:
+        """Make every answer anew: the configuration of services has changed."""
+        for service in self._services.values():
+            service.change()
 
     # --- the zone's own names ---
 
