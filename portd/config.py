@@ -92,7 +92,7 @@ class Leases(_Section, frozen=True):
 
     max_ttl: Annotated[float, Meta(gt=0, le=31_536_000)] = 86_400.0
     cooldown: Annotated[float, Meta(ge=0, le=86_400)] = 5.0
-    quota_per_uid: Annotated[int, Meta(ge=0)] = 10_000
+    quota_per_uid: Annotated[int, Meta(ge=0)] = 5_000
     hold: HoldKind = "shared"
     names: Literal["owned", "shared"] = "owned"
 

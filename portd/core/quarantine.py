@@ -94,6 +94,10 @@ class Quarantines:
         """Return the seconds until the quarantine may end."""
         return max(0.0, (self._due.at(quarantine) or tick) - tick)
 
+    def next_left_s(self, user: User, tick: float) -> float | None:
+        """Return the seconds until the first quarantine of a user may end, None where it has none."""
+        return min((self.left_s(each, tick) for each in self._by_user.get(user, ())), default=None)
+
     def next_tick(self) -> float | None:
         """Return the tick at which the next port must be polled, or None."""
         return self._due.next_tick()

@@ -104,7 +104,8 @@ class Decider:
     ) -> None:
         """Decide all requests of a call, and record the leases in `pending.grants`; raises the first refusal.
 
-        `adopted` are the processes of requests to adopt one, by index. Requests with an `offset` are placed together with the first one, the others one after the other.
+        `adopted` are the processes of requests to adopt one, by index. Requests with an `offset` are placed together
+        with the first one, the others one after the other.
         """
         grants: dict[int, Grant] = {}
         relative = [index for index, request in enumerate(requests) if request.offset is not None]
@@ -121,8 +122,16 @@ class Decider:
     def move(self, lease: Lease, pending: Pending, *, is_privileged: bool) -> Lease:
         """Reserve another port for a live lease whose port a foreign process has; the old one goes on probation.
 
-        The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none.
+        The new hold replaces the old one under the same lease. Raises PoolExhausted when there is none, QuotaExceeded
+        when the user has declined its share.
         """
+        quota = self.policy.quota_per_uid
+        if quota and self._table.count_of_user(lease.user) + self._allocator.quarantines.count_of(lease.user) >= quota:
+            raise QuotaExceeded(
+                "leases, declined and cooling ports together have reached the quota: find out who has the ports "
+                "('portd who'), or raise quota_per_uid in the configuration",
+                retry_after_s=self._allocator.quarantines.next_left_s(lease.user, pending.now.tick),
+            )
         self._allocator.decline(Binding(lease.protocol, lease.address, lease.port), pending.now.tick, lease.user)
         ports = PortRequest(lease.name, lease.user, lease.protocol, lease.address, (), lease.pool)
         draft = Draft(lease.id, "", ports, lease.hold, is_privileged, not lease.own_address, {})

@@ -29,8 +29,8 @@ class Owners:
         """Find the process that a lease will belong to: the requested one, else the caller.
 
         `is_lifetime`: the lease lasts as long as the process, which is watched from now on. None where the process
-        can't be known and is not needed. Raises InvalidRequest for a process that is gone or not known, NotOwner for that of
-        another user, OtherNetwork for one of another network namespace, Busy at the file limit.
+        can't be known and is not needed. Raises InvalidRequest for a process that is gone or not known, NotOwner for
+        that of another user, OtherNetwork for one of another network namespace, Busy at the file limit.
         """
         process = self._find(request_pid, caller, is_required=is_lifetime)
         if is_lifetime and process is not None:

@@ -66,12 +66,11 @@ def no_port(
     if search.is_forbidden:
         port = next(iter(allocator.numbers(request.pool)))
         return PortReserved(f"no port of pool {request.pool} can be granted: {_forbidden(port, policy)}")
-    waits_s = [allocator.quarantines.left_s(each, tick) for each in allocator.quarantines.cooling(request.user)]
     if request.is_at_share:
         return QuotaExceeded(
             "leases, declined and cooling ports together have reached the quota: release less often, or raise "
             "quota_per_uid in the configuration",
-            retry_after_s=min(waits_s, default=None),
+            retry_after_s=allocator.quarantines.next_left_s(request.user, tick),
         )
     count = allocator.count(request.pool)
     next_tick = allocator.quarantines.next_tick()

@@ -46,7 +46,8 @@ class Holds(Protocol):
         """Close the lease's hold; nothing happens when it has none."""
 
     def is_free(self, protocol: LeaseProtocol, address: str, port: int, *, whole: bool = False) -> bool:
-        """Tell whether nobody has the port bound (`whole`: at any address), without keeping it. Sockets in TIME_WAIT don't count."""
+        """Return whether nobody has the port bound (`whole`: at any address), without keeping it. Sockets in TIME_WAIT
+        don't count."""
 
 
 class Process(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from msgspec import UNSET
 
@@ -43,7 +43,7 @@ from portd.leasing.seams import Clock, ReportHealth
 from portd.leasing.timers import HoldKeeper, LeaseClocks
 from portd.leasing.waiting import Freed
 
-WAIT_MAX_S = 600.0
+WAIT_MAX_S: Final = 600.0
 """The longest wait for a port, in seconds: proxies and kernels forget idle connections that stay longer."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-POLL_S: Final = 1.0
+POLL_S: Final = 0.5
 """Seconds between two attempts of those who wait for a port of a foreign process: no event reports its exit."""
 
 

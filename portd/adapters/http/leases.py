@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Annotated, Any, Final, TypeAlias
@@ -12,7 +12,6 @@ from msgspec import Meta, Struct
 
 from portd.adapters.http.calls import Answer, Call, Route, encode
 from portd.adapters.http.paging import Cursor, Limit, decode_cursor, in_order, page
-from portd.core.errors import PoolExhausted, PortTaken
 from portd.core.model import Health, Label, Lease, PortNumber, Protocol, State
 from portd.core.requests import (
     DrainRequest,
@@ -27,16 +26,13 @@ from portd.core.rights import Caller
 from portd.core.shares import Shares
 from portd.core.views import LeaseView
 from portd.leasing.queries import LeaseQueries
-from portd.leasing.service import Granted, LeaseService
+from portd.leasing.service import WAIT_MAX_S, Granted, LeaseService
 
 GRANT_MAX: Final = 256
 """Requests in one call; all or none of them are granted."""
 WAITING_MAX: Final = 1_024
 USER_WAITING_MAX: Final = 128
 """Requests that wait for a port at once, of all callers and of one user."""
-FIRST_RETRY_S: Final = 0.02
-RETRY_MAX_S: Final = 0.5
-"""Seconds between two tries of a waiting request: doubled each time, up to the second figure. A try costs 50 µs."""
 GrantBody: TypeAlias = LeaseRequest | Annotated[list[LeaseRequest], Meta(min_length=1, max_length=GRANT_MAX)]
 
 
@@ -73,7 +69,9 @@ class GrantQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
     wait: Annotated[
         float,
-        Meta(ge=0, le=600, description="Seconds to wait for a port that is taken, or for a free one of the pool."),
+        Meta(
+            ge=0, le=WAIT_MAX_S, description="Seconds to wait for a port that is taken, or for a free one of the pool."
+        ),
     ] = 0.0
 
 
@@ -114,6 +112,8 @@ class LeaseCalls:
                 refusals=(
                     "unauthenticated",
                     "not_owner",
+                    "service_taken",
+                    "lease_differs",
                     "port_taken",
                     "port_reserved",
                     "other_network",
@@ -206,28 +206,11 @@ class LeaseCalls:
         ]
 
     async def grant(self, call: Call) -> Answer:
-        """POST /v1/leases; with `wait` a port that is taken is requested again until it is free."""
-        requests = as_requests(call.body)
-        if not call.query.wait:
-            return self.show_granted(await self._service.grant(requests, call.caller), call.body, call.caller)
-        with self._waiting.use(call.caller.user):
-            granted = await self._grant_in_time(requests, call.caller, call.query.wait)
+        """POST /v1/leases."""
+        requests, wait_s = as_requests(call.body), call.query.wait
+        with self._waiting.use(call.caller.user) if wait_s else nullcontext():
+            granted = await self._service.grant(requests, call.caller, wait_s)
         return self.show_granted(granted, call.body, call.caller)
-
-    async def _grant_in_time(self, requests: list[LeaseRequest], caller: Caller, wait_s: float) -> Granted:
-        """Repeat a request while its port is taken: nobody reports when a foreign process closes one."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_s
-        pause_s = FIRST_RETRY_S
-        while True:
-            try:
-                return await self._service.grant(requests, caller)
-            except (PortTaken, PoolExhausted) as refusal:
-                left_s = deadline - loop.time()
-                if left_s <= 0 or (refusal.pointer or "").endswith("/instance"):
-                    raise  # time is up, or another owner has the instance
-            await asyncio.sleep(min(pause_s, left_s))
-            pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     def show_granted(self, granted: Granted, body: GrantBody, caller: Caller) -> Answer:
         """Show the outcome of a grant: one lease, or an array where the request was one."""
