@@ -17,6 +17,7 @@ from portd.adapters.dns.server import DnsServer
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.status import pool_status
+from portd.adapters.kernel import descriptors
 from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.portserver.grpc import GrpcPortServer
@@ -73,6 +74,11 @@ class Condition(NamedTuple):
         """Return what an operator should know, a sentence each."""
         found = list(self.store.notes)
         found += [f"[compat] {server.problem}" for server in self.compat if server.problem]
+        if descriptors.are_short():
+            found.append(
+                "portd is at its file limit: new leases are refused, some ports may have no hold; raise LimitNOFILE of "
+                "its unit (see 'portd doctor')"
+            )
         if lost_s := self.clock.lost_s:
             found.append(f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much")
         if self.prober.is_late:

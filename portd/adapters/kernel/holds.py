@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal
 
+from portd.adapters.kernel import descriptors
 from portd.core.bindings import ANY, ANY_V4, addresses_of, overlaps
 from portd.core.model import HoldKind, Listener, Protocol
 from portd.leasing.seams import Taken
@@ -264,6 +265,7 @@ def _bind(part: Part, address: str, port: int, *, reuse: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     bound = socket.socket(family, _TYPES[part])
     try:
+        descriptors.check_unreserved(bound.fileno())
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
         if reuse:

@@ -19,7 +19,7 @@ import select
 from collections.abc import Callable
 from typing import Final
 
-from portd.adapters.kernel import procfs
+from portd.adapters.kernel import descriptors, procfs
 from portd.core.model import KnownBy, ProcessId
 from portd.leasing.seams import ForeignNetwork, Process, ProcessGone
 
@@ -242,11 +242,17 @@ def _open(pid: int) -> int:
     The id of a thread, and what is no pid at all, answer ENOENT or EINVAL, by the kernel's version.
     """
     try:
-        return os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid)
     except OSError as error:
         if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             raise ProcessGone(pid) from error
         raise
+    try:
+        descriptors.check_unreserved(pidfd)
+    except OSError:
+        os.close(pidfd)
+        raise
+    return pidfd
 
 
 def _stat(pid: int) -> procfs.Stat:
