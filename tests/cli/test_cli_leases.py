@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+from portd._client import calls
 from tests.cli.bed import DEADLINE_S, Daemon, end, serving, wait_for
 
 
@@ -250,3 +251,16 @@ def test_transfer_makes_another_process_the_owner(daemon: Daemon) -> None:
     finally:
         end(heir)
     wait_for(lambda: not list(daemon.client.leases(service="handed")), "the lease ends with its new owner")
+
+
+def test_wait_leases_an_exact_port_once_it_is_free(daemon: Daemon) -> None:
+    foreign = socket.create_server(("127.0.0.1", 0))
+    port = foreign.getsockname()[1]
+    words = ("lease", "patient", "--port", str(port), "--exact", "--ttl", "60")
+    refused = daemon.portd(*words, "--wait", "0.2")
+    waiting = daemon.start_portd(*words, "--wait=15")
+    with foreign:
+        assert refused.returncode == 1
+        wait_for(lambda: daemon.client.call(calls.status())["counts"]["connections"] > 1, "the request waits")
+    written, _ = waiting.communicate(timeout=DEADLINE_S)
+    assert (waiting.returncode, written) == (0, f"{port}\n")
