@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clients.conformance.bed import Daemon, wait_for
 from clients.conformance.matching import filled
 from portd_client import calls
 from portd_client.errors import PortdError
 from portd_client.protocol import Request
-from tests.cli.bed import CONFIG, Daemon, wait_for
+from tests.cli.bed import CONFIG
 
 
 class Stage(Daemon):

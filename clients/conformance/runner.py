@@ -35,6 +35,7 @@ STEPS = {
     "ask": {"body", "expect"},
     "standin": set(),
     "heard": set(),
+    "serve": set(),
     "impostor": set(),
     "unheard": set(),
     "stranger": {"port"},
@@ -186,7 +187,9 @@ class Play:
         status = self._driver.end(how)
         assert status in ENDINGS[how], f"it ended with status {status}"
         assert not FAULTS.search(self._driver.errors()), "it wrote of a fault"
-        assert how == "kill" or not self._stage.leases_of(self._driver.pid), "it gave not everything back"
+        assert how == "kill" or self._case.run or not self._stage.leases_of(self._driver.pid), (
+            "it gave not everything back"
+        )
         self._stage.wait_for_no_leases_of(self._driver.pid)
 
     # --- the daemon ---
@@ -231,6 +234,15 @@ class Play:
         stranger.bind(("127.0.0.1", port))
         stranger.listen()
         self._strangers[port] = stranger
+
+    def _serve(self, step: dict[str, Any]) -> None:
+        port = filled(step["serve"], self._variables)
+        lease = self._stage.ask("GET", f"/v1/ports/{port}")["lease"]
+        listener = self._stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((lease["address"], port))
+        listener.listen()
+        self._ask({"ask": f"GET /v1/leases/{lease['id']}", "expect": {"state": "bound"}})
 
     def _dial(self, step: dict[str, Any]) -> None:
         address = (filled(step.get("address", "127.0.0.1"), self._variables), filled(step["dial"], self._variables))

@@ -103,7 +103,7 @@ func TestTheFallbackIsAPortOfTheKernelsChoiceAndIsLoggedOnce(t *testing.T) {
 	if !l.IsFallback() || l.ID() != "" || l.Port() != listener.Addr().(*net.TCPAddr).Port {
 		t.Errorf("%v on %v", l, listener.Addr())
 	}
-	for _, err := range []error{l.Report(bounded(t), Passing, ""), l.Drain(bounded(t), true), l.Renew(bounded(t))} {
+	for _, err := range []error{l.Report(bounded(t), Passing, ""), l.Drain(bounded(t), true), l.Renew(bounded(t), 0)} {
 		if err != nil {
 			t.Errorf("with nobody to tell: %v", err)
 		}

@@ -32,10 +32,10 @@ type Config struct {
 
 // A Client speaks to one daemon, the first that answers.
 type Client struct {
-	token     string
-	timeout   time.Duration
-	lookEvery time.Duration
-	wait      time.Duration // before the next try, while no daemon answers
+	token      string
+	timeout    time.Duration
+	checkEvery time.Duration
+	wait       time.Duration // before the next try, while no daemon answers
 
 	mu        sync.Mutex
 	endpoints []*endpoint // the one that answered last comes first
@@ -44,7 +44,7 @@ type Client struct {
 
 // NewClient makes a client. It opens nothing yet; the error is an ErrInvalidURL.
 func NewClient(config Config) (*Client, error) {
-	c := &Client{token: config.Token, timeout: config.Timeout, lookEvery: lookEvery, wait: retryAfter,
+	c := &Client{token: config.Token, timeout: config.Timeout, checkEvery: checkEvery, wait: retryAfter,
 		answers: map[question]answer{}}
 	if c.token == "" && os.Getenv("PORTD_LEASE") == "" {
 		c.token = os.Getenv("PORTD_TOKEN")
@@ -99,6 +99,7 @@ type request struct {
 type reply struct {
 	status int
 	at     *endpoint
+	store  string // the id of the daemon's database, made with it; "" where it names none
 }
 
 // call makes a call at the first endpoint that can be connected to.
@@ -117,7 +118,7 @@ func (c *Client) call(ctx context.Context, r request, result any) (reply, error)
 	defer cancel()
 	unavailable := &DaemonUnavailable{}
 	for _, at := range c.candidates(r.at) {
-		status, body, err := at.exchange(limited, r, data)
+		response, body, err := at.exchange(limited, r, data)
 		if err != nil && ctx.Err() != nil {
 			return reply{}, fmt.Errorf("portd: %s %s at %s: %w", r.method, r.path, at.url, ctx.Err())
 		}
@@ -133,16 +134,30 @@ func (c *Client) call(ctx context.Context, r request, result any) (reply, error)
 		if err != nil {
 			return reply{}, fmt.Errorf("%w: %s: %v", ErrProtocol, at.url, err)
 		}
-		return reply{status, at}, understand(at, status, body, result)
+		return reply{response.StatusCode, at, response.Header.Get("X-Portd-Store")}, understand(at, response.StatusCode, body, result)
 	}
 	return reply{}, unavailable
 }
 
 // exchange sends a request and reads the whole answer.
-func (e *endpoint) exchange(ctx context.Context, r request, data []byte) (int, []byte, error) {
+func (e *endpoint) exchange(ctx context.Context, r request, data []byte) (*http.Response, []byte, error) {
+	response, err := e.send(ctx, r, data)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, bodyMaxBytes+1))
+	if err == nil && len(body) > bodyMaxBytes {
+		err = fmt.Errorf("the answer is longer than %d bytes", bodyMaxBytes)
+	}
+	return response, body, err
+}
+
+// send sends a request and returns when the head of the answer is there.
+func (e *endpoint) send(ctx context.Context, r request, data []byte) (*http.Response, error) {
 	sent, err := http.NewRequestWithContext(ctx, r.method, e.base+r.path, bytes.NewReader(data))
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	if data != nil {
 		sent.Header.Set("Content-Type", "application/json")
@@ -150,16 +165,7 @@ func (e *endpoint) exchange(ctx context.Context, r request, data []byte) (int, [
 	if r.token != "" {
 		sent.Header.Set("Authorization", "Bearer "+r.token)
 	}
-	response, err := e.http.Do(sent)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, bodyMaxBytes+1))
-	if err == nil && len(body) > bodyMaxBytes {
-		err = fmt.Errorf("the answer is longer than %d bytes", bodyMaxBytes)
-	}
-	return response.StatusCode, body, err
+	return e.http.Do(sent)
 }
 
 func understand(at *endpoint, status int, body []byte, result any) error {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"os/exec"
@@ -102,7 +103,7 @@ func newClient(t *testing.T, config Config) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.lookEvery, c.wait = 50*time.Millisecond, 50*time.Millisecond
+	c.checkEvery, c.wait = 50*time.Millisecond, 50*time.Millisecond
 	return c
 }
 
@@ -234,6 +235,25 @@ func stranger(t *testing.T, address string, port int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(made.close)
+}
+
+// foreign has another process listen on a port until the test ends: this process' own listeners are leased back.
+func foreign(t *testing.T, address string, port int) {
+	t.Helper()
+	code := fmt.Sprintf("import socket, sys; s = socket.create_server((%q, %d)); print(flush=True); sys.stdin.read()", address, port)
+	process := exec.Command("python3", "-c", code)
+	input := must[io.WriteCloser](t)(process.StdinPipe())
+	output := must[io.ReadCloser](t)(process.StdoutPipe())
+	if err := process.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		input.Close()
+		_ = process.Wait()
+	})
+	if _, err := output.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // asProblem returns the refusal that an error is.

@@ -4,6 +4,7 @@ package portd
 
 import (
 	"encoding/json"
+	"reflect"
 	"time"
 )
 
@@ -34,6 +35,14 @@ type Document struct {
 	Health       Health            `json:"health"`
 	Drain        bool              `json:"drain"`
 	Owner        Owner             `json:"owner"`
+	UID          *int              `json:"uid"`       // the owner's user at the grant: rights and quota go by it
+	Listening    []string          `json:"listening"` // the addresses at which its own listeners are
+	VouchedBy    string            `json:"vouched_by"`
+	HealthNote   string            `json:"health_note"`
+	HealthSince  *time.Time        `json:"health_since"`
+	CheckedAt    *time.Time        `json:"checked_at"`
+	Weight       *int              `json:"weight"` // nil is 1
+	Priority     int               `json:"priority"`
 	Tags         []string          `json:"tags"`
 	Metadata     map[string]string `json:"metadata"`
 	Check        *HealthCheck      `json:"check"`
@@ -46,6 +55,13 @@ type Document struct {
 	EndedBecause string            `json:"ended_because"`
 	Revision     int64             `json:"revision"`
 	Token        string            `json:"token"` // in the answer to a grant alone
+}
+
+func (d Document) weight() int {
+	if d.Weight == nil {
+		return 1
+	}
+	return *d.Weight
 }
 
 // An Owner is the process that a lease belongs to. What the kernel does not let portd see is left out.
@@ -122,4 +138,15 @@ func (h *HealthCheck) UnmarshalJSON(data []byte) error {
 
 func duration(seconds float64) time.Duration {
 	return time.Duration(seconds * float64(time.Second))
+}
+
+// covers tells whether the check has all that another one sets; the daemon shows checks with their defaults filled in.
+func (h HealthCheck) covers(wanted HealthCheck) bool {
+	have, want := reflect.ValueOf(h), reflect.ValueOf(wanted)
+	for i := 0; i < want.NumField(); i++ {
+		if !want.Field(i).IsZero() && !reflect.DeepEqual(want.Field(i).Interface(), have.Field(i).Interface()) {
+			return false
+		}
+	}
+	return true
 }

@@ -1,4 +1,4 @@
-// The background's work on a lease: renewing it, and having it again where the daemon lost it.
+// The background's work on a lease: renewing it, and leasing again where the daemon lost it.
 
 package portd
 
@@ -6,16 +6,17 @@ import (
 	"context"
 	"errors"
 	"log"
+	"os"
 	"time"
 )
 
 const (
-	// lookEvery is the time between looks at a lease without a clock: how long it goes unnoticed that a daemon lost its
-	// memory.
-	lookEvery = 30 * time.Second
+	// checkEvery is the time between checks of a lease without a clock: how long it goes unnoticed that a daemon lost its
+	// store.
+	checkEvery = 30 * time.Second
 	// retryAfter is the time between tries while no daemon answers; a restart takes about as long.
 	retryAfter = time.Second
-	// jitter is the share of a period by which looks are early, by chance: a thousand services must not renew in step.
+	// jitter is the share of a period by which checks are early, at random: a thousand services must not renew in step.
 	jitter = 0.2
 )
 
@@ -43,7 +44,7 @@ func (l *Lease) stopKeeping() {
 }
 
 func (l *Lease) keepOn(ctx context.Context) {
-	pause := l.period()
+	pause, isLost := l.period(), false
 	for l.sleep(pause) {
 		now, err := l.keepOnce(ctx)
 		switch {
@@ -51,12 +52,14 @@ func (l *Lease) keepOn(ctx context.Context) {
 			if l.update(now) && l.settings.onChange != nil && !l.isClosed() {
 				go l.settings.onChange(l)
 			}
-			pause = l.period()
+			pause, isLost = l.period(), false
 		case isAway(err) || ctx.Err() != nil:
 			pause = l.client.wait
 		default:
-			l.tellLost(err)
-			pause = l.client.lookEvery
+			if !isLost {
+				l.reportLoss(err)
+			}
+			pause, isLost = l.client.checkEvery, true
 		}
 	}
 }
@@ -73,25 +76,43 @@ func (l *Lease) sleep(pause time.Duration) bool {
 	}
 }
 
-// keepOnce renews the lease, or looks whether it is there, and has it again with the same wish where it is lost. The port
-// stays the same unless the program said what to do about another one, and wanted no exact one.
+// keepOnce renews the lease, or checks that it is there, and leases again by the same request where it is lost. A port that
+// this process listens on is leased back as it is. The port stays the same unless the program said what to do about another
+// one, and requested no exact one.
 func (l *Lease) keepOnce(ctx context.Context) (Document, error) {
-	now, err := l.look(ctx)
+	now, err := l.check(ctx)
 	if !errors.Is(err, ErrLeaseLost) {
 		return now, err
 	}
-	again := l.settings.wish
+	again := l.settings.request
 	again.Port, again.Exact, again.Instance = l.Port(), true, l.Instance()
 	now, err = l.grantAgain(ctx, again)
-	if errors.Is(err, ErrPortTaken) && l.settings.onChange != nil && !l.settings.wish.Exact {
+	if !errors.Is(err, ErrPortTaken) {
+		return now, err
+	}
+	if adopted, isOurs := l.adoptListener(ctx, again); isOurs {
+		return adopted, nil
+	}
+	if l.settings.onChange != nil && !l.settings.request.Exact {
 		again.Exact = false
 		now, err = l.grantAgain(ctx, again)
 	}
 	return now, err
 }
 
-// look returns the lease as it is, renewed; ErrLeaseLost where it has ended.
-func (l *Lease) look(ctx context.Context) (Document, error) {
+// adoptListener leases the port for this process, which listens on it; false where another process does.
+func (l *Lease) adoptListener(ctx context.Context, again Request) (Document, bool) {
+	again.Adopt, again.Exact, again.Hold, again.Pool = true, false, "", ""
+	found, err := l.grantAgain(ctx, again)
+	if err != nil || found.Owner.PID == os.Getpid() {
+		return found, err == nil
+	}
+	_ = l.client.Release(ctx, found.ID, found.Token) // another process of this user listens there
+	return Document{}, false
+}
+
+// check returns the lease as it is, renewed; ErrLeaseLost where it has ended.
+func (l *Lease) check(ctx context.Context) (Document, error) {
 	method, what := "GET", ""
 	if l.Document().Lifetime == "ttl" {
 		method, what = "POST", "/renew"
@@ -104,25 +125,25 @@ func (l *Lease) look(ctx context.Context) (Document, error) {
 	return now, err
 }
 
-func (l *Lease) grantAgain(ctx context.Context, again wish) (Document, error) {
+func (l *Lease) grantAgain(ctx context.Context, again Request) (Document, error) {
 	var now Document
 	_, err := l.client.call(ctx, request{method: "POST", path: "/v1/leases", body: again, at: l.at}, &now)
 	return now, err
 }
 
-// tellLost tells the program that there is no lease for now.
-func (l *Lease) tellLost(err error) {
+// reportLoss says, once a loss, that there is no lease for now.
+func (l *Lease) reportLoss(err error) {
 	if l.settings.onLost != nil {
 		go l.settings.onLost(l, err)
 		return
 	}
-	log.Printf("portd: the lease of %s is lost, and can't be had again: %v", l, err)
+	log.Printf("portd: the lease of %s is lost, and can't be granted again: %v", l, err)
 }
 
-// period returns the time until the next look: a third of the ttl, or lookEvery, less some jitter.
+// period returns the time until the next check: a third of the ttl, or checkEvery, less some jitter.
 func (l *Lease) period() time.Duration {
 	now := l.Document()
-	period := l.client.lookEvery
+	period := l.client.checkEvery
 	if now.Lifetime == "ttl" && now.ExpiresAt != nil {
 		started := now.CreatedAt
 		if now.RenewedAt != nil {
@@ -130,5 +151,5 @@ func (l *Lease) period() time.Duration {
 		}
 		period = now.ExpiresAt.Sub(started) / 3
 	}
-	return time.Duration(float64(period) * (1 - jitter*chance()))
+	return time.Duration(float64(period) * (1 - jitter*random()))
 }

@@ -31,7 +31,7 @@ func TestALeaseWithATTLIsRenewedForAsLongAsItIsHeld(t *testing.T) {
 func TestRenewalsAreSpreadOverTheLastFifthOfAThirdOfTheTTL(t *testing.T) {
 	created := time.Now()
 	expires := created.Add(30 * time.Second)
-	l := &Lease{client: &Client{lookEvery: lookEvery}, document: Document{Lifetime: "ttl", CreatedAt: created, ExpiresAt: &expires}}
+	l := &Lease{client: &Client{checkEvery: checkEvery}, document: Document{Lifetime: "ttl", CreatedAt: created, ExpiresAt: &expires}}
 	for i := 0; i < 100; i++ {
 		if period := l.period(); period < 8*time.Second || period > 10*time.Second {
 			t.Fatalf("a ttl of 30 s is renewed after %v", period)
@@ -78,7 +78,7 @@ func takenMeanwhile(t *testing.T, d *daemon, l *Lease) {
 	t.Helper()
 	d.end(syscall.SIGTERM)
 	d.forget(t)
-	stranger(t, l.Address(), l.Port())
+	foreign(t, l.Address(), l.Port())
 	d.start(t)
 }
 
@@ -130,14 +130,14 @@ func TestALeaseStaysWithTheDaemonThatGaveIt(t *testing.T) {
 	defer l.Close()
 	id := l.ID()
 	d.end(syscall.SIGTERM)
-	if err := l.Renew(bounded(t)); !errors.Is(err, ErrDaemonUnavailable) {
+	if err := l.Renew(bounded(t), 0); !errors.Is(err, ErrDaemonUnavailable) {
 		t.Errorf("while its daemon is away another one says: %v", err)
 	}
 	if _, err := c.ResolveAll(bounded(t), "anything"); err != nil {
 		t.Errorf("a look-up may go elsewhere: %v", err)
 	}
 	d.start(t)
-	waitFor(t, "its own daemon is asked again", func() bool { return isRefusal(l.Renew(bounded(t)), "no_clock") })
+	waitFor(t, "its own daemon is asked again", func() bool { return isRefusal(l.Renew(bounded(t), 0), "no_clock") })
 	if l.ID() != id {
 		t.Error("it was leased a second time")
 	}
@@ -173,7 +173,7 @@ func TestADrainedListenerServesUntilItIsClosed(t *testing.T) {
 func TestALostLeaseIsLoggedForAProgramThatDidNotAskToBeTold(t *testing.T) {
 	written := logged(t)
 	l := &Lease{document: Document{Service: "orders", Instance: "orders-1", Address: "127.0.0.1", Port: 1}}
-	l.tellLost(ErrPortTaken)
+	l.reportLoss(ErrPortTaken)
 	if !strings.Contains(written.String(), "orders/orders-1 on 127.0.0.1:1 is lost") {
 		t.Errorf("it logged %q", written)
 	}

@@ -1,5 +1,5 @@
 // A lease of this process: adopted from `portd run` or granted, and given back when it is closed. Sockets and the
-// background's work on it stand in rooms of their own.
+// background's work on it stand in modules of their own.
 
 package portd
 
@@ -52,7 +52,7 @@ func Acquire(ctx context.Context, service string, options ...LeaseOption) (*Leas
 
 // Acquire is the package's Acquire, with this client.
 func (c *Client) Acquire(ctx context.Context, service string, options ...LeaseOption) (*Lease, error) {
-	l := &Lease{client: c, settings: settings{wish: wish{Service: service}}, stop: make(chan struct{})}
+	l := &Lease{client: c, settings: settings{request: Request{Service: service}}, stop: make(chan struct{})}
 	for _, option := range options {
 		option.applyToLease(&l.settings)
 	}
@@ -75,8 +75,8 @@ func (c *Client) Acquire(ctx context.Context, service string, options ...LeaseOp
 
 // begin adopts or is granted the lease.
 func (l *Lease) begin(ctx context.Context) error {
-	wanted := &l.settings.wish
-	if given := givenByRun(os.Getenv, wanted.Endpoint); given != nil {
+	wanted := &l.settings.request
+	if given := adoptable(os.Getenv, wanted.Endpoint); given != nil {
 		document, at, err := given.adopt(ctx, l.client, *wanted)
 		if err != nil {
 			return err
@@ -93,13 +93,13 @@ func (l *Lease) begin(ctx context.Context) error {
 
 // fallBack takes a port of the kernel's choice instead of a lease. It returns why there is none where that can't be.
 func (l *Lease) fallBack(ctx context.Context, why error) error {
-	wanted := l.settings.wish
+	wanted := l.settings.request
 	l.document = Document{Service: wanted.Service, Instance: wanted.Instance, Endpoint: orElse(wanted.Endpoint, "main"),
 		Protocol: orElse(wanted.Protocol, "tcp"), Address: orElse(wanted.Address, "127.0.0.1"), Lifetime: "process"}
 	if wanted.Address == "own" || wanted.Protocol == "both" {
 		return why
 	}
-	log.Printf("%v; taking a port of the kernel's choice for %s", why, wanted.Service)
+	log.Printf("%v; using a port of the kernel's choice for %s", why, wanted.Service)
 	if err := l.spare.bind(ctx, l.document.Protocol, l.document.Address, 0); err != nil {
 		return err
 	}
@@ -111,7 +111,7 @@ func (l *Lease) fallBack(ctx context.Context, why error) error {
 func (l *Lease) ID() string { return l.Document().ID }
 
 // Service returns the service's name.
-func (l *Lease) Service() string { return l.settings.wish.Service }
+func (l *Lease) Service() string { return l.settings.request.Service }
 
 // Instance returns the instance's name; "" where no daemon gave it one.
 func (l *Lease) Instance() string { return l.Document().Instance }
@@ -139,7 +139,20 @@ func (l *Lease) IsPassed() bool {
 	return l.passed
 }
 
-// Document returns the daemon's newest word on the lease, without its token.
+// Token returns the lease's token: whoever shows it may change the lease. "" for a fallback.
+func (l *Lease) Token() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.token
+}
+
+// Endpoint returns the endpoint's name.
+func (l *Lease) Endpoint() string { return l.Document().Endpoint }
+
+// Protocol returns "tcp", "udp", or "both".
+func (l *Lease) Protocol() string { return l.Document().Protocol }
+
+// Document returns the lease as the daemon showed it last, without its token.
 func (l *Lease) Document() Document {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -154,8 +167,33 @@ func (l *Lease) String() string {
 	return fmt.Sprintf("%s/%s on %s:%d", now.Service, now.Instance, now.Address, now.Port)
 }
 
-// Renew restarts the clock of a lease with a TTL, which the background does by itself.
-func (l *Lease) Renew(ctx context.Context) error { return l.change(ctx, "POST", "/renew", nil) }
+// Renew restarts the clock of a lease with a TTL, which the background does by itself; period is a new one, 0 keeps the last.
+func (l *Lease) Renew(ctx context.Context, period time.Duration) error {
+	return l.change(ctx, "POST", "/renew", renewal(period))
+}
+
+// Transfer hands the lease over to another process of this host; this one neither keeps nor releases it any more.
+func (l *Lease) Transfer(ctx context.Context, pid int) error {
+	if l.IsFallback() {
+		return nil
+	}
+	if err := l.change(ctx, "POST", "/transfer", map[string]int{"pid": pid}); err != nil {
+		return err
+	}
+	l.release.Do(func() {
+		openLeases.remove(l)
+		l.mu.Lock()
+		l.closed = true
+		l.mu.Unlock()
+		l.stopKeeping()
+	})
+	return nil
+}
+
+// Change replaces tags, metadata, weight, check or announcement.
+func (l *Lease) Change(ctx context.Context, fields Change) error {
+	return l.change(ctx, "PATCH", "", fields)
+}
 
 // Decline gives the port back as taken by somebody else; afterwards Port is another. The listeners of this package do so
 // by themselves.

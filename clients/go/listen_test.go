@@ -202,7 +202,7 @@ func TestALeaseIsSafeForConcurrentUseUpToItsEnd(t *testing.T) {
 	l := must[*Lease](t)(shared.client(t).Acquire(bounded(t), "shared", TTL(time.Second), Check("report")))
 	var all sync.WaitGroup
 	for _, use := range []func(context.Context) error{
-		l.Renew, l.Decline, func(ctx context.Context) error { return l.Drain(ctx, false) },
+		func(ctx context.Context) error { return l.Renew(ctx, 0) }, l.Decline, func(ctx context.Context) error { return l.Drain(ctx, false) },
 		func(ctx context.Context) error { return l.Report(ctx, Passing, "") },
 		func(ctx context.Context) error { _ = l.String(); return nil },
 	} {

@@ -1,10 +1,11 @@
-// Finding other services: one working instance at a time, or all changes as they come. The last answer is kept for a
+// Looking other services up: one instance at a time, or all changes as they come. The last answer is kept for a
 // while, so that a daemon that restarts takes nobody's neighbours away; what comes from memory says so.
 
 package portd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"net"
@@ -20,13 +21,13 @@ const (
 	staleMax = 5 * time.Minute
 	// longPoll is how long the daemon may hold an answer back: proxies cut what is silent for a minute.
 	longPoll = 55 * time.Second
-	// lanPoll is that of a look at the LAN too: the daemon is woken by changes of its own leases alone.
+	// lanPoll is that of a look-up on the LAN too: the daemon is woken by changes of its own leases alone.
 	lanPoll = 5 * time.Second
 	// atOnce asks for what is, instead of what comes after a revision.
 	atOnce = -1
 )
 
-// An Instance is one working instance of a service.
+// An Instance is one instance of a service that serves.
 type Instance struct {
 	Name     string // of the instance: "orders-1"
 	Host     string // to connect to
@@ -42,13 +43,15 @@ func (i Instance) Addr() string { return net.JoinHostPort(i.Host, strconv.Itoa(i
 
 // An Update is what a Watch has to say.
 type Update struct {
-	Instances []Instance // all that work now, perhaps none
+	Instances []Instance // all that serve now, perhaps none
 	Err       error      // why the watch ended; nil as long as it goes on
 }
 
 // A question is what a look-up asks; tags are one a line.
 type question struct {
 	service, endpoint, tags, scope string
+	min                            int
+	wait                           time.Duration
 }
 
 // An answer is the instances of a service as of a revision, and when it was given.
@@ -56,9 +59,10 @@ type answer struct {
 	Revision  int64      `json:"revision"`
 	Instances []Document `json:"instances"`
 	at        time.Time
+	store     string
 }
 
-// Resolve returns one working instance, by chance; ErrNoInstances where there is none.
+// Resolve returns one instance that serves, at random by weight; ErrNoInstances where there is none.
 func Resolve(ctx context.Context, service string, options ...LookupOption) (Instance, error) {
 	c, err := ofEnvironment()
 	if err != nil {
@@ -67,7 +71,7 @@ func Resolve(ctx context.Context, service string, options ...LookupOption) (Inst
 	return c.Resolve(ctx, service, options...)
 }
 
-// ResolveAll returns all working instances, perhaps none.
+// ResolveAll returns all instances that serve, perhaps none.
 func ResolveAll(ctx context.Context, service string, options ...LookupOption) ([]Instance, error) {
 	c, err := ofEnvironment()
 	if err != nil {
@@ -76,7 +80,7 @@ func ResolveAll(ctx context.Context, service string, options ...LookupOption) ([
 	return c.ResolveAll(ctx, service, options...)
 }
 
-// Watch sends the working instances at once, and again whenever they change, until ctx is done: then the channel is closed.
+// Watch sends the instances that serve at once, and again whenever they change, until ctx is done: then the channel is closed.
 // Once the daemon has answered, its absence is waited out. What ends the watch before ctx does is the last Update's Err.
 func Watch(ctx context.Context, service string, options ...LookupOption) <-chan Update {
 	c, err := ofEnvironment()
@@ -98,24 +102,59 @@ func (c *Client) Resolve(ctx context.Context, service string, options ...LookupO
 	if len(found) == 0 {
 		return Instance{}, fmt.Errorf("%w: of %s", ErrNoInstances, service)
 	}
-	return found[int(chance()*float64(len(found)))], nil
+	return pick(found), nil
+}
+
+// pick chooses one as RFC 2782 chooses a server: the lowest priority first, there at random by weight.
+func pick(instances []Instance) Instance {
+	lowest := instances[0].Document.Priority
+	for _, one := range instances {
+		if one.Document.Priority < lowest {
+			lowest = one.Document.Priority
+		}
+	}
+	var group []Instance
+	total := 0
+	for _, one := range instances {
+		if one.Document.Priority == lowest {
+			group = append(group, one)
+			total += one.Document.weight()
+		}
+	}
+	if total == 0 {
+		return group[int(random()*float64(len(group)))]
+	}
+	rest := random() * float64(total)
+	for _, one := range group {
+		if rest -= float64(one.Document.weight()); rest < 0 {
+			return one
+		}
+	}
+	return group[len(group)-1]
 }
 
 // ResolveAll is the package's ResolveAll, with this client.
 func (c *Client) ResolveAll(ctx context.Context, service string, options ...LookupOption) ([]Instance, error) {
 	q := questionOf(service, options)
-	found, err := c.ask(ctx, q, atOnce)
+	key := q
+	key.min, key.wait = 0, 0
+	found, err := c.ask(ctx, q, answer{Revision: atOnce})
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err == nil {
-		c.answers[q] = found
-		return instances(found, false), nil
+	isStale := err != nil
+	if isStale {
+		remembered, isKnown := c.answers[key]
+		if !isKnown || !isAway(err) || time.Since(remembered.at) >= staleMax {
+			return nil, err
+		}
+		found = remembered
+	} else {
+		c.answers[key] = found
 	}
-	remembered, isKnown := c.answers[q]
-	if isKnown && isAway(err) && time.Since(remembered.at) < staleMax {
-		return instances(remembered, true), nil
+	if len(found.Instances) < q.min {
+		return nil, fmt.Errorf("%w: %d of %d instances of %s", ErrNoInstances, len(found.Instances), q.min, service)
 	}
-	return nil, err
+	return instances(found, isStale), nil
 }
 
 // Watch is the package's Watch, with this client.
@@ -134,12 +173,16 @@ func (c *Client) Watch(ctx context.Context, service string, options ...LookupOpt
 // follow sends what changes until it can't; it returns why.
 func (c *Client) follow(ctx context.Context, q question, updates chan<- Update) error {
 	var known answer
-	isKnown, after := false, int64(atOnce)
+	isKnown, after := false, answer{Revision: atOnce}
 	for ctx.Err() == nil {
 		newer, err := c.ask(ctx, q, after)
-		if err != nil && isKnown && isAway(err) {
-			after = atOnce // a daemon that lost its memory counts anew: ask for what is, then compare
-			pause(ctx, c.wait)
+		var problem *Problem
+		isGone := errors.As(err, &problem) && problem.Code == "revision_gone"
+		if err != nil && isKnown && (isGone || isAway(err)) {
+			after = answer{Revision: atOnce} // another store counts anew: request what is, then compare
+			if !isGone {
+				pause(ctx, c.wait)
+			}
 			continue
 		}
 		if err != nil {
@@ -148,7 +191,7 @@ func (c *Client) follow(ctx context.Context, q question, updates chan<- Update) 
 		if !isKnown || !reflect.DeepEqual(shown(newer), shown(known)) {
 			send(ctx, updates, Update{Instances: instances(newer, false)})
 		}
-		known, isKnown, after = newer, true, newer.Revision
+		known, isKnown, after = newer, true, newer
 	}
 	return ctx.Err()
 }
@@ -169,8 +212,34 @@ func pause(ctx context.Context, long time.Duration) {
 	}
 }
 
-// ask asks for what is (atOnce), or holds on until there is something after a revision.
-func (c *Client) ask(ctx context.Context, q question, after int64) (answer, error) {
+// ask requests what is (Revision atOnce), or waits until there is something after an answer.
+func (c *Client) ask(ctx context.Context, q question, after answer) (answer, error) {
+	query := q.values()
+	wanted := request{method: "GET"}
+	switch {
+	case after.Revision != atOnce:
+		wanted.wait = q.poll()
+		revision := strconv.FormatInt(after.Revision, 10)
+		if after.store != "" {
+			revision = after.store + ":" + revision
+		}
+		query.Set("after", revision)
+	case q.wait > 0 && q.min > 0:
+		wanted.wait = q.wait
+		query.Set("min", strconv.Itoa(q.min))
+	}
+	if wanted.wait > 0 {
+		query.Set("wait", strconv.FormatFloat(wanted.wait.Seconds(), 'f', -1, 64))
+	}
+	wanted.path = "/v1/services/" + url.PathEscape(q.service) + "?" + query.Encode()
+	found := answer{at: time.Now()}
+	answered, err := c.call(ctx, wanted, &found)
+	found.store = answered.store
+	return found, err
+}
+
+// values returns the query of a look-up.
+func (q question) values() url.Values {
 	query := url.Values{"passing": {"true"}, "endpoint": {q.endpoint}}
 	if q.tags != "" {
 		query["tag"] = strings.Split(q.tags, "\n")
@@ -178,16 +247,7 @@ func (c *Client) ask(ctx context.Context, q question, after int64) (answer, erro
 	if q.scope != "" {
 		query.Set("scope", q.scope)
 	}
-	wanted := request{method: "GET"}
-	if after != atOnce {
-		wanted.wait = q.poll()
-		query.Set("after", strconv.FormatInt(after, 10))
-		query.Set("wait", strconv.FormatFloat(wanted.wait.Seconds(), 'f', -1, 64))
-	}
-	wanted.path = "/v1/services/" + url.PathEscape(q.service) + "?" + query.Encode()
-	found := answer{at: time.Now()}
-	_, err := c.call(ctx, wanted, &found)
-	return found, err
+	return query
 }
 
 func (q question) poll() time.Duration {
@@ -197,9 +257,9 @@ func (q question) poll() time.Duration {
 	return longPoll
 }
 
-// chance is a number from 0 up to 1. The seed of a maphash is another one each time and in each process, unlike that of
+// random is a number from 0 up to 1. The seed of a maphash is another one each time and in each process, unlike that of
 // math/rand before Go 1.20, by which all processes would choose alike.
-func chance() float64 {
+func random() float64 {
 	return float64(new(maphash.Hash).Sum64()>>11) / (1 << 53)
 }
 
@@ -207,6 +267,9 @@ func questionOf(service string, options []LookupOption) question {
 	q := question{service: service, endpoint: "main"}
 	for _, option := range options {
 		option.applyToLookup(&q)
+	}
+	if q.wait > 0 && q.min == 0 {
+		q.min = 1
 	}
 	return q
 }
@@ -235,7 +298,7 @@ func reachable(address string) string {
 func shown(of answer) []Document {
 	kept := make([]Document, len(of.Instances))
 	for i, one := range of.Instances {
-		kept[i] = Document{ID: one.ID, Address: one.Address, Port: one.Port, Tags: one.Tags, Metadata: one.Metadata}
+		kept[i] = Document{ID: one.ID, Address: one.Address, Port: one.Port, Tags: one.Tags, Metadata: one.Metadata, Weight: one.Weight}
 	}
 	return kept
 }

@@ -11,8 +11,12 @@ import (
 func TestResolveChoosesAmongThoseThatFit(t *testing.T) {
 	leavesNothing(t)
 	for _, color := range []string{"blue", "blue", "green"} {
-		l := must[*Lease](t)(Acquire(bounded(t), "chosen", Tags(color, "all"), Metadata(map[string]string{"color": color})))
+		l := must[*Listener](t)(Listen(bounded(t), "chosen", Tags(color, "all"), Metadata(map[string]string{"color": color})))
 		defer l.Close()
+	}
+	all := must[[]Instance](t)(ResolveAll(bounded(t), "chosen", AtLeast(3), WaitFor(deadline)))
+	if len(all) != 3 {
+		t.Errorf("%d of 3 serve", len(all))
 	}
 	seen := map[string]bool{}
 	for i := 0; i < 100; i++ {
@@ -33,7 +37,7 @@ func TestResolveChoosesAmongThoseThatFit(t *testing.T) {
 func TestChanceIsSpreadFrom0UpTo1(t *testing.T) {
 	var tenths [10]int
 	for i := 0; i < 10_000; i++ {
-		tenths[int(chance()*10)]++
+		tenths[int(random()*10)]++
 	}
 	for i, count := range tenths {
 		if count < 700 || count > 1300 {
@@ -71,8 +75,8 @@ func TestAWatchTellsWhatIsAndEachChangeAndEndsWithItsContext(t *testing.T) {
 	if first, _ := next(t, updates); len(first.Instances) != 0 || first.Err != nil {
 		t.Errorf("at first: %+v", first)
 	}
-	l := must[*Lease](t)(Acquire(bounded(t), "watched"))
-	if came, _ := next(t, updates); len(came.Instances) != 1 || came.Instances[0].Port != l.Port() {
+	l := must[*Listener](t)(Listen(bounded(t), "watched"))
+	if came, _ := next(t, updates); len(came.Instances) != 1 || came.Instances[0].Port != l.Lease().Port() {
 		t.Errorf("it came: %+v", came)
 	}
 	l.Close()
@@ -108,13 +112,13 @@ func TestWhatADaemonSaidLastIsGoodWhileItIsAwayAndMarkedAsStale(t *testing.T) {
 	d, c := ownDaemon(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	l := must[*Lease](t)(c.Acquire(bounded(t), "remembered"))
+	l := must[*Listener](t)(c.Listen(bounded(t), "remembered"))
 	defer l.Close()
+	before := must[Instance](t)(c.Resolve(bounded(t), "remembered", WaitFor(deadline)))
 	updates := c.Watch(ctx, "remembered")
 	next(t, updates)
-	before := must[Instance](t)(c.Resolve(bounded(t), "remembered"))
 	d.end(syscall.SIGKILL)
-	if now := must[Instance](t)(c.Resolve(bounded(t), "remembered")); !now.IsStale || before.IsStale || now.Port != l.Port() {
+	if now := must[Instance](t)(c.Resolve(bounded(t), "remembered")); !now.IsStale || before.IsStale || now.Port != l.Lease().Port() {
 		t.Errorf("%+v, then %+v", before, now)
 	}
 	if _, err := c.Resolve(bounded(t), "never asked for"); !errors.Is(err, ErrDaemonUnavailable) {
@@ -130,7 +134,7 @@ func TestWhatADaemonSaidLastIsGoodWhileItIsAwayAndMarkedAsStale(t *testing.T) {
 		t.Errorf("what was said five minutes ago is good: %v", err)
 	}
 	d.start(t)
-	second := must[*Lease](t)(c.Acquire(bounded(t), "remembered"))
+	second := must[*Listener](t)(c.Listen(bounded(t), "remembered"))
 	defer second.Close()
 	if came, _ := next(t, updates); len(came.Instances) != 2 {
 		t.Errorf("the watch waited the absence out, and tells %+v", came)

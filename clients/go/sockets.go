@@ -70,7 +70,7 @@ func (s *sockets) port() int {
 // open returns the lease's sockets, declining ports that turn out to be taken. The caller has l.opening.
 func (l *Lease) open(ctx context.Context) (sockets, error) {
 	if l.IsAdopted() {
-		if passed := takePassed(l.Document().Endpoint); len(passed) > 0 {
+		if passed := passedFiles(l.Document().Endpoint); len(passed) > 0 {
 			return l.ofFiles(passed)
 		}
 	}

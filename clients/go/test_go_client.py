@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 
 import portd_client
-from tests.cli.bed import Daemon, end, wait_for
+from clients.conformance.bed import Daemon, end, wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="not installed: go")
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-/** The client of portd: a port for this process, and the working instances of others. Seconds, where not `…Ms`. */
+/** The client of portd: a port for this process, and the instances of others. All durations are seconds. */
 
 import type { Socket as DatagramSocket } from "node:dgram";
 import type { EventEmitter } from "node:events";
@@ -37,33 +37,57 @@ export interface Announcement {
   txt?: Record<string, string>;
 }
 
-/** What a program may say about a lease beside the service's name. */
-export interface Wish {
+/** What a program may request beside the service's name. */
+export interface LeaseFields {
+  /** The instance's name, a DNS label. By default the lowest free SERVICE-N. */
   instance?: string;
+  /** Which of the instance's ports this is, a DNS label. By default "main". */
   endpoint?: string;
+  /** By default "tcp"; "both" is the same number for the two. */
   protocol?: Protocol;
-  /** What is going to be bound: 127.0.0.1 unless told otherwise; "own" is a loopback address that nobody else has. */
+  /** What will be bound. By default 127.0.0.1; "own" is a loopback address that no other instance has. */
   address?: string;
-  /** A wish: another port is given when it is taken, unless `exact`. */
+  /** The preferred port: another one is granted where it is taken, unless `exact`. By default the instance's last one. */
   port?: number;
+  /** Accept no other port than `port`: PortTaken instead. By default false. */
   exact?: boolean;
+  /** The pool that the port comes from. By default "default". */
   pool?: string;
+  /** How portd keeps the port until it is bound. By default "shared" for TCP, "none" for UDP. */
   hold?: Hold;
-  /** Seconds; without it the lease lives as long as the process. It is renewed in the background. */
+  /** Seconds after which the lease ends unless renewed, which happens in the background. By default it lives as long as
+   * this process. */
   ttl?: number;
+  /** Marks that look-ups can select by; with `metadata` at most 16 KiB. */
   tags?: string[];
+  /** What callers may know of the instance. */
   metadata?: Record<string, string>;
-  /** May be written short: "tcp", "http:/healthz". */
+  /** The instance's share of the callers, beside others of the same priority. By default 1. */
+  weight?: number;
+  /** Callers use the instances of the lowest priority that serve. By default 0. */
+  priority?: number;
+  /** How the instance is checked; may be written short: "tcp", "http:/healthz". By default not at all. */
   check?: string | Check;
+  /** Publish on the LAN (DNS-SD). By default false. */
   announce?: boolean | Announcement;
 }
 
-export interface LeaseOptions extends Wish {
+/** The fields of a lease that can be replaced, as the API accepts them. */
+export interface LeaseChange {
+  tags?: string[];
+  metadata?: Record<string, string>;
+  weight?: number;
+  check?: Record<string, unknown> | null;
+  announce?: boolean | Announcement | null;
+}
+
+export interface LeaseOptions extends LeaseFields {
+  /** The daemon to use. By default the one that the environment leads to. */
   client?: Client;
-  /** Where no daemon answers, take a port of the kernel's choice, and warn. */
+  /** Where no daemon answers, use a port of the kernel's choice, and warn. */
   fallback?: "ephemeral";
-  /** Leave look-ups so long before the lease is given back, at exit too; serve on meanwhile. */
-  drainMs?: number;
+  /** Seconds between leaving look-ups and the release, at exit too; the server serves on meanwhile. By default 0. */
+  drainS?: number;
 }
 
 export interface ListenOptions extends LeaseOptions {
@@ -114,18 +138,18 @@ export interface LeaseDocument {
 }
 
 export interface LeaseEvents {
-  /** The daemon lost the lease, and it was had again on another port: listen on that one then. */
+  /** The daemon lost the lease, and it was granted again on another port: listen on that one then. */
   changed: [lease: Lease];
-  /** The lease is lost and can't be had again for now; it is tried on and on. */
+  /** The lease is lost and can't be granted again for now; it is tried on and on. */
   lost: [error: PortdError];
 }
 
 /** A lease of this process, from `lease` or `listen` to `release`. */
 export class Lease extends EventEmitter {
   private constructor();
-  readonly client: Client;
+  /** The lease as the daemon showed it last. */
   readonly document: LeaseDocument;
-  /** "" where no daemon gave it (`isFallback`): there is nothing to keep, report or give back. */
+  /** "" for a fallback. */
   readonly id: string;
   readonly service: string;
   readonly instance: string;
@@ -142,15 +166,21 @@ export class Lease extends EventEmitter {
   /** No daemon answered, and the port is of the kernel's choice. */
   readonly isFallback: boolean;
 
-  /** Make a server listen, or a datagram socket bind, on this lease. When it closes the lease is given back. */
+  /** Make a server listen, or a datagram socket bind, on this lease. When it closes the lease is released. */
   listen(target: Server | DatagramSocket, options?: { backlog?: number }): Promise<void>;
-  /** Give the port back as taken by somebody else; afterwards `port` is another. */
+  /** Restart the clock of a ttl lease, which the background does by itself; `seconds` is a new period. */
+  renew(seconds?: number): Promise<void>;
+  /** Give the port back as used by somebody else; afterwards `port` is another. */
   decline(): Promise<void>;
+  /** Hand the lease over to another process of this host; this one neither keeps nor releases it any more. */
+  transfer(pid: number): Promise<void>;
+  /** Replace tags, metadata, weight, check or announce. */
+  change(fields: LeaseChange): Promise<void>;
   /** Report health, for a lease whose check is `report`. */
   report(status: Status, note?: string): Promise<void>;
   /** Leave look-ups and keep the port; `drain(false)` comes back. */
   drain(on?: boolean): Promise<void>;
-  /** Give the lease back; may be called twice, and never rejects. */
+  /** Release the lease; may be called twice, and never rejects. */
   release(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 
@@ -159,14 +189,20 @@ export class Lease extends EventEmitter {
   off<Name extends keyof LeaseEvents>(name: Name, listener: (...values: LeaseEvents[Name]) => void): this;
 }
 
+/**
+ * Release all leases when one of the signals comes (SIGTERM and SIGINT where none is named), then die of it. A program that
+ * handles the signal itself keeps it. Returns a function that undoes it.
+ */
+export function releaseOnSignal(...signals: NodeJS.Signals[]): () => void;
+
 /** Lease a port for this process, or adopt the one that `portd run` leased for it. */
 export function lease(service: string, options?: LeaseOptions): Promise<Lease>;
 
-/** Make a server listen, or a datagram socket bind, on a leased port. When it closes, or at exit, it is given back. */
+/** Make a server listen, or a datagram socket bind, on a leased port. When it closes, or at exit, it is released. */
 export function listen(target: Server | DatagramSocket, service: string, options?: ListenOptions): Promise<Lease>;
 
-export interface LookUp {
-  /** "main" unless named. */
+export interface Selection {
+  /** By default "main". */
   endpoint?: string;
   /** Only instances that have all of them. */
   tags?: string[];
@@ -175,7 +211,17 @@ export interface LookUp {
   signal?: AbortSignal;
 }
 
-/** One working instance. */
+export interface LookUp extends Selection {
+  /** Seconds to wait until as many serve as are needed. By default 0: NoInstances at once. */
+  waitS?: number;
+}
+
+export interface AllLookUp extends LookUp {
+  /** Fewer than these reject with NoInstances. By default 0, or 1 with `waitS`. */
+  min?: number;
+}
+
+/** One instance that serves. */
 export class Instance {
   private constructor();
   readonly name: string;
@@ -191,24 +237,24 @@ export class Instance {
   readonly document: LeaseDocument;
 }
 
-/** Return one working instance, by chance; rejects with NoInstances when there is none. */
+/** Return one instance that serves, at random by weight; rejects with NoInstances when there is none. */
 export function resolve(service: string, options?: LookUp): Promise<Instance>;
 
-/** Return all working instances, perhaps none. */
-export function resolveAll(service: string, options?: LookUp): Promise<Instance[]>;
+/** Return all instances that serve, perhaps none. */
+export function resolveAll(service: string, options?: AllLookUp): Promise<Instance[]>;
 
-export interface WatchOptions extends LookUp {
+export interface WatchOptions extends Selection {
   /** false: waiting for a change does not keep the process alive. */
   ref?: boolean;
 }
 
-/** Iterate over the working instances: now, and again whenever they change, until the signal. */
+/** Iterate over the instances that serve: now, and again whenever they change, until the signal. */
 export function watch(service: string, options?: WatchOptions): AsyncGenerator<Instance[], never, undefined>;
 
 /** How a call is made, beside what it says. */
 export interface CallOptions {
   signal?: AbortSignal;
-  timeoutMs?: number;
+  timeoutS?: number;
   /** The lease's own token; goes before the client's. */
   token?: string;
   /** false: do not keep the process alive for it. */
@@ -217,27 +263,38 @@ export interface CallOptions {
 
 /** Speaks to one daemon. Calls reject with Problem when it says no, DaemonUnavailable when none answers. */
 export class Client {
-  constructor(options?: { url?: string; token?: string; timeoutMs?: number });
-  /** The place that answered last, or that is tried first, as PORTD_URL writes it. */
+  constructor(options?: { url?: string; token?: string; timeoutS?: number });
+  /** The endpoint that answered last, or that is tried first, as PORTD_URL writes it. */
   readonly url: string;
-  grant(wish: ApiWish, options?: CallOptions): Promise<LeaseDocument>;
+  grant(request: LeaseRequest, options?: CallOptions & { waitS?: number }): Promise<LeaseDocument>;
   /** Lease several ports, all or none. */
-  grantAll(wishes: ApiWish[], options?: CallOptions): Promise<LeaseDocument[]>;
+  grantAll(requests: LeaseRequest[], options?: CallOptions & { waitS?: number }): Promise<LeaseDocument[]>;
   leases(filters?: Record<string, Query>, options?: CallOptions): AsyncGenerator<LeaseDocument, void, undefined>;
   lease(id: string, options?: CallOptions): Promise<LeaseDocument>;
   renew(id: string, options?: CallOptions & { seconds?: number }): Promise<LeaseDocument>;
   decline(id: string, options?: CallOptions): Promise<LeaseDocument>;
   drain(id: string, on?: boolean, options?: CallOptions): Promise<LeaseDocument>;
-  change(id: string, fields: Record<string, unknown>, options?: CallOptions): Promise<LeaseDocument>;
+  change(id: string, fields: LeaseChange, options?: CallOptions): Promise<LeaseDocument>;
   report(id: string, status: Status, note?: string, options?: CallOptions): Promise<LeaseDocument>;
   release(id: string, options?: CallOptions): Promise<null>;
+  transfer(id: string, pid: number, options?: CallOptions): Promise<LeaseDocument>;
+  ports(options?: CallOptions): Promise<PortView[]>;
   /** Who has a port. */
   port(number: number, query?: { protocol?: "tcp" | "udp" }, options?: CallOptions): Promise<PortView>;
-  /** A service's instances; with `after` and `wait` (seconds), once something changes. */
+  /** Who had a port, newest first; `at` (RFC 3339) selects one moment. */
+  history(number: number, query?: { at?: string }, options?: CallOptions): Promise<LeaseDocument[]>;
+  services(options?: CallOptions): AsyncGenerator<ServiceSummary, void, undefined>;
+  lan(query?: { type?: string }, options?: CallOptions): Promise<LanService[]>;
+  hosts(options?: CallOptions): Promise<Host[]>;
+  status(options?: CallOptions): Promise<Record<string, any>>;
+  /** A service's instances; with `wait` (seconds) and `after` or `min`, once there is what it waits for. */
   service(name: string, query?: Record<string, Query>, options?: CallOptions): Promise<Instances>;
-  /** Server-sent events until the daemon hangs up. `after` is the last revision that is known. */
-  events(filters?: { after?: number; service?: string }, options?: Omit<CallOptions, "timeoutMs">):
-    AsyncGenerator<{ name: string; data: string; id: string }, void, undefined>;
+  /** Events until the daemon closes the stream. `after` is the last revision that is known. */
+  events(filters?: { after?: number; service?: string }, options?: Omit<CallOptions, "timeoutS">):
+    AsyncGenerator<Event, void, undefined>;
+  /** The call of `service`, with its status and header fields. */
+  requestService(name: string, query?: Record<string, Query>, options?: CallOptions):
+    Promise<{ status: number; headers: IncomingHttpHeaders; body: Instances }>;
   /** Make any call of the API, and return its decoded body; null where there is none. */
   call(method: string, path: string, options?: ApiCall): Promise<any>;
   /** Make any call of the API, and return its status and head as well. */
@@ -248,7 +305,7 @@ export class Client {
 export type Query = string | number | boolean | string[] | null | undefined;
 export type ApiCall = CallOptions & { query?: Record<string, Query>; body?: unknown };
 /** A lease request as the API takes it: the fields of a check are in snake_case, and nothing is written short. */
-export type ApiWish = Omit<Wish, "check"> & { service: string; pid?: number; check?: Record<string, unknown> };
+export type LeaseRequest = Omit<LeaseFields, "check"> & { service: string; pid?: number; check?: Record<string, unknown> };
 
 export interface Instances {
   service: string;
@@ -256,10 +313,48 @@ export interface Instances {
   instances: LeaseDocument[];
 }
 
+/** What happened to which lease; `data` has `at`, `service`, `note` and `lease`. */
+export interface Event {
+  name: string;
+  revision: number;
+  data: { at: string; service: string; note: string; lease: LeaseDocument; [field: string]: unknown };
+}
+
+export interface ServiceSummary {
+  name: string;
+  instances: number;
+  passing: number;
+  warning: number;
+  critical: number;
+  unknown: number;
+}
+
+/** A DNS-SD service that was seen on the LAN. */
+export interface LanService {
+  type: string;
+  name: string;
+  host: string;
+  addresses: string[];
+  port: number;
+  txt: Record<string, string>;
+  ours: boolean;
+}
+
+/** A host of the cluster. */
+export interface Host {
+  host: string;
+  address: string;
+  version: string;
+  services: number;
+  instances: number;
+  seen: string;
+  self: boolean;
+}
+
 export interface PortView {
   port: number;
   protocol: "tcp" | "udp";
-  verdict: "held" | "bound" | "conflict" | "unmanaged" | "cooling" | "declined" | "static" | "free";
+  verdict: "held" | "bound" | "conflict" | "unmanaged" | "taken" | "cooling" | "declined" | "static" | "free";
   lease: LeaseDocument | null;
   listeners: { address: string; pid: number | null; uid: number | null; user: string | null; exe: string | null;
     cmdline: string[] | null; unit: string | null }[];
@@ -280,7 +375,7 @@ export class DaemonUnavailable extends PortdError {
 export class NoAnswerInTime extends DaemonUnavailable {}
 /** What answered does not speak the protocol: cut off in the middle, or something else listens there. */
 export class ProtocolError extends PortdError {}
-/** No instance of the service works now. */
+/** No instance of the service serves now, or fewer than were waited for. */
 export class NoInstances extends PortdError {}
 /** The port's hold is exclusive, and Node can't receive sockets from the daemon: use `portd run --socket`. */
 export class HandoffNeeded extends PortdError {}
@@ -290,6 +385,8 @@ export class Problem extends PortdError {
   readonly detail: string;
   /** Names the field at fault (RFC 6901). */
   readonly pointer: string | null;
+  /** "query" where the pointer is into the query. */
+  readonly within: string | null;
   readonly document: Record<string, unknown>;
 }
 /** Somebody else has exactly the port that was asked for. */
@@ -300,5 +397,5 @@ export class LeaseLost extends Problem {}
 export class NotOwner extends Problem {}
 /** The pool has no free port. */
 export class PoolExhausted extends Problem {}
-/** Too much at once, or the store takes no writes: nothing has changed, and the same call may succeed later. */
+/** The server is busy, or its store accepts no writes: nothing has changed, and the same call may succeed later. */
 export class Retryable extends Problem {}

@@ -135,7 +135,7 @@ class Stage:
         process.wait()
         _command(
             f"kill -9 {process.pid}",
-            f"lease {lease['id']} ended {took_ms:.0f} ms later, as event {ended.id}: its owner exited",
+            f"lease {lease['id']} ended {took_ms:.0f} ms later, as event {ended.revision}: its owner exited",
         )
         self._show_leases()
         port = lease["port"]

@@ -28,7 +28,7 @@ def watch(values: dict[str, Any]) -> int:
     while True:
         try:
             for event in client.events(last, values["service"]):
-                last = int(event.id)
+                last = event.revision
                 _show(event.data, as_json=values["json"])
             _note("the daemon ended the stream; reconnecting")
         except (DaemonUnavailable, ProtocolError):
@@ -74,11 +74,10 @@ def _row(service: dict[str, Any]) -> list[str]:
     ]
 
 
-def _show(data: str, *, as_json: bool) -> None:
+def _show(event: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(printing.escaped(data), flush=True)
+        print(printing.escaped(documents.encode(event).decode()), flush=True)
         return
-    event = documents.decode(data.encode())
     lease = event["lease"]
     words = [
         printing.local(event["at"]),

@@ -105,7 +105,7 @@ def transfer(values: dict[str, Any]) -> int:
 
 def _on_each(
     values: dict[str, Any],
-    make: Callable[[str], Request],
+    make: Callable[[str], Request[Any]],
     describe: Callable[[LeaseDocument], str] | None = None,
 ) -> int:
     """Make a call for every lease that X means, and print what came of it."""

@@ -102,7 +102,7 @@ def _serving(client: Client, values: dict[str, Any], count: int, deadline: float
         client.call(calls.status())
     while True:
         left_s = deadline - monotonic()
-        polled = {"min": count, "wait": round(min(left_s, POLL_MAX_S), 3)} if left_s > 0 else {}
+        polled: Any = {"min": count, "wait": round(min(left_s, POLL_MAX_S), 3)} if left_s > 0 else {}
         try:
             found: Any = client.service(values["service"], **filters, **polled)
         except (DaemonUnavailable, ProtocolError, Retryable):

@@ -10,8 +10,8 @@ import { DaemonUnavailable, NoAnswerInTime, problem, ProtocolError } from "./err
 import { serverSentEvents } from "./events.js";
 import { connect } from "./peers.js";
 
-/** Milliseconds that a call may take: twice what the daemon itself gives its disk. */
-const TIMEOUT_MS = 10_000;
+/** Seconds that a call may take: twice what the daemon itself gives its disk. */
+const TIMEOUT_S = 10;
 /** Milliseconds without a byte after which a stream of events counts as dead: the daemon says something every 15 s. */
 const SILENCE_MS = 60_000;
 /** The longest body that is gathered in memory: 10,000 leases are about 10 MB. Streams are not gathered. */
@@ -21,38 +21,38 @@ const BODY_MAX_BYTES = 64 * 1024 * 1024;
  * Speaks to one daemon. Every call rejects with Problem when the daemon says no, DaemonUnavailable when none answers.
  *
  * `url` is what PORTD_URL may say; without it the client looks where every client looks. `token` is a bearer token, by
- * default PORTD_TOKEN, unless that belongs to the lease of PORTD_LEASE. `timeoutMs` bounds a whole call.
+ * default PORTD_TOKEN, unless that belongs to the lease of PORTD_LEASE. `timeoutS` bounds a whole call, in seconds.
  *
- * The last argument of a call may have `signal` (an AbortSignal), `timeoutMs`, a lease's `token`, and `ref: false`: do
+ * The last argument of a call may have `signal` (an AbortSignal), `timeoutS`, a lease's `token`, and `ref: false`: do
  * not keep the process alive for it.
  */
 export class Client {
   #candidates;
   #token;
-  #timeoutMs;
+  #timeoutS;
 
-  constructor({ url, token, timeoutMs = TIMEOUT_MS } = {}) {
+  constructor({ url, token, timeoutS = TIMEOUT_S } = {}) {
     const environ = process.env;
     this.#candidates = url ? [parse(url)] : candidates(environ, process.geteuid());
     this.#token = token ?? ("PORTD_LEASE" in environ ? undefined : environ.PORTD_TOKEN);
-    this.#timeoutMs = timeoutMs;
+    this.#timeoutS = timeoutS;
   }
 
-  /** The place that answered last, or that is tried first, as PORTD_URL writes it. */
+  /** The endpoint that answered last, or that is tried first, as PORTD_URL writes it. */
   get url() {
     return this.#candidates[0].url;
   }
 
   // --- the calls of the API ---
 
-  /** Lease one port. The answer carries the lease's `token`, this once. */
-  grant(wish, options) {
-    return this.call("POST", "/v1/leases", { ...options, body: wish });
+  /** Request one lease. The answer carries the lease's `token`, this once. The daemon waits up to `waitS` for a port. */
+  grant(request, { waitS, ...options } = {}) {
+    return this.#grant(request, waitS, options);
   }
 
-  /** Lease several ports, all or none. */
-  grantAll(wishes, options) {
-    return this.call("POST", "/v1/leases", { ...options, body: wishes });
+  /** Request several leases, all or none. */
+  grantAll(requests, { waitS, ...options } = {}) {
+    return this.#grant(requests, waitS, options);
   }
 
   /** Iterate over the leases that fit all filters, page after page. */
@@ -76,17 +76,17 @@ export class Client {
     return this.call("POST", leasePath(id, "/renew"), { ...options, body });
   }
 
-  /** Ask for another port under the same lease: somebody else has this one. */
+  /** Request another port under the same lease: somebody else has this one. */
   decline(id, options) {
     return this.call("POST", leasePath(id, "/decline"), options);
   }
 
-  /** Take no new work, or take it again. */
+  /** Take an instance out of look-ups while it keeps its ports, or bring it back. */
   drain(id, on = true, options = {}) {
     return this.call("POST", leasePath(id, "/drain"), { ...options, body: { drain: on } });
   }
 
-  /** Replace tags, metadata, check or announce. */
+  /** Replace tags, metadata, weight, check or announce. */
   change(id, fields, options) {
     return this.call("PATCH", leasePath(id), { ...options, body: fields });
   }
@@ -101,18 +101,67 @@ export class Client {
     return this.call("DELETE", leasePath(id), options);
   }
 
-  /** Ask who has a port. */
+  /** Hand a lease over to another process of this host. */
+  transfer(id, pid, options) {
+    return this.call("POST", leasePath(id, "/transfer"), { ...options, body: { pid } });
+  }
+
+  /** Return every port of the host that is leased, static, cooling or listened on. */
+  async ports(options) {
+    return (await this.call("GET", "/v1/ports", options)).ports;
+  }
+
+  /** Return who has a port, per the kernel and per the lease table. */
   port(number, query, options) {
     return this.call("GET", `/v1/ports/${number}`, { ...options, query });
   }
 
-  /** Return a service's instances; with `after` and `wait` (seconds), once something changes. */
-  service(name, query = {}, options = {}) {
-    const timeoutMs = (options.timeoutMs ?? this.#timeoutMs) + (query.wait ?? 0) * 1000;
-    return this.call("GET", `/v1/services/${encodeURIComponent(name)}`, { ...options, query, timeoutMs });
+  /** Return who had a port, newest first; `at` (RFC 3339) selects one moment. */
+  async history(number, query, options) {
+    return (await this.call("GET", `/v1/ports/${number}/history`, { ...options, query })).leases;
   }
 
-  /** Iterate over `{name, data, id}` until the daemon hangs up. `after` is the last revision that is known. */
+  /** Iterate over the services' names with counts by health, page after page. */
+  async *services(options = {}) {
+    let cursor;
+    do {
+      const page = await this.call("GET", "/v1/services", { ...options, query: { cursor } });
+      yield* page.services;
+      cursor = page.next ?? null;
+    } while (cursor !== null);
+  }
+
+  /** Return a service's instances; with `wait` (seconds) and `after` or `min`, once there is what it waits for. */
+  async service(name, query = {}, options = {}) {
+    return (await this.requestService(name, query, options)).body;
+  }
+
+  /** Make that call, and return `{status, headers, body}`. */
+  requestService(name, query = {}, options = {}) {
+    const timeoutS = (options.timeoutS ?? this.#timeoutS) + (query.wait ?? 0);
+    return this.request("GET", `/v1/services/${encodeURIComponent(name)}`, { ...options, query, timeoutS });
+  }
+
+  /** Return the DNS-SD services seen on the LAN; `type` selects one, as "_http._tcp". */
+  async lan(query, options) {
+    return (await this.call("GET", "/v1/lan", { ...options, query })).services;
+  }
+
+  /** Return the hosts of the cluster. */
+  hosts(options) {
+    return this.call("GET", "/v1/hosts", options);
+  }
+
+  /** Return the daemon's condition: version, pools, counts, warnings. */
+  status(options) {
+    return this.call("GET", "/v1/status", options);
+  }
+
+  /**
+   * Iterate over `{name, revision, data}` until the daemon closes the stream. `after` is the last revision that is known;
+   * without it the events of now on follow. Rejects with Problem `revision_gone` when the daemon does not keep what
+   * followed that revision: list again, then follow.
+   */
   async *events({ after, service } = {}, options = {}) {
     const limit = new Limit(SILENCE_MS, options);
     try {
@@ -120,7 +169,7 @@ export class Client {
       const response = await this.#open("GET", "/v1/events", question, limit, "text/event-stream");
       if (response.statusCode !== 200) await answered(response);
       for await (const event of serverSentEvents(parts(response, () => limit.extend()))) {
-        limit.pause(); // what the reader takes its time for is no silence of the daemon's
+        limit.pause(); // what the reader spends on an event is no silence of the daemon's
         yield event;
         limit.extend();
       }
@@ -138,7 +187,7 @@ export class Client {
 
   /** Make any call of the API, and return `{status, headers, body}`. */
   async request(method, path, options = {}) {
-    const limit = new Limit(options.timeoutMs ?? this.#timeoutMs, options);
+    const limit = new Limit((options.timeoutS ?? this.#timeoutS) * 1000, options);
     try {
       const response = await this.#open(method, path, options, limit, "application/json");
       return await answered(response);
@@ -149,7 +198,12 @@ export class Client {
     }
   }
 
-  // --- the way there ---
+  #grant(body, waitS, options) {
+    const timeoutS = (options.timeoutS ?? this.#timeoutS) + (waitS ?? 0);
+    return this.call("POST", "/v1/leases", { ...options, body, query: { wait: waitS }, timeoutS });
+  }
+
+  // --- connections ---
 
   /** Send a request to the first place that can be connected to, and return the response when its head is there. */
   async #open(method, path, { query, body, token, ref = true }, limit, accept) {

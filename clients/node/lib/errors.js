@@ -40,10 +40,11 @@ export class ProtocolError extends PortdError {
   }
 }
 
-/** No instance of the service works now. */
+/** No instance of the service serves now, or fewer than were waited for. */
 export class NoInstances extends PortdError {
-  constructor(service) {
-    super(`no instance of ${service} works now`, "no_instances");
+  constructor(service, { count = 0, min = 1, waitS = 0 } = {}) {
+    const number = count ? `only ${count} of ${min} instances` : "no instance";
+    super(`${number} of ${service} serves${waitS ? ` after ${waitS} s` : " now"}`, "no_instances");
   }
 }
 
@@ -55,7 +56,7 @@ export class HandoffNeeded extends PortdError {
   }
 }
 
-/** The daemon's refusal (RFC 9457). `pointer` (RFC 6901) names the field at fault or is null. */
+/** The daemon's refusal (RFC 9457). `pointer` (RFC 6901) names the field at fault or is null, `within` is "query" for one of the query. */
 export class Problem extends PortdError {
   constructor(document, status) {
     const code = document.code ?? "unknown";
@@ -64,6 +65,7 @@ export class Problem extends PortdError {
     this.status = status;
     this.detail = detail;
     this.pointer = document.pointer ?? null;
+    this.within = document.in ?? null;
     this.document = document;
   }
 }

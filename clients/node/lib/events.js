@@ -5,7 +5,7 @@ import { ProtocolError } from "./errors.js";
 /** The longest event that is gathered, in characters: portd's own are about 1 KB. */
 const EVENT_MAX_CHARS = 1024 * 1024;
 
-/** Iterate over a byte stream's events; comments vanish. `id` is the last id that was seen, "" before the first. */
+/** Iterate over a byte stream's events as `{name, revision, data}`, decoded; comments vanish. */
 export async function* serverSentEvents(stream) {
   const decoder = new TextDecoder();
   let rest = "";
@@ -17,8 +17,17 @@ export async function* serverSentEvents(stream) {
     for (const block of blocks) {
       const event = parsed(block, id);
       id = event.id;
-      if (event.data !== null) yield event;
+      if (event.data !== null) yield decoded(event);
     }
+  }
+}
+
+function decoded({ name, data, id }) {
+  if (!/^\d+$/.test(id)) throw new ProtocolError(`an event with the id ${JSON.stringify(id)}, which is no revision`);
+  try {
+    return { name, revision: Number(id), data: JSON.parse(data) };
+  } catch (error) {
+    throw new ProtocolError(`an event that is not JSON: ${error.message}`);
   }
 }
 

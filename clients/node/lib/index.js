@@ -1,5 +1,5 @@
 /**
- * The client of portd: a port for this process, and the working instances of others.
+ * The client of portd: a port for this process, and the instances of others.
  *
  *     import { listen, resolve } from "portd-client";
  *
@@ -14,3 +14,4 @@ export {
 } from "./errors.js";
 export { Instance, resolve, resolveAll, watch } from "./lookup.js";
 export { Lease, lease, listen } from "./lease.js";
+export { releaseOnSignal } from "./leaving.js";

@@ -1,5 +1,5 @@
 /**
- * Finding other services: one working instance at a time, or all changes as they come.
+ * Looking other services up: one instance at a time, or all changes as they come.
  *
  * The last answer is kept for a while, so that a daemon that restarts takes nobody's neighbours away; what comes from
  * memory says so (`isStale`).
@@ -15,12 +15,12 @@ import { RETRY_MS } from "./keeping.js";
 const STALE_MAX_MS = 300_000;
 /** Seconds of one long poll: proxies cut what is silent for a minute. */
 const WAIT_S = 55;
-/** Seconds of one that looks at the LAN too: the daemon is woken by changes of its own leases alone. */
+/** Seconds of one that covers the LAN too: the daemon is woken by changes of its own leases alone. */
 const LAN_WAIT_S = 5;
 /** A wildcard listens on loopback as well. */
 const REACHABLE = { "0.0.0.0": "127.0.0.1", "::": "::1" };
 
-/** One working instance. `isStale`: the daemon is away, and this is what it said last. `document` is its lease. */
+/** One instance that serves. `isStale`: the daemon is away, and answered this last. `document` is its lease. */
 export class Instance {
   constructor(document, isStale = false) {
     this.name = document.instance;
@@ -40,62 +40,86 @@ export class Instance {
 
 const memory = new Map();
 
-/** Return one working instance, by chance; rejects with NoInstances when there is none, or DaemonUnavailable. */
+/**
+ * Return one instance that serves; those of the lowest priority share the callers by weight, at random. `waitS` waits for
+ * the first one. Rejects with NoInstances when there is none, or DaemonUnavailable.
+ */
 export async function resolve(service, options) {
   const instances = await resolveAll(service, options);
   if (!instances.length) throw new NoInstances(service);
-  return instances[Math.floor(Math.random() * instances.length)];
+  return pick(instances);
 }
 
-/** Return all working instances, perhaps none. */
-export async function resolveAll(service, { client = new Client(), signal, ...filters } = {}) {
+/** Return all instances that serve. `min` and `waitS` wait until that many do, and reject with NoInstances otherwise. */
+export async function resolveAll(service, options = {}) {
+  const { client = new Client(), signal, waitS = 0, min = waitS ? 1 : 0, ...filters } = options;
   const query = queryOf(filters);
   const question = JSON.stringify([client.url, service, query]);
+  const waiting = waitS && min ? { min, wait: waitS } : {};
+  let found;
   try {
-    const { instances } = await client.service(service, query, { signal });
+    const { instances } = await client.service(service, { ...query, ...waiting }, { signal });
     memory.set(question, { at: performance.now(), instances });
-    return instances.map((document) => new Instance(document));
+    found = instances.map((document) => new Instance(document));
   } catch (error) {
     const known = memory.get(question);
     if (!isPassing(error) || !known || performance.now() - known.at > STALE_MAX_MS) throw error;
-    return known.instances.map((document) => new Instance(document, true));
+    found = known.instances.map((document) => new Instance(document, true));
   }
+  if (found.length < min) throw new NoInstances(service, { count: found.length, min, waitS });
+  return found;
 }
 
 /**
- * Iterate over the working instances: now, and again whenever they change, without end; a daemon's absence is waited
- * out.
+ * Iterate over the instances that serve: now, and again whenever they change, without end.
  *
- * What comes and goes on the LAN is seen within LAN_WAIT_S. With `ref: false` waiting for a change does not keep the
- * process alive. Throws DaemonUnavailable only when none answers at first, and the signal's reason once it is aborted.
+ * A daemon's absence is waited out, and one that lost its store is listed again. What comes and goes on the LAN is seen
+ * within LAN_WAIT_S. With `ref: false` waiting for a change does not keep the process alive. Throws DaemonUnavailable only
+ * when none answers at first, and the signal's reason once it is aborted.
  */
-export async function* watch(service, { client = new Client(), signal, ref = true, ...filters } = {}) {
+export async function* watch(service, { client = new Client(), signal, ref, ...filters } = {}) {
   const query = queryOf(filters);
   const wait = ["lan", "all"].includes(query.scope) ? LAN_WAIT_S : WAIT_S;
-  let found = await client.service(service, query, { signal });
-  yield found.instances.map((document) => new Instance(document));
-  let after = { after: found.revision, wait };
+  let known;
+  let polling = {};
   while (true) {
-    let newer;
+    let answer;
     try {
-      newer = await client.service(service, { ...query, ...after }, { signal, ref });
+      answer = await client.requestService(service, { ...query, ...polling }, { signal, ref: known ? ref : true });
     } catch (error) {
-      if (!isPassing(error)) throw error;
-      await sleep(RETRY_MS, undefined, { signal, ref });
-      after = {}; // a daemon that lost its memory counts anew: ask for what is, then compare
+      const isGone = error.code === "revision_gone";
+      if (known === undefined || !(isPassing(error) || isGone)) throw error;
+      if (!isGone) await sleep(RETRY_MS, undefined, { signal, ref });
+      polling = {}; // another store counts anew: request what is, then compare
       continue;
     }
-    if (shown(newer) !== shown(found)) yield newer.instances.map((document) => new Instance(document));
-    found = newer;
-    after = { after: newer.revision, wait };
+    const { body, headers } = answer;
+    const store = headers["x-portd-store"];
+    polling = { after: store ? `${store}:${body.revision}` : body.revision, wait };
+    const now = shown(body);
+    if (now !== known) yield body.instances.map((document) => new Instance(document));
+    known = now;
   }
+}
+
+/** Choose one as RFC 2782 chooses a server: the lowest priority first, there at random by weight. */
+export function pick(instances) {
+  const priority = ({ document }) => document.priority ?? 0;
+  const lowest = Math.min(...instances.map(priority));
+  const group = instances.filter((one) => priority(one) === lowest);
+  const weights = group.map(({ document }) => document.weight ?? 1);
+  const total = weights.reduce((sum, weight) => sum + weight, 0);
+  if (!total) return group[Math.floor(Math.random() * group.length)];
+  let rest = Math.random() * total;
+  return group.find((_, index) => (rest -= weights[index]) < 0) ?? group.at(-1);
 }
 
 function queryOf({ endpoint = "main", tags = [], scope }) {
   return { passing: true, endpoint, tag: tags, scope };
 }
 
-/** What a watcher cares about: who is where, and what it says about itself. */
+/** What a watcher sees: who is where, and what it says about itself. */
 function shown({ instances }) {
-  return JSON.stringify(instances.map(({ id, address, port, tags, metadata }) => [id, address, port, tags, metadata]));
+  return JSON.stringify(instances.map(({ id, address, port, tags, metadata, weight }) =>
+    [id, address, port, tags, metadata, weight]));
 }

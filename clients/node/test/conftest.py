@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.bed import Daemon
+from clients.conformance.bed import Daemon
 
 PACKAGE = Path(__file__).parents[1]
 INSTALL_TIMEOUT_S = 240.0

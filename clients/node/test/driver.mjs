@@ -58,13 +58,13 @@ function shownInstance({ host, port, name, isStale }) {
   return { host, port, instance: name, is_stale: isStale };
 }
 
-function question({ tag, service, ...filters }) {
-  return [service, { client: client(), tags: tag ? [tag] : [], ...filters }];
+function question({ tag, service, wait_s, ...filters }) {
+  return [service, { client: client(), tags: tag ? [tag] : [], ...(wait_s && { waitS: wait_s }), ...filters }];
 }
 
 async function leased({ service, drain_s = 0, ...options }) {
   const handle = `l${leases.size + 1}`;
-  const lease = await portd.lease(service, { client: client(), drainMs: drain_s * 1000, ...options });
+  const lease = await portd.lease(service, { client: client(), drainS: drain_s, ...options });
   lease.on("changed", () => tell({ event: "changed", handle, port: lease.port, lease: lease.id }));
   lease.on("lost", ({ code }) => tell({ event: "lost", handle, code }));
   leases.set(handle, lease);
@@ -85,7 +85,7 @@ function listeners(protocol) {
 
 const calls = {
   async connect({ timeout_s, ...options }) {
-    connected = new portd.Client({ ...options, ...(timeout_s && { timeoutMs: timeout_s * 1000 }) });
+    connected = new portd.Client({ ...options, ...(timeout_s && { timeoutS: timeout_s }) });
     await connected.leases({ limit: 1 }).next();
     return { url: connected.url };
   },
@@ -117,7 +117,21 @@ const calls = {
     }
   },
 
-  renew: ({ handle }) => client().renew(leases.get(handle).id, { token: leases.get(handle).token }),
+  renew: ({ handle, seconds }) => leases.get(handle).renew(seconds),
+  transfer: ({ handle, pid }) => leases.get(handle).transfer(pid),
+  change: ({ handle, fields }) => leases.get(handle).change(fields),
+
+  async decline({ handle }) {
+    await leases.get(handle).decline();
+    return shownLease(handle, leases.get(handle));
+  },
+
+  async events({ after, service, name }) {
+    for await (const { name: found, revision, data } of client().events({ after, service })) {
+      if (found === name) return { name, revision, lease: data.lease.id };
+    }
+  },
+
   release: ({ handle }) => released(handle),
   drain: ({ handle }) => leases.get(handle).drain(),
   report: ({ handle, status, output }) => leases.get(handle).report(status, output),
@@ -162,6 +176,7 @@ async function follow(handle, answers) {
   }
 }
 
+portd.releaseOnSignal();
 process.on("warning", ({ message }) => tell({ event: "warning", message }));
 const input = createInterface({ input: stdin });
 input.on("line", async (line) => {

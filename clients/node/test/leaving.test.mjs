@@ -35,7 +35,7 @@ test("process.exit and an error that nobody catches leave it to the daemon", asy
 
 test("at SIGTERM and SIGINT the lease is given back, and the process dies of the signal", async () => {
   for (const signal of ["SIGTERM", "SIGINT"]) {
-    const program = start(`console.log((await listen(createServer(), "stopped", { ttl: 60 })).id);`);
+    const program = start(`releaseOnSignal(); console.log((await listen(createServer(), "stopped", { ttl: 60 })).id);`);
     const id = await firstLine(program);
     program.kill(signal);
     assert.equal((await program.ended).signal, signal);
@@ -47,7 +47,7 @@ test("a handler of the program's own, from before or after, decides alone whethe
   const handler = `process.on("SIGTERM", () => server.close());`;
   const leasing = `const one = await listen(server, "minded", { ttl: 60 });`;
   for (const steps of [[handler, leasing], [leasing, handler]]) {
-    const program = start(`const server = createServer(); ${steps.join(" ")} console.log(one.id);`);
+    const program = start(`releaseOnSignal(); const server = createServer(); ${steps.join(" ")} console.log(one.id);`);
     const id = await firstLine(program);
     program.kill("SIGTERM");
     const { status, signal } = await program.ended;
@@ -58,6 +58,7 @@ test("a handler of the program's own, from before or after, decides alone whethe
 
 test("a library that counts the handlers of a signal to decide whether to die finds only its own", async () => {
   const program = start(`
+    releaseOnSignal();
     console.log((await listen(createServer(), "counted")).id);
     process.on("SIGTERM", function hear() {
       if (process.listenerCount("SIGTERM") !== 1) return; // as npm's signal-exit does
@@ -72,8 +73,9 @@ test("a library that counts the handlers of a signal to decide whether to die fi
 
 test("a lease that is drained before it ends leaves look-ups, and its server serves on until then", async () => {
   const program = start(`
+    releaseOnSignal();
     const server = http.createServer((_, response) => response.end("served"));
-    const one = await listen(server, "drained", { drainMs: 60_000 });
+    const one = await listen(server, "drained", { drainS: 60 });
     console.log(one.port);`);
   const port = await firstLine(program);
   const [held] = (await daemon.call("GET", "/v1/leases", { query: { service: "drained" } })).leases;
@@ -85,12 +87,15 @@ test("a lease that is drained before it ends leaves look-ups, and its server ser
   assert.equal(await endedBecause(held.id), "owner_exited");
 });
 
-test("while leases are held the process has one handler each, and none when they are given back", async () => {
+test("no signal handler is installed unasked, and what was asked for can be undone", async () => {
   const { output } = await run(`
     const counts = () => ["SIGTERM", "SIGINT", "beforeExit"].map((name) => process.listenerCount(name));
     const held = [await lease("counted"), await lease("counted")];
-    const between = counts();
+    const seen = [counts()];
+    const undo = releaseOnSignal();
+    seen.push(counts());
+    undo();
     await Promise.all(held.map((one) => one.release()));
-    console.log(JSON.stringify([between, counts()]));`);
-  assert.deepEqual(JSON.parse(output), [[1, 1, 1], [0, 0, 0]]);
+    console.log(JSON.stringify([...seen, counts()]));`);
+  assert.deepEqual(JSON.parse(output), [[0, 0, 1], [1, 1, 1], [0, 0, 0]]);
 });

@@ -5,7 +5,7 @@ import { once } from "node:events";
 import { createServer } from "node:net";
 import test from "node:test";
 
-import { Client, DaemonUnavailable, Instance, InvalidUrl, lease, NoAnswerInTime, NoInstances, ProtocolError, resolve,
+import { Client, DaemonUnavailable, Instance, InvalidUrl, listen, NoAnswerInTime, NoInstances, ProtocolError, resolve,
   resolveAll, watch } from "portd-client";
 
 const daemon = new Client();
@@ -27,8 +27,8 @@ async function posing(answer, act) {
 }
 
 test("an instance is what net.connect, http.get and fetch take", async () => {
-  const held = await lease("found", { tags: ["blue"], metadata: { version: "2" } });
-  const found = await resolve("found", { tags: ["blue"] });
+  const held = await listen(createServer().unref(), "found", { tags: ["blue"], metadata: { version: "2" } });
+  const found = await resolve("found", { tags: ["blue"], waitS: 10 });
   assert(found instanceof Instance);
   assert.deepEqual({ ...found, document: null }, { name: "found-1", host: "127.0.0.1", port: held.port, tags: ["blue"],
     metadata: { version: "2" }, isStale: false, document: null });
@@ -50,7 +50,7 @@ test("a watch tells of each change, and ends with its signal", async () => {
   await assert.rejects(async () => {
     for await (const instances of watch("watched", { signal: stopping.signal })) {
       seen.push(instances.map(({ name }) => name));
-      if (seen.length === 1) held = await lease("watched");
+      if (seen.length === 1) held = await listen(createServer().unref(), "watched");
       else if (seen.length === 2) await held.release();
       else stopping.abort();
     }
@@ -70,10 +70,10 @@ test("a call ends with its signal, whose reason it rejects with", async () => {
 });
 
 test("events are an iterator that can be left", async () => {
-  const held = await lease("eventful");
-  for await (const { name, data, id } of daemon.events({ after: 0, service: "eventful" })) {
+  const held = await listen(createServer().unref(), "eventful");
+  for await (const { name, data, revision } of daemon.events({ after: 0, service: "eventful" })) {
     assert.equal(name, "granted");
-    assert.equal(JSON.parse(data).revision, Number(id));
+    assert.equal(data.revision, revision);
     break;
   }
   await held.release();
@@ -89,7 +89,7 @@ test("who answers but does not speak the protocol is told from who is not there"
 });
 
 test("who accepts and says nothing is unavailable when the time is up", async () => {
-  await posing(() => {}, (url) => assert.rejects(new Client({ url, timeoutMs: 50 }).lease("x"), (error) => {
+  await posing(() => {}, (url) => assert.rejects(new Client({ url, timeoutS: 0.05 }).lease("x"), (error) => {
     assert(error instanceof NoAnswerInTime && error instanceof DaemonUnavailable);
     assert.deepEqual(error.tried, [{ url, reason: "no answer within 0.05 s" }]);
     return true;

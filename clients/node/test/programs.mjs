@@ -10,7 +10,7 @@ const HERE = new URL("..", import.meta.url).pathname; // in it the package's own
 const DEADLINE_MS = 20_000;
 const PREAMBLE = `import http from "node:http";
 import { createServer } from "node:net";
-import { Client, lease, listen, resolve, watch } from "portd-client";
+import { Client, lease, listen, releaseOnSignal, resolve, watch } from "portd-client";
 `;
 
 /** Start a program; `ended` gives its status, its signal and what it wrote. */

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import pytest
 
 import portd_client
-from tests.cli.bed import Daemon, end, wait_for
+from clients.conformance.bed import Daemon, end, wait_for
 
 PACKAGE = Path(__file__).parents[1]
 SERVICE, LOOK_UP, MOVING = re.findall(r"```js\n(.*?)```", (PACKAGE / "README.md").read_text(), re.DOTALL)

@@ -29,7 +29,7 @@ for await (const instances of watch("billing", { signal: AbortSignal.timeout(100
   console.log(instances.map(({ metadata }) => metadata.version));
 }
 
-const client = new Client({ url: "unix:///run/portd/portd.sock", timeoutMs: 500 });
+const client = new Client({ url: "unix:///run/portd/portd.sock", timeoutS: 0.5 });
 for await (const { id, state } of client.leases({ service: "orders" })) console.log(id, state);
 for await (const { name, data } of client.events({ after: 1 })) console.log(name, data);
 try {

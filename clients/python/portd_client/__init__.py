@@ -1,4 +1,4 @@
-"""The client of portd: a port for this process, and the working instances of others.
+"""The client of portd: a port for this process, and the instances of others.
 
     import portd_client
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import InvalidUrl as InvalidUrl
     from .errors import LeaseLost as LeaseLost
     from .errors import NoAnswerInTime as NoAnswerInTime
+    from .errors import NoInstances as NoInstances
     from .errors import NotOwner as NotOwner
     from .errors import PoolExhausted as PoolExhausted
     from .errors import PortdError as PortdError
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from .leasing import Lease as Lease
     from .leasing import lease as lease
     from .leasing import listen as listen
+    from .leaving import release_on_signal as release_on_signal
     from .lookup import Instance as Instance
-    from .lookup import NoInstances as NoInstances
     from .lookup import resolve as resolve
     from .lookup import resolve_all as resolve_all
     from .lookup import watch as watch
+    from .protocol import Event as Event
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ _MODULES = {
         "InvalidUrl",
         "LeaseLost",
         "NoAnswerInTime",
+        "NoInstances",
         "NotOwner",
         "PoolExhausted",
         "PortTaken",
@@ -54,7 +57,9 @@ _MODULES = {
         "ProtocolError",
         "Retryable",
     ),
-    "lookup": ("Instance", "NoInstances", "resolve", "resolve_all", "watch"),
+    "protocol": ("Event",),
+    "lookup": ("Instance", "resolve", "resolve_all", "watch"),
+    "leaving": ("release_on_signal",),
     "leasing": ("Lease", "lease", "listen"),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)

@@ -28,7 +28,7 @@ class DaemonUnavailable(PortdError):
 
 
 class NoAnswerInTime(DaemonUnavailable):
-    """A daemon is there, and says nothing. Whether it did what it was asked to is not known."""
+    """A daemon is there, and does not answer. Whether it did what was requested is unknown."""
 
     def __init__(self, url: str, limit_s: float) -> None:
         super().__init__([(url, f"no answer within {limit_s:g} s")])
@@ -38,8 +38,16 @@ class ProtocolError(PortdError):
     """What answered does not speak the protocol: cut off in the middle, or something else listens there."""
 
 
+class NoInstances(PortdError):
+    """No instance of the service serves now, or fewer than were waited for."""
+
+
 class Problem(PortdError):
-    """The daemon's refusal (RFC 9457). `code` is stable, `pointer` (RFC 6901) names the field at fault or is None."""
+    """The daemon's refusal (RFC 9457).
+
+    `code` is stable. `pointer` (RFC 6901) names the field at fault or is None; `within` is "query" where it points into
+    the query, else None. `document` is all of it.
+    """
 
     def __init__(self, document: dict[str, Any], status: int) -> None:
         self.document = document
@@ -47,6 +55,7 @@ class Problem(PortdError):
         self.code: str = str(document.get("code", "unknown"))
         self.detail: str = str(document.get("detail") or document.get("title") or f"HTTP status {status}")
         self.pointer: str | None = document.get("pointer")
+        self.within: str | None = document.get("in")
         super().__init__(f"{self.detail} ({self.code})")
 
 
@@ -55,7 +64,7 @@ class PortTaken(Problem):
 
 
 class LeaseLost(Problem):
-    """There is no such lease (any more): it ended, or the daemon forgot it."""
+    """There is no such lease (any more): it ended, or the daemon lost it."""
 
 
 class NotOwner(Problem):
@@ -67,7 +76,7 @@ class PoolExhausted(Problem):
 
 
 class Retryable(Problem):
-    """Too much at once, or the store takes no writes: nothing has changed, and the same call may succeed later."""
+    """The server is busy, or its store accepts no writes: nothing has changed, and the same call may succeed later."""
 
 
 _CLASSES: dict[str, type[Problem]] = {

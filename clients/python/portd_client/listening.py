@@ -24,13 +24,12 @@ TYPES = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 FIRST_FD = 3
 """sd_listen_fds(3), SD_LISTEN_FDS_START."""
 
-
-_taken: set[int] = set()
-"""Passed descriptors that somebody has by now: once closed, their numbers may be anything's."""
+_used: set[int] = set()
+"""Passed descriptors that were returned before: once closed, their numbers may be anything's."""
 
 
 class LeasedSocket(socket.socket):
-    """A socket that gives its lease back when it is closed.
+    """A socket that releases its lease when it is closed.
 
     A copy of it in a forked child does not, nor does one on a port that the lease has left.
     """
@@ -42,33 +41,28 @@ class LeasedSocket(socket.socket):
         self.lease = lease
 
     def close(self) -> None:
-        """Close the socket and release the lease; it is drained before, if it is to be."""
+        """Close the socket and release the lease, after draining it.
+
+        Blocks for the lease's `drain_s` seconds, and at most 2 more for the release.
+        """
         has_the_lease = self.fileno() >= 0 and self.getsockname()[1] == self.lease.port
         if has_the_lease:
-            self.lease.drain_out()
+            self.lease._drain_out()
         super().close()
         if has_the_lease:
             self.lease.release()
 
 
-def open_sockets(lease: Lease, backlog: int, reserved: socket.socket | None = None) -> list[LeasedSocket]:
-    """Open the lease's sockets, TCP before UDP, TCP listening. `reserved` is bound already."""
-    opened = [reserved] if reserved is not None else passed(lease)
-    declines = 0
-    while not opened:
-        try:
-            opened = acquired(lease.client.endpoint, lease, backlog)
-        except (OSError, PortTaken) as error:
-            declines += 1
-            if not is_taken(error) or declines > DECLINES_MAX:
-                raise
-            lease.decline()
-    return [LeasedSocket(lease, one.detach()) for one in ready(opened, backlog)]
+def open_once(endpoint: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
+    """Open the lease's sockets: passed by `portd run`, handed over by the daemon, or bound here."""
+    return passed(lease) or acquired(endpoint, lease, backlog)
 
 
-def is_taken(error: Exception) -> bool:
-    """Tell whether somebody else has the port, by the kernel's word or the daemon's."""
-    return isinstance(error, PortTaken) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)
+def retry_after(error: Exception, declines: int) -> None:
+    """Return where another port may be tried: somebody else has this one. Raises `error` otherwise."""
+    is_taken = isinstance(error, PortTaken) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)
+    if not is_taken or declines > DECLINES_MAX:
+        raise error
 
 
 def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
@@ -81,23 +75,25 @@ def ready(sockets: list[socket.socket], backlog: int) -> list[socket.socket]:
 
 
 def passed(lease: LeaseState) -> list[socket.socket]:
-    """Take what `portd run --socket` laid from descriptor 3 on, by name; only if it is meant for this very process, and
-    for this very lease: a service of another name has a port of its own."""
+    """Return the sockets that `portd run --socket` passed from descriptor 3 on, by name, each once.
+
+    Only if they are meant for this very process and lease: a service of another name has a port of its own.
+    """
     environ = os.environ
     if not lease.is_adopted or environ.get("LISTEN_PID") != str(os.getpid()) or "PORTD_LEASE" not in environ:
         return []
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == lease.endpoint} - _taken
-    _taken.update(wanted)
+    wanted = {fd for fd, name in enumerate(names, FIRST_FD) if name == lease.document["endpoint"]} - _used
+    _used.update(wanted)
     lease.is_passed = bool(wanted)
     for fd in wanted:
         os.set_inheritable(fd, False)
     return [socket.socket(fileno=fd) for fd in sorted(wanted)]
 
 
-def acquired(place: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
-    """Have the sockets handed over, and bind those that are not: UDP's of a `shared` hold, or all without a handoff."""
-    made = _handed(place, lease, backlog)
+def acquired(endpoint: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
+    """Receive the sockets from the daemon, and bind those that it does not hand over."""
+    made = _handed(endpoint, lease, backlog)
     types = {one.type for one in made}
     try:
         return made + bound([name for name in lease.protocols if TYPES[name] not in types], lease.address, lease.port)
@@ -107,12 +103,12 @@ def acquired(place: Endpoint, lease: LeaseState, backlog: int) -> list[socket.so
         raise
 
 
-def _handed(place: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
-    """Have the sockets handed over; nothing where the daemon does not do that here."""
+def _handed(endpoint: Endpoint, lease: LeaseState, backlog: int) -> list[socket.socket]:
+    """Receive the sockets from the daemon; none where it does not hand over here."""
     if not lease.id:
         return []
     try:
-        lease.document, descriptors = handoff.receive(place, {"lease": lease.id, "listen": True, "backlog": backlog})
+        lease.document, descriptors = handoff.receive(endpoint, {"lease": lease.id, "listen": True, "backlog": backlog})
     except handoff.NoHandoff:
         return []
     lease.is_passed = bool(descriptors)
@@ -135,8 +131,8 @@ def bound(protocols: Sequence[Literal["tcp", "udp"]], address: str, port: int) -
 
 
 def ephemeral(lease: LeaseState, error: DaemonUnavailable) -> socket.socket:
-    """Bind a port of the kernel's choice for a lease that no daemon gives; raises `error` where that can't be."""
-    if lease.address == "own" or lease.protocol == "both":
+    """Bind a port of the kernel's choice instead of a lease; raises `error` where that is impossible."""
+    if lease.address == "own" or len(lease.protocols) > 1:
         raise error
     made = bind(lease.address, 0, lease.protocols[0])
     lease.document["port"] = made.getsockname()[1]

@@ -12,7 +12,21 @@ from .errors import ProtocolError, problem
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
+    from typing import Any, Generic, TypeVar
+
+    T_co = TypeVar("T_co", covariant=True)
+
+    class _Typed(Generic[T_co]):
+        """Carries the type of a call's result; for type checkers alone, since importing typing costs 8 ms."""
+else:
+    T_co = None
+
+    class _Typed:
+        __slots__ = ()
+
+        def __class_getitem__(cls, item):
+            return cls
+
 
 HEAD_MAX_BYTES = 64 * 1024
 """The longest head (status line and fields) that is read: portd's own are under 1 KB."""
@@ -20,8 +34,11 @@ BODY_MAX_BYTES = 64 * 1024 * 1024
 """The longest body that is gathered in memory: 10,000 leases are about 10 MB. Streams are not gathered."""
 
 
-class Request:
-    """One call: `target` is the path with its query; `body` is encoded as JSON, None means no body."""
+class Request(_Typed[T_co]):
+    """One call: `target` is the path with its query; `body` is encoded as JSON, None means no body.
+
+    `token` is the lease's own, and goes before the client's.
+    """
 
     __slots__ = ("body", "method", "target", "token")
 
@@ -61,7 +78,7 @@ class ResponseReader:
         self._in_chunk = False
 
     def feed(self, data: bytes) -> None:
-        """Take bytes; raises ProtocolError when they are no response, or end before it does."""
+        """Receive bytes; raises ProtocolError when they are no response, or end before it does."""
         self._data += data
         if not self.status and not self._read_head():
             if not data:
@@ -81,7 +98,7 @@ class ResponseReader:
         return taken
 
     def check_size(self) -> None:
-        """Raise ProtocolError when more has gathered than is kept in memory."""
+        """Raise ProtocolError when the body is longer than fits into memory."""
         if len(self._body) > BODY_MAX_BYTES:
             raise ProtocolError(f"the answer is longer than {BODY_MAX_BYTES} bytes")
 
@@ -160,32 +177,39 @@ def result(status: int, content_type: str, body: bytes) -> Any:
     return value if is_json else body or None
 
 
-class ServerEvent:
-    """One server-sent event. `id` is the last id that was seen, "" before the first."""
+class Event:
+    """One event of the daemon: what happened to which lease.
 
-    __slots__ = ("data", "id", "name")
+    `name` is its type ("granted", "bound", "health", "passed", "ended" and so on), `revision` its number, and `data`
+    the whole document with `at`, `service`, `note` and `lease`.
+    """
 
-    def __init__(self, name: str, data: str, id: str) -> None:
+    __slots__ = ("data", "name", "revision")
+
+    def __init__(self, name: str, data: dict[str, Any], revision: int) -> None:
         self.name = name
         self.data = data
-        self.id = id
+        self.revision = revision
+
+    def __repr__(self) -> str:
+        return f"<portd event {self.revision}: {self.name} {self.data.get('service', '')}>"
 
 
 class EventReader:
-    """Splits a stream into server-sent events (WHATWG HTML, section 9.2.6). Comments vanish."""
+    """Splits a stream into server-sent events (WHATWG HTML, section 9.2.6), and decodes them. Comments vanish."""
 
     def __init__(self) -> None:
         self._data = b""
-        self._id = ""
+        self._revision = 0
 
-    def feed(self, data: bytes) -> list[ServerEvent]:
-        """Take bytes, and return the events that they complete."""
+    def feed(self, data: bytes) -> list[Event]:
+        """Receive bytes, and return the events that they complete; raises ProtocolError for what is no event."""
         *blocks, self._data = (self._data + data).replace(b"\r\n", b"\n").split(b"\n\n")
         if len(self._data) > BODY_MAX_BYTES:
             raise ProtocolError("an event that does not end")
         return [event for block in blocks if (event := self._event(block.decode("utf-8", "replace"))) is not None]
 
-    def _event(self, block: str) -> ServerEvent | None:
+    def _event(self, block: str) -> Event | None:
         name, lines = "message", []
         for line in block.split("\n"):
             field, _, value = line.partition(":")
@@ -195,8 +219,16 @@ class EventReader:
             elif field == "event":
                 name = value
             elif field == "id":
-                self._id = value
-        return ServerEvent(name, "\n".join(lines), self._id) if lines else None
+                if not value.isdecimal():
+                    raise ProtocolError(f"an event with the id {value!r}, which is no revision")
+                self._revision = int(value)
+        if not lines:
+            return None
+        try:
+            document = documents.decode("\n".join(lines).encode())
+        except ValueError as error:
+            raise ProtocolError(f"an event that is not JSON: {error}") from None
+        return Event(name, document if isinstance(document, dict) else {}, self._revision)
 
 
 def query(target: str, fields: Mapping[str, Any]) -> str:

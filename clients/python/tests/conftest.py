@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cli.bed import Daemon
+from clients.conformance.bed import Daemon
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A running daemon that the tests of a room share: each takes service names of its own."""
+    """A running daemon that the tests of a module share: each uses service names of its own."""
     made = Daemon(tmp_path_factory.mktemp("portd"), "24500-24699")
     made.start()
     yield made

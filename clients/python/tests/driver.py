@@ -29,17 +29,8 @@ def tell(**message: Any) -> None:
 class Messages(logging.Handler):
     """Turns what the client logs into events."""
 
-    def __init__(self, handles: dict[str, Any]) -> None:
-        super().__init__()
-        self._handles = handles
-
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell of a lease that is lost, or of anything else in words."""
-        lease, error = (*(record.args or ()), None, None)[:2]
-        for handle, held in self._handles.items():
-            if held is lease:
-                tell(event="lost", handle=handle, code=getattr(error, "code", ""))
-                return
+        """Report a message as a warning."""
         tell(event="warning", message=record.getMessage())
 
 
@@ -70,7 +61,7 @@ def shown_lease(handle: str, lease: Any) -> dict[str, Any]:
         "port": lease.port,
         "revision": lease.document.get("revision"),
         "is_adopted": lease.is_adopted,
-        "is_fallback": not lease.id,
+        "is_fallback": lease.is_fallback,
         "is_passed": lease.is_passed,
     }
 
@@ -104,7 +95,7 @@ class Calls:
         self._handles: dict[str, Any] = {}
         self._listeners: dict[str, list[socket.socket]] = {}
         self._unwatched: set[str] = set()
-        logging.getLogger("portd_client").addHandler(Messages(self._handles))
+        logging.getLogger("portd_client").addHandler(Messages())
 
     @property
     def client(self) -> portd_client.Client:
@@ -142,6 +133,7 @@ class Calls:
         held = portd_client.lease(
             client=self.client,
             on_change=lambda lease: tell(event="changed", handle=handle, port=lease.port, lease=lease.id),
+            on_lost=lambda _, error: tell(event="lost", handle=handle, code=getattr(error, "code", "")),
             **arguments,
         )
         self._handles[handle] = held
@@ -154,10 +146,27 @@ class Calls:
             return {"status": error.status, "body": error.document}
 
     def renew(self, arguments: Arguments) -> Any:
-        from portd_client import calls
+        self._handles[arguments["handle"]].renew(arguments.get("seconds"))
 
+    def decline(self, arguments: Arguments) -> Any:
         held = self._handles[arguments["handle"]]
-        self.client.call(calls.renew(held.id, token=held.token))
+        held.decline()
+        return shown_lease(arguments["handle"], held)
+
+    def transfer(self, arguments: Arguments) -> Any:
+        self._handles[arguments["handle"]].transfer(arguments["pid"])
+
+    def change(self, arguments: Arguments) -> Any:
+        self._handles[arguments["handle"]].change(arguments["fields"])
+
+    def events(self, arguments: Arguments) -> Any:
+        """Return the first event after a revision that has the wanted name."""
+        events = self.client.events(arguments["after"], arguments["service"])
+        for event in events:
+            if event.name == arguments["name"]:
+                lease = event.data["lease"]["id"]
+                return {"name": event.name, "revision": event.revision, "lease": lease}
+        return None
 
     def release(self, arguments: Arguments) -> Any:
         self._release(arguments["handle"])
@@ -226,6 +235,7 @@ def serve(listener: socket.socket) -> None:
 def main() -> None:
     """Answer calls, one after another, until the end of input."""
     made = Calls()
+    portd_client.release_on_signal()
     for line in sys.stdin:
         message = json.loads(line)
         try:

@@ -33,7 +33,7 @@ class Calls:
         self._handles: dict[str, aio.AsyncLease] = {}
         self._listeners: dict[str, list[asyncio.Server | socket.socket]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        logging.getLogger("portd_client").addHandler(Messages(self._handles))
+        logging.getLogger("portd_client").addHandler(Messages())
 
     @property
     def client(self) -> aio.AsyncClient:
@@ -71,6 +71,7 @@ class Calls:
         self._handles[handle] = held = aio.lease(
             client=self.client,
             on_change=lambda lease: tell(event="changed", handle=handle, port=lease.port, lease=lease.id),
+            on_lost=lambda _, error: tell(event="lost", handle=handle, code=getattr(error, "code", "")),
             **arguments,
         )
         return handle, await held.__aenter__()
@@ -83,8 +84,27 @@ class Calls:
             return {"status": error.status, "body": error.document}
 
     async def renew(self, arguments: Arguments) -> Any:
+        await self._handles[arguments["handle"]].renew(arguments.get("seconds"))
+
+    async def decline(self, arguments: Arguments) -> Any:
         held = self._handles[arguments["handle"]]
-        await self.client.call(calls.renew(held.id, token=held.token))
+        await held.decline()
+        return shown_lease(arguments["handle"], held)
+
+    async def transfer(self, arguments: Arguments) -> Any:
+        await self._handles[arguments["handle"]].transfer(arguments["pid"])
+
+    async def change(self, arguments: Arguments) -> Any:
+        await self._handles[arguments["handle"]].change(arguments["fields"])
+
+    async def events(self, arguments: Arguments) -> Any:
+        """Return the first event after a revision that has the wanted name."""
+        events = self.client.events(arguments["after"], arguments["service"])
+        async for event in events:
+            if event.name == arguments["name"]:
+                lease = event.data["lease"]["id"]
+                return {"name": event.name, "revision": event.revision, "lease": lease}
+        return None
 
     async def release(self, arguments: Arguments) -> Any:
         handle = arguments["handle"]
@@ -151,6 +171,7 @@ async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def main() -> None:
     """Answer calls, one after another, until the end of input; then give everything back."""
     made = Calls()
+    portd_client.release_on_signal()
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     while line := await lines.readline():

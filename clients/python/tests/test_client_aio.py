@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from portd_client import aio, calls, documents, steps
+from clients.conformance.bed import DEADLINE_S, Daemon, foreign_listener
+from portd_client import aio, calls, steps
 from portd_client.errors import DaemonUnavailable, Problem, ProtocolError
 from portd_client.types import LeaseDocument
-from tests.cli.bed import DEADLINE_S, Daemon
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_server_of_asyncio_takes_the_leased_socket(daemon: Daemon) -> None:
         async with aio.lease("served", client=client, tags=["blue"]) as lease:
             server = await asyncio.start_server(lambda _, writer: writer.close(), sock=await lease.listen())
             async with server:
-                found = await client.resolve("served")
+                found = await client.resolve("served", wait_s=10)
                 assert (found.port, found.tags) == (lease.port, ["blue"])
                 reader, writer = await asyncio.open_connection(found.host, found.port)
                 assert await reader.read() == b""
@@ -93,7 +93,7 @@ def test_the_program_is_told_when_it_has_to_move(own_daemon: Daemon) -> None:
             port = lease.port
             own_daemon.stop()
             own_daemon.forget()
-            with socket.create_server((lease.address, port)):
+            with foreign_listener(lease.address, port):
                 await asyncio.to_thread(own_daemon.start)
                 await until(lambda: bool(moved))
             assert moved == [lease.port]
@@ -158,12 +158,14 @@ def test_watch_tells_every_change_and_waits_out_a_restart(own_daemon: Daemon) ->
         answers = client.watch("watched")
         assert await anext(answers) == []
         lease = await client.grant({"service": "watched", "ttl": 60})
+        listener = socket.create_server((lease["address"], lease["port"]))
         assert [one.port for one in await anext(answers)] == [lease["port"]]
         own_daemon.stop()
         await asyncio.to_thread(own_daemon.start)
         await client.call(calls.release(lease["id"]))
         async with asyncio.timeout(DEADLINE_S):
             assert await anext(answers) == []
+        listener.close()
         await close(answers)
 
     asyncio.run(main())
@@ -175,17 +177,17 @@ def test_events_can_be_taken_up_where_they_broke_off(own_daemon: Daemon) -> None
         lease = await client.grant({"service": "events", "ttl": 60})
         stream = client.events(after=0)
         first = await anext(stream)
-        assert documents.decode(first.data.encode())["lease"]["id"] == lease["id"]
+        assert first.data["lease"]["id"] == lease["id"]
         own_daemon.stop()
         with pytest.raises((ProtocolError, DaemonUnavailable, StopAsyncIteration)):
             await anext(stream)
         await asyncio.to_thread(own_daemon.start)
         await client.call(calls.release(lease["id"]))
         async with asyncio.timeout(DEADLINE_S):
-            stream = client.events(after=int(first.id))
+            stream = client.events(after=first.revision)
             while (event := await anext(stream)).name != "ended":
                 pass
-        assert int(event.id) > int(first.id)
+        assert event.revision > first.revision
         await close(stream)
 
     asyncio.run(main())

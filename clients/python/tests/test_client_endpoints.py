@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from clients.conformance.bed import DEADLINE_S, Daemon
 from portd_client import endpoints
 from portd_client.client import Client
 from portd_client.errors import DaemonUnavailable, ProtocolError
-from tests.cli.bed import DEADLINE_S, Daemon
 
 
 def test_portd_url_is_the_only_place_where_it_is_set() -> None:

@@ -8,13 +8,14 @@ import os
 import signal
 import socket
 import threading
+from typing import Any
 
 import pytest
 
 import portd_client
+from clients.conformance.bed import Daemon, foreign_listener, wait_for
 from portd_client import calls, steps
 from portd_client.errors import DaemonUnavailable, PortTaken
-from tests.cli.bed import Daemon, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Dae
         port = lease.port
         own_daemon.stop()
         own_daemon.forget()
-        with socket.create_server((lease.address, port)):  # a stranger, meanwhile
+        with foreign_listener(lease.address, port):
             own_daemon.start()
             wait_for(lambda: moved, "the callback is called")
         assert moved == [lease.port]
@@ -151,13 +152,25 @@ def test_a_callback_that_fails_does_not_end_the_keeping(daemon: Daemon, caplog: 
         portd_client.lease("fragile", client=daemon.client, hold="none", on_change=fail) as lease,
     ):
         first, port = lease.id, lease.port
-        with socket.create_server((lease.address, port)):
+        with foreign_listener(lease.address, port):
             daemon.client.call(calls.release(first))
             wait_for(lambda: lease.port != port, "it moves")
         second = lease.id
         daemon.client.call(calls.release(second))
         wait_for(lambda: lease.id != second, "it is looked after still")
     assert "the program's own" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["tcp"])
+def test_lost_lease_of_a_program_that_listens_is_leased_back(own_daemon: Daemon, protocol: Any) -> None:
+    with portd_client.listen("adopts", client=own_daemon.client, protocol=protocol, ttl=0.6, tags=["blue"]) as listener:
+        lease = listener.lease
+        first, port = lease.id, lease.port
+        _lose_memory(own_daemon)
+        wait_for(lambda: lease.id != first, "it is leased back")
+        assert lease.port == port
+        wait_for(lambda: own_daemon.client.lease(lease.id)["state"] == "bound", "its listener counts as its own")
+        assert own_daemon.client.lease(lease.id)["tags"] == ["blue"]
 
 
 def test_closing_the_socket_that_a_program_moved_away_from_keeps_the_lease(daemon: Daemon) -> None:
@@ -202,7 +215,9 @@ def test_drain_and_report_reach_the_daemon(daemon: Daemon) -> None:
     ],
 )
 def test_however_a_program_ends_its_lease_ends_with_it(daemon: Daemon, ending: str, because: str) -> None:
-    program = daemon.start_python(f"import portd_client; print(portd_client.lease('ending').id); {ending}")
+    program = daemon.start_python(
+        f"import portd_client as p; p.release_on_signal(); print(p.lease('ending').id); {ending}"
+    )
     lease_id = end_naturally(program).strip()
     wait_for(lambda: daemon.client.lease(lease_id)["state"] == "ended", "the lease ends")
     assert daemon.client.lease(lease_id)["ended_because"] == because
@@ -214,9 +229,10 @@ def test_a_program_that_minds_sigterm_itself_keeps_its_own_handler(daemon: Daemo
     program = daemon.start_python(
         "import portd_client, signal\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('mine'))\n"
+        "portd_client.release_on_signal()\n"
         "lease = portd_client.lease('minds')\n"
         "signal.raise_signal(signal.SIGTERM)\n"
-        "print(lease.is_released)\n"
+        "print(portd_client.Client().lease(lease.id)['state'] == 'ended')\n"
     )
     assert end_naturally(program) == "mine\nFalse\n"
 
@@ -231,9 +247,7 @@ ADOPT = (
 def test_what_portd_run_leased_is_adopted(daemon: Daemon) -> None:
     import sys
 
-    program = daemon.start_portd(
-        "run", "adopted", "--ttl", "60", "--", sys.executable, "-c", ADOPT.format(service="adopted")
-    )
+    program = daemon.start_portd("run", "adopted", "--", sys.executable, "-c", ADOPT.format(service="adopted"))
     lease_id, port, adopted = json.loads(end_naturally(program))
     assert adopted
     lease = daemon.client.lease(lease_id)
@@ -245,8 +259,10 @@ def test_what_portd_run_leased_for_another_service_is_left_alone(daemon: Daemon)
     import sys
 
     program = daemon.start_portd("run", "parent", "--", sys.executable, "-c", ADOPT.format(service="offspring"))
-    lease_id, _, adopted = json.loads(end_naturally(program))
+    *logged, answer = end_naturally(program).splitlines()
+    lease_id, _, adopted = json.loads(answer)
     assert not adopted
+    assert "parent" in logged[-1]
     assert daemon.client.lease(lease_id)["service"] == "offspring"
 
 

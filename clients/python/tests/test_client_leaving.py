@@ -10,14 +10,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.cli.bed import DEADLINE_S, Daemon, end, wait_for
+from clients.conformance.bed import DEADLINE_S, Daemon, end, wait_for
 
 HOLDS = """
 import asyncio
-from portd_client import aio
+from portd_client import aio, release_on_signal
 
 async def main():
     {before}
+    release_on_signal()
     async with aio.lease("{service}", drain_s={drain_s}) as lease:
         {inside}
         server = await asyncio.start_server(lambda _, writer: writer.close(), sock=await lease.listen())
@@ -100,6 +101,28 @@ def test_what_drains_at_sigterm_is_not_found_and_still_serves_and_a_second_one_d
         running_program.send_signal(signal.SIGTERM)
         assert running_program.wait(DEADLINE_S) == -signal.SIGTERM
         wait_for(lambda: daemon.client.lease(lease_id)["ended_because"] == "owner_exited", "the daemon sees it")
+
+
+@pytest.mark.parametrize("module", ["portd_client", "portd_client.aio"])
+def test_no_signal_handler_is_installed_unasked(daemon: Daemon, module: str) -> None:
+    source = (
+        f"import asyncio, signal, {module}\n"
+        "before = [signal.getsignal(one) for one in signal.valid_signals()]\n"
+        "async def hold():\n    async with portd_client.aio.lease('quiet'): pass\n"
+        + ("asyncio.run(hold())\n" if "aio" in module else "portd_client.lease('quiet').release()\n")
+        + "print([signal.getsignal(one) for one in signal.valid_signals()] == before)\n"
+    )
+    assert daemon.start_python(source).communicate(timeout=DEADLINE_S)[0] == "True\n"
+
+
+def test_undone_release_on_signal_leaves_the_default_handler(daemon: Daemon) -> None:
+    source = (
+        "import portd_client, signal\n"
+        "undo = portd_client.release_on_signal(signal.SIGTERM, signal.SIGHUP)\n"
+        "print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL); undo()\n"
+        "print([signal.getsignal(one) == signal.SIG_DFL for one in (signal.SIGTERM, signal.SIGHUP)])\n"
+    )
+    assert daemon.start_python(source).communicate(timeout=DEADLINE_S)[0] == "False\n[True, True]\n"
 
 
 def test_a_framework_that_ends_cleanly_at_sigterm_still_does(daemon: Daemon) -> None:

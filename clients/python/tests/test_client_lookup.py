@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 import portd_client
+from clients.conformance.bed import Daemon, wait_for
 from portd_client import calls, lookup, steps
-from portd_client.errors import DaemonUnavailable, PortdError
+from portd_client.errors import DaemonUnavailable, PortdError, problem
 from portd_client.types import LeaseRequest
-from tests.cli.bed import Daemon, wait_for
 
 
-def grant(daemon: Daemon, service: str, **wish: object) -> str:
-    """Lease a port and return its id."""
-    asked: LeaseRequest = {"service": service, "ttl": 60, **wish}  # type: ignore[typeddict-item]
-    return daemon.client.grant(asked)["id"]
+@pytest.fixture(autouse=True)
+def listeners() -> Iterator[list[socket.socket]]:
+    """Return the sockets of the instances that a test serves, which are closed after it."""
+    opened: list[socket.socket] = []
+    LISTENERS.append(opened)
+    yield opened
+    LISTENERS.pop()
+    for one in opened:
+        one.close()
+
+
+LISTENERS: list[list[socket.socket]] = []
+
+
+def grant(daemon: Daemon, service: str, **fields: object) -> str:
+    """Lease a port, listen on it, and return the lease's id once the daemon has noticed."""
+    requested: LeaseRequest = {"service": service, "ttl": 60, **fields}  # type: ignore[typeddict-item]
+    lease = daemon.client.grant(requested)
+    listener = socket.socket()
+    LISTENERS[-1].append(listener)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((lease["address"], lease["port"]))
+    listener.listen()
+    wait_for(lambda: daemon.client.lease(lease["id"])["state"] == "bound", "it is bound")
+    return lease["id"]
 
 
 def test_resolve_returns_a_working_instance_by_chance(daemon: Daemon) -> None:
@@ -31,7 +54,7 @@ def test_resolve_returns_a_working_instance_by_chance(daemon: Daemon) -> None:
 def test_an_instance_says_where_it_is_reached(daemon: Daemon) -> None:
     grant(daemon, "wild", address="0.0.0.0", tags=["blue"], metadata={"version": "2"}, instance="wild-one")
     one = portd_client.resolve("wild", client=daemon.client)
-    assert (one.name, one.host, one.address, one.is_stale) == ("wild-one", "127.0.0.1", ("127.0.0.1", one.port), False)
+    assert (one.name, one.host, one.sockaddr, one.is_stale) == ("wild-one", "127.0.0.1", ("127.0.0.1", one.port), False)
     assert one.authority == f"127.0.0.1:{one.port}"
     assert (one.tags, one.metadata) == (["blue"], {"version": "2"})
 
@@ -118,3 +141,42 @@ def test_a_look_up_goes_as_far_as_its_scope(daemon: Daemon) -> None:
     assert next(portd_client.watch("near", scope="lan", client=daemon.client)) == []
     with pytest.raises(portd_client.Problem, match="world"):
         portd_client.resolve("near", scope="world", client=daemon.client)  # type: ignore[arg-type]
+
+
+def instance(**fields: object) -> lookup.Instance:
+    """Make an instance whose lease has these fields."""
+    return lookup.Instance({"instance": "orders-1", "address": "127.0.0.1", "port": 1, **fields})  # type: ignore[typeddict-item]
+
+
+def test_instances_of_the_lowest_priority_come_first_by_weight() -> None:
+    spare, heavy, idle = instance(priority=1), instance(priority=0, weight=5), instance(priority=0, weight=0)
+    assert {lookup.pick("orders", [spare, idle, heavy]) for _ in range(200)} == {heavy}
+    assert lookup.pick("orders", [spare]) is spare
+    assert {lookup.pick("orders", [idle, instance(weight=0)]) for _ in range(200)} > {idle}
+
+
+def answer(revision: int, *ports: int) -> Any:
+    """Make the daemon's answer to a look-up."""
+    leases = [{"id": str(port), "address": "127.0.0.1", "port": port} for port in ports]
+    return {"service": "orders", "revision": revision, "instances": leases}
+
+
+def test_watch_goes_on_from_the_stores_own_revision() -> None:
+    watch = lookup.Watch(lookup.Query("orders"))
+    assert "after" not in watch.request().target
+    assert [one.port for one in watch.news(answer(7, 1), {"x-portd-store": "abc"}) or ()] == [1]
+    assert "after=abc%3A7" in watch.request().target
+    assert watch.news(answer(8, 1), {"x-portd-store": "abc"}) is None
+
+
+def test_watch_lists_again_at_once_when_its_revision_is_gone() -> None:
+    watch = lookup.Watch(lookup.Query("orders"))
+    watch.news(answer(7, 1), {"x-portd-store": "abc"})
+    assert watch.failed(problem({"code": "revision_gone"}, 410)) == 0.0
+    assert "after" not in watch.request().target
+    assert watch.news(answer(2, 1), {"x-portd-store": "def"}) is None
+
+
+def test_watch_without_an_answer_yet_raises_what_went_wrong() -> None:
+    with pytest.raises(DaemonUnavailable):
+        lookup.Watch(lookup.Query("orders")).failed(DaemonUnavailable([]))

@@ -141,16 +141,22 @@ def test_what_is_not_json_is_refused(data: bytes) -> None:
 def test_events_read_the_same_however_they_are_cut(cuts: list[int]) -> None:
     data = (
         b': alive\n\nid: 7\nevent: granted\ndata: {"a":\ndata: 1}\n\n'
-        b": following\n\nid: 8\r\nevent: ended\r\ndata:2\r\n\r\ndata: cut off"
+        b': following\n\nid: 8\r\nevent: ended\r\ndata:{"b":2}\r\n\r\ndata: cut off'
     )
     reader, events, last = EventReader(), [], 0
     for cut in [*sorted({cut % len(data) for cut in cuts}), len(data)]:
         events += reader.feed(data[last:cut])
         last = cut
-    assert [(event.id, event.name, event.data) for event in events] == [
-        ("7", "granted", '{"a":\n1}'),
-        ("8", "ended", "2"),
+    assert [(event.revision, event.name, event.data) for event in events] == [
+        (7, "granted", {"a": 1}),
+        (8, "ended", {"b": 2}),
     ]
+
+
+@pytest.mark.parametrize("data", [b"id: x\ndata: {}\n\n", b"id: 1\ndata: {\n\n"])
+def test_event_that_cannot_be_decoded_is_a_protocol_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        EventReader().feed(data)
 
 
 def test_unavailable_says_what_was_tried_and_how_to_start_one() -> None:

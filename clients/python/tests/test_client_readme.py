@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from urllib.request import urlopen
 
-from tests.cli.bed import Daemon, end
+from clients.conformance.bed import Daemon, end, wait_for
 
 SERVICE, LOOK_UP, ASYNC_SERVICE = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
@@ -35,7 +35,9 @@ def test_the_service_serves(daemon: Daemon) -> None:
 
 def test_the_look_up_prints_where_a_working_instance_is(daemon: Daemon) -> None:
     lease = daemon.client.grant({"service": "orders", "ttl": 60})
-    written, _ = daemon.start_python(LOOK_UP).communicate(timeout=20)
+    with socket.create_server((lease["address"], lease["port"])):
+        wait_for(lambda: daemon.client.lease(lease["id"])["state"] == "bound", "it is bound")
+        written, _ = daemon.start_python(LOOK_UP).communicate(timeout=20)
     assert written == f"{lease['address']} {lease['port']}\n"
 
 

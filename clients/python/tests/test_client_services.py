@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import pytest
 
 import portd_client
-from tests.cli.bed import Daemon, end, wait_for
+from clients.conformance.bed import Daemon, end, wait_for
 
 AIOHTTP = """
 import asyncio

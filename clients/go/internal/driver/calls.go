@@ -42,6 +42,13 @@ type arguments struct {
 	Backlog  int               `json:"backlog"`
 	Tag      string            `json:"tag"`
 	Scope    string            `json:"scope"`
+	Min      int               `json:"min"`
+	WaitS    float64           `json:"wait_s"`
+	Seconds  float64           `json:"seconds"`
+	PID      int               `json:"pid"`
+	Fields   portd.Change      `json:"fields"`
+	After    int64             `json:"after"`
+	Name     string            `json:"name"`
 }
 
 // holding is a lease with what listens on it.
@@ -182,16 +189,41 @@ func (c *calls) onLease(ctx context.Context, name string, a arguments) error {
 	}
 	switch name {
 	case "renew":
-		return held.lease.Renew(ctx)
+		return held.lease.Renew(ctx, seconds(a.Seconds))
 	case "release":
 		held.close()
 		return nil
 	case "drain":
 		return held.lease.Drain(ctx, true)
+	case "transfer":
+		return held.lease.Transfer(ctx, a.PID)
+	case "change":
+		return held.lease.Change(ctx, a.Fields)
 	case "report":
 		return held.lease.Report(ctx, a.Status, a.Output)
 	}
 	return fmt.Errorf("there is no call %q", name)
+}
+
+func (c *calls) decline(ctx context.Context, a arguments) (any, error) {
+	held := c.leases[a.Handle]
+	if err := held.lease.Decline(ctx); err != nil {
+		return nil, err
+	}
+	return shownLease(a.Handle, held.lease), nil
+}
+
+// events returns the first event after a revision that has the wanted name.
+func (c *calls) events(ctx context.Context, a arguments) (any, error) {
+	var found any
+	err := c.client.Events(ctx, a.After, a.Service, func(event portd.Event) bool {
+		if event.Name != a.Name {
+			return true
+		}
+		found = object{"name": event.Name, "revision": event.Revision, "lease": event.Lease.ID}
+		return false
+	})
+	return found, err
 }
 
 func (c *calls) resolve(ctx context.Context, a arguments) (any, error) {

@@ -91,6 +91,10 @@ func (c *calls) do(ctx context.Context, name string, with json.RawMessage) (any,
 		return c.listen(ctx, a)
 	case "call":
 		return c.call(ctx, a)
+	case "decline":
+		return c.decline(ctx, a)
+	case "events":
+		return c.events(ctx, a)
 	case "resolve":
 		return c.resolve(ctx, a)
 	case "resolve_all":

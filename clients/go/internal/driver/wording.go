@@ -17,7 +17,13 @@ import (
 func leaseOptions(a arguments) ([]portd.LeaseOption, error) {
 	options := []portd.LeaseOption{portd.Protocol(a.Protocol), portd.Address(a.Address), portd.InstanceName(a.Instance),
 		portd.Endpoint(a.Endpoint), portd.Pool(a.Pool), portd.Hold(a.Hold), portd.TTL(seconds(a.TTL)), portd.Port(a.Port),
-		portd.Tags(a.Tags...), portd.Metadata(a.Metadata), portd.DrainFor(seconds(a.DrainS)), portd.Backlog(a.Backlog)}
+		portd.DrainFor(seconds(a.DrainS)), portd.Backlog(a.Backlog)}
+	if a.Tags != nil {
+		options = append(options, portd.Tags(a.Tags...))
+	}
+	if a.Metadata != nil {
+		options = append(options, portd.Metadata(a.Metadata))
+	}
 	if a.Exact {
 		options = append(options, portd.ExactPort(a.Port))
 	}
@@ -45,6 +51,9 @@ func leaseOptions(a arguments) ([]portd.LeaseOption, error) {
 
 func lookupOptions(a arguments) []portd.LookupOption {
 	options := []portd.LookupOption{portd.Endpoint(orElse(a.Endpoint, "main")), portd.Scope(a.Scope)}
+	if a.Min > 0 || a.WaitS > 0 {
+		options = append(options, portd.AtLeast(a.Min), portd.WaitFor(seconds(a.WaitS)))
+	}
 	if a.Tag != "" {
 		options = append(options, portd.Tags(a.Tag))
 	}
