@@ -16,12 +16,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from portd.core.bindings import Binding, binding_of, conflicts
 from portd.core.errors import Refusal, RevisionGone, StoreUnavailable
 from portd.core.requests import LeaseRequest
+from portd.core.static_ports import StaticPort
 from portd.core.table import LeaseTable
 from portd.testing.world import World
 
 PORTS = range(20000, 20006)
+STATICS = [StaticPort("a", 20100, "tcp", "127.0.0.1", "static"), StaticPort("b", 20101, "udp", "127.0.0.1")]
+USERS = [1000, 2000]
 PIDS = range(41, 45)
 ADDRESSES = st.sampled_from(["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "own"])
+
+
+ADMIN = World.caller(uid=0, admin=True)
 
 
 class Replica:
@@ -67,11 +73,14 @@ class Simulation(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.world = World(PORTS, cooldown_s=2.0)
+        self.world = World(PORTS, statics=STATICS, cooldown_s=2.0, quota_per_uid=4)
         self.run(self.world.start())
         self.owed = {}  # leases that were answered and have not been ended by anybody since
         self.revisions = []
         self.lapsed = []  # leases that ended with their owner
+        self.answered = {}  # leases as they were answered last
+        self.ended = {}  # when and why leases were told to have ended
+        self.adopted = set()
         self.replica = Replica()
 
     def run(self, work):
@@ -92,7 +101,10 @@ class Simulation(RuleBasedStateMachine):
     def forget_ended(self):
         for event in self.world.events:
             self.revisions.append(event.revision)
+            if event.type == "passed":
+                self.ended.pop(event.lease.id, None)  # it may be taken up again
             if event.type == "ended":
+                self.ended[event.lease.id] = event.lease.ended_because
                 self.owed.pop(event.lease.id, None)
                 if event.lease.ended_because == "owner_exited":
                     self.lapsed.append(event.lease)
@@ -101,38 +113,98 @@ class Simulation(RuleBasedStateMachine):
     @rule(
         pid=st.sampled_from(PIDS),
         service=st.sampled_from("ab"),
+        instance=st.sampled_from([None, "x"]),
         address=ADDRESSES,
         protocol=st.sampled_from(["tcp", "udp", "both"]),
-        port=st.one_of(st.none(), st.sampled_from(PORTS)),
+        port=st.one_of(st.none(), st.sampled_from(PORTS), st.just((20005, "20000-20002"))),
+        exact=st.booleans(),
         ttl=st.one_of(st.none(), st.just(5.0)),
-        count=st.integers(1, 2),
+        relatives=st.lists(st.sampled_from([None, 1, 2, 100]), max_size=2),
+        endpoint=st.sampled_from(["main", "static"]),
     )
-    def grant(self, pid, service, address, protocol, port, ttl, count):
+    def grant(self, pid, service, instance, address, protocol, port, exact, ttl, relatives, endpoint):
         if not self.world.processes.is_running(pid):
-            self.world.processes.start(pid)
-        request = LeaseRequest(service=service, address=address, protocol=protocol, port=port, ttl=ttl)
+            self.world.processes.start(pid, uid=USERS[pid % 2])
+        uid = self.world.processes.find(pid, "peercred").owner.uid
+        first = LeaseRequest(
+            service=service,
+            instance=instance,
+            endpoint=endpoint,
+            address=address,
+            protocol=protocol,
+            port=port,
+            exact=exact and port is not None,
+            ttl=ttl,
+        )
+        others = [
+            LeaseRequest(service=service, endpoint=f"e{number}", address=address, ttl=ttl, offset=offset)
+            for number, offset in enumerate(relatives)
+        ]
+        before = self.clocks()
         try:
-            granted = self.run(self.world.ask([request] * count, pid=pid))
+            granted = self.run(self.world.ask([first, *others], pid=pid, uid=uid))
         except Refusal:
+            assert self.clocks() == before, "a refused call restarts no clock"
+            self.forget_ended()
             return
-        self.owed.update({lease.id: lease for lease in granted.leases})
+        for lease, relative in zip(granted.leases[1:], relatives, strict=True):
+            assert relative is None or lease.port == granted.leases[0].port + relative
+        self.owe(granted.leases)
+
+    def clocks(self):
+        times = self.world.service.view
+        return {lease.id: times(lease, ADMIN).expires_at for lease in self.world.table if lease.lifetime == "ttl"}
+
+    def owe(self, leases):
+        """Record what was answered: it is owed until an event says otherwise."""
+        for lease in leases:
+            self.answered[lease.id] = lease
+            if lease.state != "ended":
+                self.owed[lease.id] = lease
         self.forget_ended()
 
-    @rule(data=st.data(), what=st.sampled_from(["release", "decline", "drain", "renew"]))
+    @rule(data=st.data(), what=st.sampled_from(["release", "decline", "drain", "renew", "prolong"]))
     def change(self, data, what):
         if not self.owed:
             return
         lease = self.owed[data.draw(st.sampled_from(sorted(self.owed)))]
         caller = self.world.caller(uid=0, admin=True)
         service = self.world.service
-        calls = {"release": (), "decline": (), "drain": (not lease.drain,), "renew": (None,)}
+        calls = {"release": (), "decline": (), "drain": (not lease.drain,), "renew": (None,), "prolong": (60.0,)}
+        call = service.renew if what == "prolong" else getattr(service, what)
         try:
-            changed = self.run(getattr(service, what)(lease.id, caller, *calls[what]))
+            changed = self.run(call(lease.id, caller, *calls[what]))
         except Refusal:
+            self.forget_ended()
             return
         if changed is not None:
-            self.owed[lease.id] = changed
+            self.owe([changed])
         self.forget_ended()
+
+    @rule(data=st.data(), seconds=st.sampled_from([7.0, 90.0]))
+    def renewal_meets_the_deadline(self, data, seconds):
+        """A renewal is on its way to the disk while the clock runs out."""
+        leases = sorted(lease.id for lease in self.world.table if lease.lifetime == "ttl")
+        if not leases or self.world.journal.problem:
+            return
+        lease_id = data.draw(st.sampled_from(leases))
+
+        async def race():
+            self.world.store.gate.clear()
+            renewal = asyncio.create_task(self.world.service.renew(lease_id, ADMIN, seconds))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            self.world.pass_time(5.0)
+            self.world.store.gate.set()
+            renewed = await renewal
+            await self.world.settle()
+            assert self.world.table.get(lease_id) is not None, "it was answered, and ended all the same"
+            return renewed
+
+        try:
+            self.owe([self.run(race())])
+        except Refusal:
+            self.forget_ended()
 
     @rule(pid=st.sampled_from(PIDS))
     def exit(self, pid):
@@ -178,7 +250,8 @@ class Simulation(RuleBasedStateMachine):
             [lease] = self.run(self.world.ask([request], pid=pid, uid=0, admin=True)).leases
         except Refusal:
             return
-        self.owed[lease.id] = lease
+        self.adopted.add(service)
+        self.owe([lease])
         assert lease.state == "bound"
         self.forget_ended()
 
@@ -214,6 +287,31 @@ class Simulation(RuleBasedStateMachine):
     @rule(failing=st.sampled_from(["", "", "unavailable"]))
     def disk(self, failing):
         self.world.store.failing = failing
+
+    @invariant()
+    def what_was_answered_is_unless_a_later_event_says_otherwise(self):
+        for lease_id, answered in list(self.answered.items()):
+            lease = self.world.table.get(lease_id)
+            if lease is None:
+                assert lease_id in self.ended, f"{lease_id} is gone, and no event says so"
+                del self.answered[lease_id]
+            else:
+                assert answered.state != "ended" or lease.revision > answered.revision
+                assert lease == answered or lease.revision > answered.revision
+
+    @invariant()
+    def what_was_told_to_have_ended_stays_ended(self):
+        assert not set(self.ended) & {lease.id for lease in self.world.table}
+
+    @invariant()
+    def a_service_has_one_user(self):
+        for service in "ab":
+            users = {lease.user for lease in self.world.table if lease.service == service and lease.uid in USERS}
+            assert len(users) <= 1 or self.has_admins_guest(service)
+
+    def has_admins_guest(self, service):
+        """Return whether root leased for another user's process."""
+        return service in self.adopted
 
     @rule(outcome=st.sampled_from(["lost", "unknown"]), service=st.sampled_from("ab"))
     def commit_is_lost(self, outcome, service):
@@ -266,8 +364,11 @@ class Simulation(RuleBasedStateMachine):
     @invariant()
     def holds_and_watches_are_those_of_live_leases(self):
         live = {lease.id: lease for lease in self.world.table}
-        assert set(self.world.holds.held) <= set(live)
+        statics = self.world.engine.statics.held
+        assert set(self.world.holds.held) - set(live) == statics, "a static port that nobody leases is held"
         for lease_id, (place, _) in self.world.holds.held.items():
+            if lease_id in statics:
+                continue
             assert place == binding_of(live[lease_id])
         watched = {lease.process for lease in live.values() if lease.lifetime != "ttl"}
         assert self.world.processes.watched_count == len(watched)
