@@ -118,7 +118,7 @@ class Allocator:
             if not free:
                 break
             port = next(iter(free))
-            if port in self._used or port in self.quarantines:
+            if port in self._used or port in self.quarantines.by_port:
                 del free[port]  # it comes back when its lease has ended and it has cooled down
                 continue
             yield request.on(port)
@@ -152,7 +152,7 @@ class Allocator:
     def put_back(self, port: int) -> None:
         """Make a number the next free one again: the grant that reserved it did not happen."""
         pool = self._pool_of.get(port)
-        if pool is not None and port not in self._used and port not in self.quarantines:
+        if pool is not None and port not in self._used and port not in self.quarantines.by_port:
             self._free[pool][port] = None
             self._free[pool].move_to_end(port, last=False)
 
@@ -220,7 +220,7 @@ class Allocator:
         for port in numbers:
             if port in self._used:
                 used += 1
-            elif port in self.quarantines:
+            elif port in self.quarantines.by_port:
                 is_declined = any(each.kind == "declined" for each in self.quarantines.on_port(port))
                 declined += is_declined
                 cooling += not is_declined

@@ -42,20 +42,17 @@ class Quarantines:
 
     def __init__(self, used: Container[int]) -> None:
         self._used = used
-        self._by_port: OrderedDict[int, list[Quarantine]] = OrderedDict()
+        self.by_port: OrderedDict[int, list[Quarantine]] = OrderedDict()
         self._by_user: dict[User, dict[Quarantine, None]] = {}
         self._due: Deadlines[Quarantine] = Deadlines()
 
-    def __contains__(self, port: int) -> bool:
-        return port in self._by_port
-
     def __iter__(self) -> Iterator[Quarantine]:
-        for held in self._by_port.values():
+        for held in self.by_port.values():
             yield from held
 
     def on_port(self, port: int) -> list[Quarantine]:
         """Return the quarantines of one port number."""
-        return list(self._by_port.get(port, ()))
+        return list(self.by_port.get(port, ()))
 
     def count_of(self, user: User) -> int:
         """Return how many quarantines count to a user's share."""
@@ -68,7 +65,7 @@ class Quarantines:
 
     def blocking(self, instance: Instance, binding: Binding, kind: Kind | None = None) -> Quarantine | None:
         """Return a quarantine (of a kind) that keeps the binding from the instance, or None."""
-        for quarantine in self._by_port.get(binding.port, ()):
+        for quarantine in self.by_port.get(binding.port, ()):
             if (
                 quarantine.exempt != instance
                 and kind in (None, quarantine.kind)
@@ -79,7 +76,7 @@ class Quarantines:
 
     def begin(self, quarantine: Quarantine, due_tick: float) -> None:
         """Begin a quarantine that is polled first at this tick."""
-        held = self._by_port.setdefault(quarantine.binding.port, [])
+        held = self.by_port.setdefault(quarantine.binding.port, [])
         if quarantine not in held:
             held.append(quarantine)
             self._by_user.setdefault(quarantine.user, {})[quarantine] = None
@@ -109,7 +106,7 @@ class Quarantines:
     def polled(self, quarantine: Quarantine, is_free: bool, tick: float) -> bool:
         """Record whether a due port was found unbound; return whether that ended the last quarantine of its number."""
         port = quarantine.binding.port
-        if quarantine not in self._by_port.get(port, ()):
+        if quarantine not in self.by_port.get(port, ()):
             return False
         self._drop(quarantine)
         is_used = port in self._used  # its instance has it back, or another one that was given it early
@@ -119,13 +116,13 @@ class Quarantines:
             if not is_free and is_declined:
                 left = PROBATION_SIGHTINGS
             self.begin(quarantine._replace(sightings=left), tick + (PROBATION_S if is_declined else COOLING_RECHECK_S))
-        return port not in self._by_port
+        return port not in self.by_port
 
     def _drop(self, quarantine: Quarantine) -> None:
-        held = self._by_port[quarantine.binding.port]
+        held = self.by_port[quarantine.binding.port]
         held.remove(quarantine)
         if not held:
-            del self._by_port[quarantine.binding.port]
+            del self.by_port[quarantine.binding.port]
         of_user = self._by_user[quarantine.user]
         del of_user[quarantine]
         if not of_user:

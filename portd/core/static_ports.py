@@ -28,20 +28,20 @@ class StaticPorts:
     """All static ports, found by endpoint and by number."""
 
     def __init__(self, statics: Iterable[StaticPort]) -> None:
-        self._by_endpoint = {(static.service, static.endpoint): static for static in statics}
+        self.by_endpoint = {(static.service, static.endpoint): static for static in statics}
         self._by_port: dict[int, list[StaticPort]] = {}
-        for static in self._by_endpoint.values():
+        for static in self.by_endpoint.values():
             self._by_port.setdefault(static.port, []).append(static)
 
     def __iter__(self) -> Iterator[StaticPort]:
-        return iter(self._by_endpoint.values())
+        return iter(self.by_endpoint.values())
 
     def __contains__(self, port: int) -> bool:
         return port in self._by_port
 
     def of_endpoint(self, service: str, endpoint: str) -> StaticPort | None:
         """Return the static port of an endpoint, or None."""
-        return self._by_endpoint.get((service, endpoint))
+        return self.by_endpoint.get((service, endpoint))
 
     def on_port(self, port: int) -> list[StaticPort]:
         """Return the static ports with this number."""

@@ -83,6 +83,7 @@ class Decider:
     ) -> None:
         self._table = table
         self._allocator = allocator
+        self._pools = tuple(allocator.pools())
         self._names = names
         self._holds = holds
         self._keeper = keeper
@@ -281,10 +282,13 @@ class Decider:
         lease_count = table.count_of_user(user)
         if not caller.admin:
             self._check_names(service, instance, user, oldest, of_instance, pending)
-        static = self._allocator.statics.of_endpoint(service, endpoint)
+        static = self._allocator.statics.by_endpoint.get((service, endpoint))
         address_user = user if of_instance is None else of_instance.user  # endpoints share their instance's address
         address, is_own = self._address(request, (service, instance, address_user), reserve)
-        protocol, numbers, is_exact = request.protocol, port_numbers(request.port), request.exact
+        protocol, is_exact = request.protocol, request.exact
+        numbers: tuple[int, ...] = ()
+        if request.port is not None:
+            numbers = port_numbers(request.port)
         is_static = static is not None and (not numbers or static.port in numbers[:1])
         if static is not None and is_static:
             numbers, is_exact = (static.port,), True
@@ -361,10 +365,10 @@ class Decider:
         """Hold the binding for the lease, unless somebody has it; the search records why not."""
         port = binding.port
         if port < self.policy.unprivileged_from and not draft.is_privileged:
-            search.add("privileged", port)
+            search[port] = "privileged"
             return False
         if self._table.conflicting(binding) is not None:
-            search.add("leased", port)
+            search[port] = "leased"
             return False
         search.tries += 1
         if search.tries > TRIES_MAX:
@@ -376,7 +380,7 @@ class Decider:
             raise InvalidRequest(f"{binding.address} is not an address of this host", pointer="/address")
         if taken == "no_descriptors":
             raise Busy(FILE_LIMIT)
-        search.add(taken, port)
+        search[port] = taken
         if taken == "busy" and self._allocator.pool_of(port) is not None and not self._table.on_port(port):
             self._allocator.decline(binding, pending.now.tick)
         return False
@@ -422,9 +426,9 @@ class Decider:
     # --- parts of a decision ---
 
     def _check(self, request: LeaseRequest) -> None:
-        if request.pool not in self._allocator.pools():
+        if request.pool not in self._pools:
             raise InvalidRequest(
-                f"there is no pool {request.pool!r}: the configuration has {', '.join(self._allocator.pools())}",
+                f"there is no pool {request.pool!r}: the configuration has {', '.join(self._pools)}",
                 pointer="/pool",
             )
         if request.ttl is not None and request.ttl > self.policy.max_ttl_s:

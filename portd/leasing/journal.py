@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from portd.core.errors import Busy, LeaseEnded, Refusal, StoreLost, StoreUnavailable
-from portd.core.failpoints import failpoint
+from portd.core.failpoints import armed, failpoint
 from portd.core.model import EndedBecause, Event, Lease
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change, advance, is_legal
@@ -162,16 +162,19 @@ class Journal:
         self._is_committing = bool(sequenced)
         loop = asyncio.get_running_loop()
         impatience = loop.call_later(self.patience_s, self._abandon, [pending for pending, _ in sequenced])
-        refusal: Refusal | None = StoreUnavailable("portd is stopping")
+        refusal: Refusal | None = None
         try:
-            failpoint("journal.sequenced")
+            if armed:
+                failpoint("journal.sequenced")
             await self._store.commit(events)
-            failpoint("journal.durable")
+            if armed:
+                failpoint("journal.durable")
         except StoreUnavailable as error:
             refusal = error
             self._give_up(sequenced, error)
         except asyncio.CancelledError:
-            raise  # the daemon stops; what the disk has is found at the next start
+            refusal = StoreUnavailable("portd is stopping")
+            raise  # what the disk has is found at the next start
         except BaseException as error:
             lost = error if isinstance(error, StoreLost) else StoreLost(f"the journal failed: {error!r}")
             refusal = StoreUnavailable("the store failed; portd is starting over from the disk")
@@ -182,7 +185,6 @@ class Journal:
                 logger.info("the store works again")
             self.problem = None
             del self._unwritten[:observed_count]
-            refusal = None
             for pending, made in sequenced:
                 if pending.is_abandoned:
                     self._apply_late(pending)
@@ -194,7 +196,8 @@ class Journal:
             if events:
                 for watcher in self._durable_watchers:
                     watcher(events[-1].revision)
-            failpoint("journal.applied")
+            if armed:
+                failpoint("journal.applied")
         finally:
             impatience.cancel()
             self._is_committing = self._is_hanging = False

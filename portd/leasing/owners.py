@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, NotOwner, OtherNetwork, Unauthenticated
+from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, NotOwner, OtherNetwork, Refusal, Unauthenticated
 from portd.core.model import Owner, ProcessId
 from portd.core.rights import Caller
 from portd.core.table import LeaseTable
@@ -34,7 +34,11 @@ class Owners:
         """
         process = self._find(request_pid, caller, is_required=is_lifetime)
         if is_lifetime and process is not None:
-            self.keep(process.id, pending)
+            pending.reserve(self.forget, process.id)
+            try:
+                self._processes.watch(process.id, self.on_exit)
+            except (ProcessGone, OSError) as error:
+                raise _unwatchable(process.id, error) from error
         return process
 
     def keep(self, process: ProcessId, pending: Pending) -> None:
@@ -46,10 +50,8 @@ class Owners:
         """Watch a process for its exit; raises InvalidRequest when it has exited, Busy at the file limit."""
         try:
             self._processes.watch(process, self.on_exit)
-        except ProcessGone as error:
-            raise InvalidRequest(f"process {process.pid} has exited", pointer="/pid") from error
-        except OSError as error:
-            raise Busy(FILE_LIMIT) from error
+        except (ProcessGone, OSError) as error:
+            raise _unwatchable(process, error) from error
 
     def forget(self, process: ProcessId | None) -> None:
         """Stop watching a process, unless it owns another lease."""
@@ -141,6 +143,12 @@ class Owners:
             raise InvalidRequest(
                 f"there is no process {request_pid} in the caller's pid namespace that portd can see", pointer="/pid"
             ) from error
+
+
+def _unwatchable(process: ProcessId, error: Exception) -> Refusal:
+    if isinstance(error, ProcessGone):
+        return InvalidRequest(f"process {process.pid} has exited", pointer="/pid")
+    return Busy(FILE_LIMIT)
 
 
 def describe_owner(owner: Owner) -> str:

@@ -30,19 +30,20 @@ class Pending:
     """A request in flight: its changes are committed all or none, then it is settled, once.
 
     `now` is the clock's reading at the decision. `grants` are the leases that it answers with, in the order of the
-    call. `is_abandoned` says that its caller has been answered with a refusal while the disk still works on it.
+    call. `is_abandoned` says that its caller has been answered with a refusal while the disk still works on it;
+    `is_settled` that it is durable and applied, or refused with `refusal`.
     """
 
     __slots__ = (
-        "_is_settled",
-        "_refusal",
         "_undo",
         "_waiting",
         "changes",
         "effects",
         "grants",
         "is_abandoned",
+        "is_settled",
         "now",
+        "refusal",
         "reserve",
     )
 
@@ -56,8 +57,8 @@ class Pending:
         self.reserve: Callable[..., Any] = self._undo.callback
         """`reserve(release, *args)`: have `release` called at a rollback. It must not raise."""
         self._waiting: list[Notify] = []
-        self._is_settled = False
-        self._refusal: Refusal | None = None
+        self.is_settled = False
+        self.refusal: Refusal | None = None
 
     def on_commit(self, effect: Callable[[], None]) -> None:
         """Have `effect` called once the changes are durable and applied; it must neither raise nor wait."""
@@ -77,34 +78,29 @@ class Pending:
 
     def settle(self, refusal: Refusal | None = None) -> None:
         """Notify everybody who waits; nothing happens when it was settled before."""
-        if self._is_settled:
+        if self.is_settled:
             return
-        self._is_settled, self._refusal = True, refusal
+        self.is_settled, self.refusal = True, refusal
         waiting, self._waiting = self._waiting, []  # they mostly refer to this object: a cycle for each grant
         for notify in waiting:
             notify()
 
     def then(self, notify: Notify) -> None:
         """Have `notify` called as soon as it is settled, at once if it is; it must neither raise nor wait."""
-        if self._is_settled:
+        if self.is_settled:
             notify()
         else:
             self._waiting.append(notify)
 
-    @property
-    def is_settled(self) -> bool:
-        """Return whether it is durable and applied, or refused."""
-        return self._is_settled
-
     async def wait(self) -> None:
         """Wait until it is settled. Cancelling the wait does not cancel the request."""
-        if not self._is_settled:
+        if not self.is_settled:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(lambda: None if waiter.done() else waiter.set_result(None))
             await waiter
 
     def check(self) -> None:
         """Raise the Refusal that it was settled with, if any."""
-        assert self._is_settled, "not settled yet"
-        if self._refusal is not None:
-            raise self._refusal
+        assert self.is_settled, "not settled yet"
+        if self.refusal is not None:
+            raise self.refusal

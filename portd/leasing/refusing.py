@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Final, Literal
+from typing import Literal
 
 from portd.core.allocator import Allocator, PortRequest
 from portd.core.errors import PoolExhausted, PortReserved, PortTaken, QuotaExceeded, Refusal
@@ -12,34 +11,18 @@ from portd.leasing.owners import describe_owner
 from portd.leasing.policy import Policy
 from portd.leasing.seams import Taken
 
-REASONS_KEPT: Final = 64
-"""Ports whose reason is kept for the message; of more only the counts."""
-
 Reason = Taken | Literal["leased", "privileged"]
 
 
-class Search:
-    """What became of the candidates of one grant. `tries` counts those that the kernel was asked for."""
+class Search(dict[int, Reason]):
+    """Why each candidate of one grant can't be had, by port. `tries` counts those that the kernel was asked for."""
 
-    def __init__(self) -> None:
-        self.tries = 0
-        self.counts: Counter[str] = Counter()
-        self._reasons: dict[int, Reason] = {}
-
-    def add(self, reason: Reason, port: int) -> None:
-        """Record why a port can't be had."""
-        self.counts[reason] += 1
-        if len(self._reasons) < REASONS_KEPT:
-            self._reasons[port] = reason
-
-    def reason(self, port: int) -> Reason | None:
-        """Return why a port can't be had, or None where it was not tried."""
-        return self._reasons.get(port)
+    tries = 0
 
     @property
     def is_forbidden(self) -> bool:
         """Return whether nothing but missing privilege stood in the way."""
-        return bool(self.counts) and not set(self.counts) - {"forbidden", "privileged"}
+        return bool(self) and not set(self.values()) - {"forbidden", "privileged"}
 
 
 def no_port(
@@ -98,7 +81,7 @@ def _refuse_port(
             "'exact'",
             pointer="/port",
         )
-    reason = search.reason(port)
+    reason = search.get(port)
     if reason in ("privileged", "forbidden"):
         return PortReserved(f"port {port} can't be granted: {_forbidden(port, policy)}", pointer="/port")
     cooling = allocator.quarantines.blocking(request.instance, binding, "cooling")

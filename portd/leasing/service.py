@@ -25,7 +25,7 @@ from portd.core.errors import (
     QuotaExceeded,
     ServiceTaken,
 )
-from portd.core.failpoints import failpoint
+from portd.core.failpoints import armed, failpoint
 from portd.core.model import Lease, ReportCheck
 from portd.core.requests import HealthReport, LeaseRequest, PatchRequest
 from portd.core.rights import Caller, check_change
@@ -135,7 +135,8 @@ class LeaseService:
         pending = Pending(self._clock.now())
         try:
             self._decider.decide(pending, requests, caller, adopted)
-            failpoint("grant.decided")
+            if armed:
+                failpoint("grant.decided")
         except BaseException:
             pending.rollback()
             raise
@@ -155,7 +156,8 @@ class LeaseService:
 
     async def _granted_late(self, pending: Pending) -> Granted:
         """Return the answer to a call that was settled some time ago: what ended since then is shown as ended."""
-        pending.check()
+        if pending.refusal is not None:
+            raise pending.refusal
         leases = [self._table.get(lease.id) or await self._queries.find(lease.id) for lease, _ in pending.grants]
         return Granted(leases, [token for _, token in pending.grants])
 
