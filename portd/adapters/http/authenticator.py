@@ -14,6 +14,7 @@ import pwd
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -145,7 +146,8 @@ class Authenticator:
         """Find the process behind a loopback TCP connection, once: milliseconds."""
         if end.peer is not None and end.needs_process:
             end.pid_requested = True
-            end.peer = await self._peers.with_pid(end.peer)
+            with suppress(OSError):  # at the file limit: the process stays unknown
+                end.peer = await self._peers.with_pid(end.peer)
 
     def caller(self, end: ConnectionPeer, headers: Mapping[str, str]) -> Caller:
         """Return the caller of a request, as far as the kernel and the Authorization header identify it.

@@ -71,6 +71,17 @@ def test_process_of_a_connection_is_searched_once():
     assert peers.search_count == 1
 
 
+def test_process_that_cannot_be_searched_stays_unknown():
+    class Full(FakePeers):
+        async def with_pid(self, peer):
+            raise OSError(24, "too many open files")
+
+    made = Authenticator(Full(Peer(1000, None, frozenset(), "socket", inode=5)), "", {}, [], hash_token)
+    end = end_of(made, LOOPBACK)
+    asyncio.run(made.find_process(end))
+    assert (end.peer.pid, end.needs_process) == (None, False)
+
+
 def test_loopback_caller_without_a_peer_is_not_known():
     made = authenticator(None)
     caller = made.caller(end_of(made, LOOPBACK), {})
