@@ -86,4 +86,8 @@ def reachable_at(lease: Lease, asked_at: str | None = None) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def is_loopback(address: str) -> bool:
     """Tell whether an address (or `localhost`) is reached from this host alone."""
-    return address == LOCALHOST or ipaddress.ip_address(address).is_loopback
+    if address == LOCALHOST:
+        return True
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_loopback

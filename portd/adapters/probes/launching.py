@@ -15,6 +15,7 @@ import pwd
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from portd.adapters.probes.results import ProbeFailed
@@ -73,8 +74,12 @@ class Launcher:
 
 
 def give_up_privileges() -> None:
-    """Give up, for this thread, what a program that it starts could inherit: ambient and inheritable capabilities, and
-    all others too unless root needs them to change the user. Raises OSError."""
+    """Give up, for this thread, what a program that it starts could inherit. Raises OSError.
+
+    No_new_privs and an empty ambient set are what counts: without them a program of another user than root has no
+    capability after execve (capabilities(7)). The other sets are emptied too, but for those that root needs to change
+    the user; a sandbox may forbid that (capset is in systemd's @privileged), which changes nothing for the program.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
@@ -84,7 +89,8 @@ def give_up_privileges() -> None:
     for index in range(6):
         if os.geteuid() != 0 or index % 3 == 2:
             sets[index] = 0
-    _check(libc.capset(header, sets))
+    with suppress(PermissionError):
+        _check(libc.capset(header, sets))
 
 
 def _check(status: int) -> None:
