@@ -66,7 +66,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._begin_stop)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # until there is something to reconfigure
-        descriptors.take_all()
+        descriptors.raise_fd_limit()
         store_path = Path(self._settings.store.path or self._paths.store)
         setting = self._settings.store
         history = History(setting.history_mib * MIB, setting.history_mib_per_user * MIB)

@@ -213,8 +213,8 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     owner listens on while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
 
     The fields below the line never leave the daemon: no view of a lease shows them. `kin` are processes that are known
-    to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`. What has its default is not stored:
-    a default never changes, or the leases of older stores would change with it.
+    to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`.
+    What has its default is not stored: a default never changes, or the leases of older stores would change with it.
     """
 
     id: str

@@ -22,7 +22,7 @@ ANCESTORS_MAX: Final = 64
 """Ancestors of all processes that have had one socket."""
 
 ProcessKey = tuple[int, int]
-"""Pid and start ticks: tells a process from all others of one boot, but for two that started within one tick."""
+"""Pid and start ticks: distinguishes the processes of one boot, but for two that started within one tick."""
 
 
 class Credential(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from portd.adapters.kernel.descriptors import ROOM_FOR
+from portd.adapters.kernel.descriptors import PREGROWN
 from tests.e2e.conftest import MakeDaemon
 
 
@@ -13,7 +13,7 @@ def test_the_hard_limit_is_taken_and_the_kernels_table_has_room_from_the_start(m
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     daemon = make_daemon().start()
     assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (hard, hard)
-    assert table_size(daemon.pid) >= min(hard, ROOM_FOR)
+    assert table_size(daemon.pid) >= min(hard, PREGROWN)
 
 
 def test_a_low_hard_limit_is_no_fault(make_daemon: MakeDaemon) -> None:

@@ -1,1 +1,1 @@
-"""Linux: holds, processes, peers, the socket table. Everything here asks the kernel, and believes nobody else."""
+"""Linux: holds, processes, peers and the socket table, as the kernel reports them."""

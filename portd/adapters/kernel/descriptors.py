@@ -1,4 +1,4 @@
-"""Descriptors: each hold and each owner costs one, so the daemon takes all that it may have (getrlimit(2))."""
+"""The file limit: each hold and owner costs a descriptor, so the soft limit becomes the hard one (getrlimit(2))."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import os
 import resource
 from typing import Final
 
-ROOM_FOR: Final = 1 << 15
-"""Descriptors that there is room for from the start, 8 bytes of kernel memory each. The kernel doubles a full table,
-and where there are threads it waits until all cores have seen the new one (expand_fdtable in fs/file.c): each time the
-loop stood still for 7 to 20 ms."""
-
-
+PREGROWN: Final = 1 << 15
+"""Descriptors that the table has space for from the start, 8 bytes of kernel memory each. The kernel doubles a full
+table and waits until all cores have seen the new one (expand_fdtable in fs/file.c): the loop stood still for 7 to 20 ms
+each time."""
 RESERVED: Final = 64
 """Descriptors (an eighth of a small limit) that holds and pidfds leave to connections, the store and /proc."""
 
@@ -34,12 +32,12 @@ def are_short() -> bool:
         return file.fileno() >= _first_reserved - _first_reserved // 20
 
 
-def take_all() -> None:
-    """Raise the limit to the hard one, and make room. To be called while there are no threads yet."""
+def raise_fd_limit() -> None:
+    """Raise RLIMIT_NOFILE to the hard limit and pre-grow the table. Call it before there are threads."""
     global _first_reserved
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     _first_reserved = hard - min(RESERVED, hard // 8)
     with open(os.devnull) as file:
-        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, min(hard, ROOM_FOR) - 1))
+        os.close(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, min(hard, PREGROWN) - 1))

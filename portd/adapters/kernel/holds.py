@@ -2,8 +2,8 @@
 
 The kernel's rules (socket(7); each is tried in the tests): a bound socket without SO_REUSEADDR keeps everybody off.
 With it, whoever sets it too may bind and listen, of any user, and all others stay off, the kernel's own choice of ports
-as well. The option takes effect on a bound socket at once, so one descriptor is lock and open door in turn. It is kept,
-never made anew: a second bind fails once the owner listens.
+as well. The option takes effect on a bound socket at once, so one descriptor is a lock and an open hold in
+turn. It is kept, never made anew: a second bind fails once the owner listens.
 
 A port is first bound *without* the option: that alone proves that nobody has it. A number that portd chooses is free at
 every address of the host: a bind of dual-stack `::` finds all of them. This module must not know owners.
@@ -136,7 +136,7 @@ class KernelHolds:
             self._inodes.discard(_inode(passed))
         return held
 
-    def door(self, lease_id: str, *, is_open: bool) -> None:
+    def set_open(self, lease_id: str, *, is_open: bool) -> None:
         """Let others that set SO_REUSEADDR bind over the lease's TCP hold, or nobody; it may be called at any time."""
         sockets = self._held.get(lease_id, {})
         for slot in _SLOTS["tcp"]:
@@ -232,7 +232,7 @@ class KernelHolds:
         Connections that a server left behind, in TIME_WAIT or still open, forbid a plain bind, though nobody has the
         port any more. A bind with SO_REUSEADDR passes them, and is stopped by a listener. It also passes a socket that
         is bound with the option and does not listen (yet): only the socket table shows that one. The option is taken
-        back first, so that none can come in after the look.
+        back first, so that none can come in after the check.
         """
         try:
             return _bind(part, address, port, reuse=False)
@@ -287,7 +287,7 @@ def _is_in_way(other: Listener, address: str) -> bool:
 def _kept_parts(protocol: Protocol, kind: HoldKind) -> tuple[Part, ...]:
     """Return which protocols a hold keeps bound.
 
-    Never UDP with an open door: of two sockets that set SO_REUSEADDR the later one gets every datagram, so the hold
+    Never an open hold of UDP: of two sockets that set SO_REUSEADDR the later one gets every datagram, so the hold
     would steal from its owner, or anybody from both. There is only the lock, or nothing.
     """
     if kind == "none" or (kind == "shared" and protocol == "udp"):

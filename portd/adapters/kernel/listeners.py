@@ -20,7 +20,7 @@ from portd.core.ownership import Holder
 from portd.leasing.seams import PortSocket
 
 DESCENDANTS_MAX: Final = 1024
-"""Children of likely processes that are looked at before all others: more, and all of /proc is as near."""
+"""Children of likely processes that are searched before all others: beyond it, a walk of /proc costs as little."""
 REMEMBERED_MAX: Final = 65_536
 """Sockets whose process is remembered, 10 MB; then all are forgotten, which costs one walk of /proc."""
 KEEPERS: Final = frozenset({1, os.getpid()})
@@ -104,7 +104,7 @@ def _holder(pid: int) -> Holder:
 
 
 def _search(pids: Iterable[int], inodes: frozenset[int]) -> dict[int, int]:
-    """Look for sockets in one process after the other, in each once, until there is none left to look for."""
+    """Search for sockets in one process after the other, in each once, until all are found."""
     found: dict[int, int] = {}
     missing, searched = set(inodes), set[int]()
     for pid in pids:

@@ -1,7 +1,7 @@
-"""Who is at the other end of a connection, by the kernel's word.
+"""The process at the other end of a connection, as the kernel reports it.
 
-Over a unix socket the kernel noted it at connect(); over loopback TCP the socket table names the creator of the other
-end, and the process is whoever has that socket open. This module must not know what the peer may do.
+Over a unix socket the kernel recorded it at connect(); over loopback TCP the socket table names the creator of the
+other end, and the process is whoever has that socket open. This module must not know what the peer may do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from portd.leasing.seams import Peer
 SO_PEERGROUPS: Final = 59
 """Linux 4.13 (socket(7)); Python's socket module has no name for it."""
 GROUPS_MAX: Final = 256
-"""Python reads at most 1 KB of an option. Whoever has more groups is looked up in the group database."""
+"""Python reads at most 1 KB of an option. A user with more groups is read from the group database."""
 RECENT_MAX: Final = 32
-"""Processes that called last: each is looked at before all of /proc, for 30 µs."""
+"""Processes that called last: each is searched before all of /proc, for 30 µs."""
 SO_NETNS_COOKIE: Final = 71
 """Linux 5.14. A unix socket that accept() returned is in the network namespace of the socket that connected."""
 _UCRED: Final = struct.Struct("=iII")
@@ -75,7 +75,7 @@ class KernelPeers:
     def of_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Peer | None:
         """Ask the socket table who owns the other end; None when it is nobody's (an orphan, or another host's).
 
-        The groups are those of the uid's user in the group database, asked anew each time: a right that was taken
+        The groups are those of the uid's user in the group database, read each time: a right that was taken
         away is gone with the next connection.
         """
         found = self._exact(local, remote)
@@ -87,8 +87,8 @@ class KernelPeers:
     async def with_pid(self, peer: Peer) -> Peer:
         """Find the process that has the peer's socket open, in a thread: it may walk all of /proc.
 
-        Whoever asks while a search is under way is served by the next one, together: hundreds may come at once, and
-        each search looks through the same processes.
+        Calls that come while a search is under way share the next one: hundreds may come at once, and each search
+        reads the same processes.
         """
         if not peer.inode:
             return peer
@@ -129,7 +129,7 @@ def _groups_at_connect(connection: socket.socket, uid: int) -> Iterable[int]:
     except OSError as error:
         if error.errno == errno.ERANGE:
             return _groups_of_user(uid)
-        if error.errno == errno.ENOPROTOOPT:  # an older kernel: the primary group is all that it tells
+        if error.errno == errno.ENOPROTOOPT:  # an older kernel: the primary group is all that it reports
             return ()
         raise
     return struct.unpack(f"={len(packed) // 4}I", packed)
@@ -145,7 +145,7 @@ def _groups_of_user(uid: int) -> frozenset[int]:
 
 def _processes_with(inodes: Set[int], likely_pids: tuple[int, ...]) -> dict[int, int]:
     """Find a process that has each of these sockets open: likely ones first, then the newest ones."""
-    own = os.getpid()  # last of all: its thousands of holds are slow to look through
+    own = os.getpid()  # last of all: its thousands of holds are slow to search
     found: dict[int, int] = {}
     for pid in (*likely_pids, *(pid for pid in procfs.pids() if pid != own), own):
         if len(found) == len(inodes):

@@ -1,8 +1,8 @@
 """The processes of this host: who they are, and the moment that they are gone, by pidfd (pidfd_open(2)).
 
-A process is told from a later one with its pid by its start time, and by the inode of its pidfd where the kernel
-numbers them (pidfs, Linux 6.9). The pidfd is opened first, then /proc is read, then the pidfd is asked whether its
-process still runs: if so, all that was read is of that process, since nobody else can have had its pid meanwhile.
+A process is distinguished from a later one with its pid by its start time, and by the inode of its pidfd where the
+kernel numbers them (pidfs, Linux 6.9). The pidfd is opened first, then /proc is read, then the pidfd is polled for
+whether its process still runs: if so, all that was read is of that process, since nobody else can have had its pid meanwhile.
 
 A pidfd says "gone" at the exit of the last thread. So a zombie is gone, for its sockets are closed; a process whose
 first thread alone has ended is not, though /proc calls it a zombie. exec keeps the pid, the start time and the pidfd.
@@ -24,25 +24,24 @@ from portd.core.model import KnownBy, ProcessId
 from portd.leasing.seams import ForeignNetwork, Process, ProcessGone
 
 OnExit = Callable[[ProcessId], None]
-AT_ONCE_S: Final = 0.001
-"""How long (or a turn of the loop, where that is longer) a process is taken to run, and as the same user, since it was
-asked: what comes within it comes at once. Who is gone meanwhile might as well have gone after the answer, and no pid
-comes round so soon."""
-FRESH_S: Final = 0.1
-"""How long a process' command line and network are taken for what they were: one that leases by the hundred is not
-read for each. An exec within it is seen when the port is bound, at the latest."""
+LIVENESS_CACHE_S: Final = 0.001
+"""Reuse a liveness check for this long, or for a turn of the loop where that is longer. An exit inside the window is
+indistinguishable from one just after the reply, and a pid is not recycled within a millisecond."""
+DESCRIPTION_CACHE_S: Final = 0.1
+"""Reuse a process' command line and network for this long: one that leases by the hundred is not read for each.
+An exec within it is seen when the port is bound, at the latest."""
 
 
 class _Known:
-    """A process by its pidfd, and how it was described last (None until somebody asks). Times are loop seconds."""
+    """A process by its pidfd, and its last description (None before the first). Times are loop seconds."""
 
-    __slots__ = ("asked_at", "id", "last", "pidfd", "read_at")
+    __slots__ = ("checked_at", "id", "last", "pidfd", "read_at")
 
     def __init__(self, identity: ProcessId, pidfd: int) -> None:
         self.id = identity
         self.pidfd = pidfd
         self.last: Process | None = None
-        self.asked_at = self.read_at = float("-inf")
+        self.checked_at = self.read_at = float("-inf")
 
 
 class KernelProcesses:
@@ -56,7 +55,7 @@ class KernelProcesses:
         self._watched: dict[ProcessId, _Known] = {}
         self._exits: dict[int, tuple[ProcessId, OnExit]] = {}  # by pidfd
         self._epoll = select.epoll()
-        self._loop.add_reader(self._epoll.fileno(), self._hear)
+        self._loop.add_reader(self._epoll.fileno(), self._on_readable)
         self._found: _Known | None = None
         self._newest: dict[int, _Known] = {}  # by pid; an older one may have exited, its callback still to come
 
@@ -68,7 +67,7 @@ class KernelProcesses:
         known, now = self._newest.get(pid), self._loop.time()
         if known is not None:
             last = known.last
-            if last is not None and now - known.asked_at < AT_ONCE_S and last.owner.known_by == known_by:
+            if last is not None and now - known.checked_at < LIVENESS_CACHE_S and last.owner.known_by == known_by:
                 return last
             if not _has_exited(known.pidfd):
                 return self._read_again(known, known_by, now)
@@ -137,7 +136,7 @@ class KernelProcesses:
             return True
 
     def close(self) -> None:
-        """Close every pidfd; nobody is told of an exit any more."""
+        """Close every pidfd; no exit is reported any more."""
         for process in list(self._watched):
             self.unwatch(process)
         self._keep(None)
@@ -149,8 +148,8 @@ class KernelProcesses:
         """Return how many processes are watched."""
         return len(self._watched)
 
-    def _hear(self) -> None:
-        """Tell of the processes that are gone, a thousand at most; the others are told in the loop's next turn."""
+    def _on_readable(self) -> None:
+        """Report the processes that are gone, a thousand at most; the others follow in the loop's next turn."""
         for process, on_exit in [self._exits[pidfd] for pidfd, _ in self._epoll.poll(0)]:
             if process in self._watched:  # what the one before it led to may have ended its watch
                 self.unwatch(process)
@@ -177,7 +176,7 @@ class KernelProcesses:
     def _read_again(self, known: _Known, known_by: KnownBy, now: float) -> Process:
         """Return a process as it was described, or describe it anew after an exec or a change of user."""
         pid, last = known.id.pid, known.last
-        is_fresh = now - known.read_at < FRESH_S
+        is_fresh = now - known.read_at < DESCRIPTION_CACHE_S
         if not is_fresh:
             self._check_network(pid)
             known.read_at = now
@@ -191,7 +190,7 @@ class KernelProcesses:
             if owner is None or _has_exited(known.pidfd):
                 raise ProcessGone(pid)
             last = known.last = Process(known.id, owner)
-        known.asked_at = now
+        known.checked_at = now
         return last
 
     def _find_again(self, process: ProcessId) -> _Known:

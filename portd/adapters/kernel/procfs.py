@@ -1,4 +1,4 @@
-"""The reader of /proc (proc(5)): what the kernel tells of a process.
+"""The reader of /proc (proc(5)): what the kernel shows of a process.
 
 Parsers take bytes, so that tests feed them literal kernel text. Readers return None, or nothing, where the kernel shows
 nothing: the process is gone, or it is another user's and portd lacks CAP_SYS_PTRACE. `root` is where proc is mounted.
@@ -30,7 +30,7 @@ CREDENTIALS_MAX: Final = 64
 ANCESTORS_MAX: Final = 32
 """How far up a process' parents are followed: shells, supervisors and a few forks."""
 ARGUMENTS_MAX: Final = 64
-"""Arguments that are kept of a command line: a lease is no place for a megabyte of them."""
+"""Arguments that are kept of a command line: a lease does not store a megabyte of them."""
 UNIT_KINDS: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 """Units that have processes of their own (systemd.unit(5)); a slice only holds other units."""
 
@@ -116,7 +116,7 @@ def boot_id() -> str:
 
 
 def unprivileged_from(root: str = ROOT) -> int:
-    """Return the first port that any user may bind (ip_unprivileged_port_start, ip-sysctl; 1024 where it is unknown)."""
+    """Return the first port that any user may bind (ip_unprivileged_port_start; 1024 where it is unknown)."""
     try:
         with open(f"{root}/sys/net/ipv4/ip_unprivileged_port_start", "rb") as file:
             return int(file.read())

@@ -145,7 +145,7 @@ class StateWatch:
     # --- judging ---
 
     def _judge(self, listeners: list[Listener]) -> tuple[list[int], set[int]]:
-        """Report what has changed; returns the sockets that must be attributed first, and the pids that may have them."""
+        """Report what has changed; returns the sockets to attribute first, and the pids that may have them."""
         self._attribution.keep({listener.inode for listener in listeners})
         now = asyncio.get_running_loop().time()
         by_port: dict[int, list[Listener]] = {}
@@ -290,7 +290,7 @@ def _verdict(judgement: Judgement) -> State | None:
 
 
 def _owner_among(lease: Lease, judgement: Judgement) -> Owner | None:
-    """Return the newest description of the lease's owner where it listens itself, else of another process of its own."""
+    """Describe the lease's owner where it listens itself, else another process of its own."""
     owners = [own.holder.owner for own in judgement.own if own.holder.owner is not None]
     return next((owner for owner in owners if owner.pid == lease.owner.pid), owners[0] if owners else None)
 

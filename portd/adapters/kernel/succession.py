@@ -87,7 +87,7 @@ class Succession:
             task.add_done_callback(self._tasks.discard)
 
     def _listeners(self, ports: set[int]) -> dict[int, list[Listener]]:
-        """List the listeners of these ports; one that can't be read has none, and its port cools until it is unbound."""
+        """List the listeners of these ports; one that can't be read counts as having none."""
         by_port: dict[int, list[Listener]] = {}
         try:
             for listener in self._sockets.listeners(*ports if len(ports) == 1 else ()):

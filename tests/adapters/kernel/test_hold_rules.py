@@ -53,24 +53,24 @@ def test_an_exclusive_hold_keeps_everybody_off(holds, port, udp, reuse):
     assert not can_bind("127.0.0.1", port, reuse=reuse, udp=udp)
 
 
-def test_the_door_opens_and_closes_at_once_while_an_owner_listens_too(holds, port):
+def test_a_hold_opens_and_closes_at_once_while_its_owner_listens(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "exclusive") == "taken"
-    holds.door("a", is_open=True)
+    holds.set_open("a", is_open=True)
     owner = foreign("127.0.0.1", port, reuse=True, listen=True)
-    holds.door("a", is_open=False)
+    holds.set_open("a", is_open=False)
     with socket.create_connection(("127.0.0.1", port)):
         owner.accept()[0].close()
     owner.close()
     assert not can_bind("127.0.0.1", port, reuse=True)
-    holds.door("a", is_open=True)
+    holds.set_open("a", is_open=True)
     assert can_bind("127.0.0.1", port, reuse=True)
-    holds.door("nobody's lease", is_open=True)
+    holds.set_open("nobody's lease", is_open=True)
 
 
-def test_who_got_in_by_the_door_and_did_not_listen_cannot_listen_once_it_is_closed(holds, port):
+def test_who_bound_over_an_open_hold_cannot_listen_once_it_is_closed(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     with foreign("127.0.0.1", port, reuse=True) as late:
-        holds.door("a", is_open=False)
+        holds.set_open("a", is_open=False)
         with pytest.raises(OSError, match="Address already in use"):
             late.listen()
 
@@ -128,7 +128,7 @@ def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port
 
 
 def test_of_two_udp_sockets_with_reuseaddr_the_later_one_gets_every_datagram(port):
-    """Why no UDP hold is ever an open door."""
+    """Why no UDP hold is ever open."""
     with (
         foreign("127.0.0.1", port, reuse=True, udp=True) as first,
         foreign("127.0.0.1", port, reuse=True, udp=True) as second,

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from portd.adapters.kernel import procfs
-from portd.adapters.kernel.processes import AT_ONCE_S, KernelProcesses
+from portd.adapters.kernel.processes import LIVENESS_CACHE_S, KernelProcesses
 from portd.core.model import ProcessId
 from portd.leasing.seams import ForeignNetwork, ProcessGone
 from tests.adapters.kernel.lives import Exits, born_with, end, is_zombie, turns
@@ -153,7 +153,7 @@ def test_a_watched_process_that_changes_its_user_is_described_anew_at_once(run, 
         child.stdin.flush()
         child.stdout.readline()
         changed_at = clock()
-        wait_until(lambda: clock() > changed_at + AT_ONCE_S)
+        wait_until(lambda: clock() > changed_at + LIVENESS_CACHE_S)
         assert processes.find(child.pid, "peercred").owner.uid == 65534
         assert processes.find(child.pid, "socket").owner.known_by == "socket"
         processes.close()
