@@ -258,7 +258,6 @@ def _described(event: Event) -> str:
         "bound": "its owner listens",
         "unbound": "its owner stopped listening",
         "declined": "leased instead of a port that a foreign process has",
-        "passed": f"passed to {_named(lease.owner)}",
         "passed": f"passed from {_named(lease.passed_from)} to {_named(lease.owner)}",
         "ended": f"ended: {lease.ended_because}",
     }.get(event.type, event.type)

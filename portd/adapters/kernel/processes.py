@@ -2,7 +2,8 @@
 
 A process is distinguished from a later one with its pid by its start time, and by the inode of its pidfd where the
 kernel numbers them (pidfs, Linux 6.9). The pidfd is opened first, then /proc is read, then the pidfd is polled for
-whether its process still runs: if so, all that was read is of that process, since nobody else can have had its pid meanwhile.
+whether its process still runs: if so, all that was read is of that process, since nobody else can have had its pid
+meanwhile.
 
 A pidfd says "gone" at the exit of the last thread. So a zombie is gone, for its sockets are closed; a process whose
 first thread alone has ended is not, though /proc calls it a zombie. exec keeps the pid, the start time and the pidfd.
