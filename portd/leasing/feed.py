@@ -23,6 +23,10 @@ from portd.leasing.seams import REVISION_GAP, Loaded
 
 EVENTS_KEPT: Final = 10_000
 """Events that a follower can resume over; the store keeps as many. About 5 MB when full."""
+EVENTS_BYTES: Final = 32 << 20
+"""Bytes of the kept events, by estimate: large metadata is kept for a shorter time, not in more memory."""
+EVENT_BYTES: Final = 1_000
+"""What an event takes beside the texts that its user chose."""
 SERVICES_KEPT: Final = 100_000
 """Services whose last change is remembered; a watcher of a forgotten one is answered at once, not left to wait."""
 
@@ -35,7 +39,9 @@ class Feed:
 
     def __init__(self) -> None:
         self.revision = 0
-        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._events: deque[Event] = deque()
+        self._sizes: deque[int] = deque()  # of the events, in bytes
+        self._bytes = 0
         self._unconfirmed: deque[Event] = deque()
         self._started_at = 0  # the revision of the start
         self._before_start: tuple[int, ...] = ()  # revisions of the events that were durable then, ascending
@@ -53,10 +59,10 @@ class Feed:
         Must come before anything is published: what the start itself observes follows these events.
         """
         assert self.revision == 0, "events were applied before the restore"
-        self._events.extend(loaded.events)
+        self._gone = loaded.complete_after
+        for event in loaded.events:
+            self._keep(event)
         self._before_start = tuple(event.revision for event in self._events)
-        cut = len(loaded.events) - len(self._events)
-        self._gone = loaded.events[cut - 1].revision if cut else loaded.complete_after
         for lease in (*loaded.live, *loaded.remembered):
             self._changed[lease.service] = max(lease.revision, self._changed.get(lease.service, 0))
         for event in self._events:
@@ -84,15 +90,23 @@ class Feed:
         """Pass the events up to this revision on to the followers."""
         while self._unconfirmed and self._unconfirmed[0].revision <= revision:
             event = self._unconfirmed.popleft()
-            if len(self._events) == EVENTS_KEPT:
-                self._gone = self._events[0].revision
-            self._events.append(event)
+            self._keep(event)
             if self._followers:
                 for wanted in (None, event.lease.service):
                     for follower in tuple(self._followers.get(wanted, _NOBODY).values()):
                         follower(event)
         if self._confirm_waiters:
             self._wake_confirmed()
+
+    def _keep(self, event: Event) -> None:
+        """Append an event, and drop the oldest beyond EVENTS_KEPT and EVENTS_BYTES; the newest always stays."""
+        size = _size_bytes(event)
+        self._events.append(event)
+        self._sizes.append(size)
+        self._bytes += size
+        while len(self._events) > max(1, EVENTS_KEPT) or (self._bytes > EVENTS_BYTES and len(self._events) > 1):
+            self._gone = self._events.popleft().revision
+            self._bytes -= self._sizes.popleft()
 
     @property
     def confirmed(self) -> int:
@@ -194,3 +208,14 @@ class Feed:
                 self._confirm_waiters.append((revision, waiter))
             elif not waiter.done():
                 waiter.set_result(None)
+
+
+def _size_bytes(event: Event) -> int:
+    """Estimate the memory of an event: what is large are the texts that users choose."""
+    lease = event.lease
+    size = EVENT_BYTES + len(lease.health_note)
+    if lease.metadata:
+        size += sum(len(key) + len(value) for key, value in lease.metadata.items())
+    if lease.tags:
+        size += sum(map(len, lease.tags))
+    return size

@@ -102,3 +102,17 @@ async def test_remembered_services_are_bounded_after_a_start(world):
         assert feed.changed_since("s0", 1), "what is not remembered is answered at once"
     finally:
         portd.leasing.feed.SERVICES_KEPT = before
+
+
+@in_world()
+async def test_kept_events_are_bounded_in_bytes(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portd.leasing.feed, "EVENTS_BYTES", 20_000)
+        world.processes.start(41)
+        for number in range(8):
+            await world.grant(41, service=f"s{number}", metadata={"x": "y" * 4_000})
+        kept = list(world.feed.since(world.feed._gone))
+    assert len(kept) == 3
+    older = world.feed._gone - 1
+    with pytest.raises(RevisionGone):
+        world.feed.since(older)
