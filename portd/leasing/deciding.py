@@ -108,6 +108,9 @@ class Decider:
         `adopted` are the processes of requests to adopt one, by index. Requests with an `offset` are placed together
         with the first one, the others one after the other.
         """
+        if len(requests) == 1 and requests[0].offset is None:  # nearly every call
+            pending.grants = [self._grant(requests[0], caller, pending, (), pending.reserve, adopted.get(0))]
+            return
         grants: dict[int, Grant] = {}
         relative = [index for index, request in enumerate(requests) if request.offset is not None]
         if relative:
