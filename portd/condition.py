@@ -18,6 +18,7 @@ from portd.adapters.http.events import EventCalls
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.status import pool_status
 from portd.adapters.kernel import descriptors
+from portd.adapters.kernel.inspection import Inspection
 from portd.adapters.kernel.processes import KernelProcesses
 from portd.adapters.mdns.announcer import Announcer
 from portd.adapters.portserver.grpc import GrpcPortServer
@@ -41,6 +42,7 @@ class Condition(NamedTuple):
     queries: LeaseQueries
     clock: LeaseClock
     processes: KernelProcesses
+    inspection: Inspection
     http: HttpServer
     events: EventCalls
     announcer: Announcer
@@ -81,6 +83,9 @@ class Condition(NamedTuple):
             )
         if lost_s := self.clock.lost_s:
             found.append(f"portd was suspended for {lost_s:.1f} s in total; ttl leases were extended by as much")
+        self.inspection.check()
+        if self.inspection.problem is not None:
+            found.append(self.inspection.problem)
         if self.prober.is_late:
             found.append(
                 f"health checks are late: {self.prober.waiting_count} wait for a slot; fix or end services that do not "

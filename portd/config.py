@@ -209,6 +209,8 @@ class Paths(Struct, frozen=True):
     store: str
     config: str
     socket_mode: int
+    inspector: str = ""
+    """The socket of portd-inspector; "": other users' processes are inspected with the daemon's own rights."""
 
 
 def system_paths() -> Paths:
@@ -220,6 +222,7 @@ def system_paths() -> Paths:
         "/var/lib/portd/portd.db",
         "/etc/portd/portd.toml",
         0o666,
+        "/run/portd-inspector.sock",
     )
 
 

@@ -163,6 +163,8 @@ class Daemon:
         await engine.journal.drain(DRAIN_S)
         engine.leases.close()
         engine.processes.close()
+        for one in engine.inspections:
+            one.close()
         try:
             if count := wiring.store_holds(engine.holds):
                 logger.info("%d holds are kept for the next start", count)

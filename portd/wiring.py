@@ -31,7 +31,7 @@ from portd.adapters.http.revisions import Revisions
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.services import ServiceCalls
 from portd.adapters.http.status import StatusCalls
-from portd.adapters.kernel import procfs
+from portd.adapters.kernel import inspection, procfs
 from portd.adapters.kernel.holds import KernelHolds
 from portd.adapters.kernel.listeners import KernelSocketTable
 from portd.adapters.kernel.netlink import SocketDiag
@@ -77,6 +77,7 @@ class Engine:
     table: LeaseTable
     journal: Journal
     leases: LeaseEngine
+    inspections: inspection.Inspections
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def build(
     can't be loaded.
     """
     tls = _tls(settings)
-    engine = _engine(settings, store)
+    engine = _engine(settings, store, inspection.choose(paths.inspector))
     watchers = _watchers(settings, engine)
     _subscribe(settings, engine, watchers)
     _adopt_holds(engine.holds, loaded.live, kept_holds)
@@ -179,11 +180,11 @@ def store_holds(holds: KernelHolds) -> int:
     return len(owned) if systemd.store(owned) else 0
 
 
-def _engine(settings: Settings, store: SqliteStore) -> Engine:
+def _engine(settings: Settings, store: SqliteStore, inspections: inspection.Inspections) -> Engine:
     clock = LeaseClock()
     diag = SocketDiag(lambda: holds.inodes())
     holds = KernelHolds(diag.bound)
-    processes = KernelProcesses()
+    processes = KernelProcesses(inspections.loop)
     leases = build_engine(
         pools={name: pool_ports(pool) for name, pool in settings.pools.items()},
         statics=_static_ports(settings),
@@ -197,7 +198,8 @@ def _engine(settings: Settings, store: SqliteStore) -> Engine:
     )
     if problem := store.condition()["problem"]:
         leases.journal.mark_unwritable(problem)
-    return Engine(store, clock, diag, KernelSocketTable(diag), holds, processes, leases.table, leases.journal, leases)
+    sockets = KernelSocketTable(diag, inspections.states)
+    return Engine(store, clock, diag, sockets, holds, processes, leases.table, leases.journal, leases, inspections)
 
 
 def _watchers(settings: Settings, engine: Engine) -> Watchers:
@@ -223,6 +225,7 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
         leases.observer.observe_exit,
         leases.observer.observe_owner,
         cooldown_s=settings.leases.cooldown,
+        inspection=engine.inspections.loop,
     )
     leases.adopter.find_listeners = engine.sockets.find_listeners
     leases.passing.find_successors = states.succession.owners_exited
@@ -297,6 +300,7 @@ def _fronts(
         queries,
         engine.clock,
         engine.processes,
+        engine.inspections.loop,
         http,
         events,
         watchers.announcer,
@@ -311,7 +315,7 @@ def _fronts(
         leases,
         ServiceCalls(queries, watchers.feed, watchers.announcer.lan, revisions, lambda name: panic.get(name, "none")),
         events,
-        PortCalls(queries, KernelSocketTable(engine.diag)),
+        PortCalls(queries, KernelSocketTable(engine.diag, engine.inspections.ports)),
         LanCalls(watchers.announcer.lan),
         PageCalls(),
         StatusCalls(
@@ -361,7 +365,7 @@ def _compat(
 def _authenticator(settings: Settings, paths: Paths, engine: Engine) -> Authenticator:
     tokens = {bytes.fromhex(token.sha256): Token(token.admin, token.name) for token in settings.auth.tokens}
     names = {host_name(), socket.gethostname(), *(host for host, _ in http_addresses(settings, paths))}
-    peers = KernelPeers(engine.diag.exact)
+    peers = KernelPeers(engine.diag.exact, engine.inspections.peers)
     authenticator = Authenticator(peers, settings.auth.admin_group, tokens, names, hash_token)
     # A name server that does not answer must delay neither the start nor the stop: nobody waits for this thread.
     threading.Thread(target=lambda: authenticator.allow_host(socket.getfqdn()), name="host name", daemon=True).start()

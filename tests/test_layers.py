@@ -67,6 +67,8 @@ def allowed(module):
             "portd.__version__",
             *ENGINE,
         }, "the HTTP module also receives the service"
+    if module == "portd.inspector":
+        return set(), "the inspector has rights that no other code of portd may have"
     if module.startswith("portd.adapters."):
         technology = ".".join(module.split(".")[:3])
         callers = {"portd.adapters.handoff", "portd.adapters.portserver", "portd.adapters.consul"}
@@ -77,6 +79,7 @@ def allowed(module):
             "portd.__version__",
             technology,
             *handoff,
+            *({"portd.inspector"} if technology == "portd.adapters.kernel" else ()),
         }, "an adapter knows core and seams, never another adapter"
     if module.startswith("portd.testing"):
         return {"portd.core", "portd.leasing.seams", "portd.testing", *ENGINE}, "the fakes stand in for adapters"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTORS_SPARE = 1024
 """Descriptors that a daemon needs beside one for each held port and one for each owner: connections, checks, store."""
-CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE = 10, 19
-"""Bits of capabilities(7)."""
+CAP_NET_BIND_SERVICE = 10
+"""A bit of capabilities(7)."""
 UNPRIVILEGED_START = 1024
 """The kernel's default of ip_unprivileged_port_start."""
 AVAHI = "avahi-daemon"
@@ -96,9 +96,7 @@ def descriptors(port_count: int, limits_text: str) -> Iterator[Diagnosis]:
         )
 
 
-def capabilities(
-    status_text: str, static_ports: Iterable[int], unprivileged_start: str, *, is_system: bool
-) -> Iterator[Diagnosis]:
+def capabilities(status_text: str, static_ports: Iterable[int], unprivileged_start: str) -> Iterator[Diagnosis]:
     """The daemon lacks a capability (capabilities(7)) that its configuration needs."""
     line = next((line for line in status_text.splitlines() if line.startswith("CapEff:")), "")
     if not line:
@@ -112,13 +110,6 @@ def capabilities(
             f"the daemon may not bind ports below {start}, and {spans(low)} are static",
             "those leases are refused.",
             "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE",
-        )
-    if is_system and not granted >> CAP_SYS_PTRACE & 1:
-        yield Diagnosis(
-            "advice",
-            "the daemon may not inspect other users' processes (CAP_SYS_PTRACE)",
-            "'portd who' can't name the process behind another user's port, only the user.",
-            "in its unit: AmbientCapabilities=CAP_SYS_PTRACE",
         )
 
 

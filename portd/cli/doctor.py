@@ -84,7 +84,7 @@ def _examine(config: str | None) -> Iterator[Diagnosis]:
     yield from _ports(settings, status, ports, path)
     yield from diagnoses.listeners(leases)
     if status is not None:
-        yield from _daemon(settings, status, is_system=is_system)
+        yield from _daemon(settings, status)
         yield from diagnoses.responders(ports, status, path)
         yield from _resolver(status["dns"], ports)
     yield from diagnoses.clock(_is_clock_synchronized())
@@ -109,7 +109,7 @@ def _ports(
     yield from diagnoses.unleased(pool, ports, path)
 
 
-def _daemon(settings: Settings | None, status: Mapping[str, Any], *, is_system: bool) -> Iterator[Diagnosis]:
+def _daemon(settings: Settings | None, status: Mapping[str, Any]) -> Iterator[Diagnosis]:
     pid = status["pid"]
     yield from diagnoses.descriptors(
         sum(pool["size"] for pool in status["pools"].values()), _read(f"/proc/{pid}/limits")
@@ -118,7 +118,6 @@ def _daemon(settings: Settings | None, status: Mapping[str, Any], *, is_system: 
         _read(f"/proc/{pid}/status"),
         _static_ports(settings) if settings is not None else (),
         _read("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
-        is_system=is_system,
     )
     for warning in status["warnings"]:
         yield Diagnosis("problem", warning, "the daemon reports it itself.", "see its log: journalctl -u portd")

@@ -18,14 +18,20 @@ from portd.cli.options import Command, Option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
 PROGRAM_IN_UNITS = "/opt/portd/bin/portd"
 """The program's path in the units of the source tree; replaced by that of the portd that installs them."""
+PYTHON_IN_UNITS = "/opt/portd/bin/python3"
+"""The path of its Python there, which runs the inspector; replaced by the Python that runs the installing portd."""
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """Directories hidden from a unit with ProtectHome= and PrivateTmp= (systemd.exec(5))."""
 UNITS = ("portd.socket", "portd.service")
+INSPECTOR_UNITS = ("portd-inspector.socket", "portd-inspector.service")
+"""The system daemon's inspector; its socket is enabled, and starts its service."""
+ACCOUNTS = ("portd", "portd-inspector")
+"""Users of the units: the first is created, the second is systemd's while the inspector runs (DynamicUser=)."""
 PACKAGED = Path("/usr/lib/systemd/system/portd.service")
 """A package's unit. One in /etc would override it, after upgrades too (systemd.unit(5))."""
 RESOLVED = "systemd-resolved.service"
@@ -34,6 +40,8 @@ SYSTEM_MANUAL = Path("/usr/local/share/man")
 MANUAL_PAGES = ("portd.1", "portd.toml.5")
 FIRST_PERSON = 1000
 """The first uid of a person; system accounts have lower ones (login.defs(5))."""
+DYNAMIC_UIDS = range(61184, 65520)
+"""Uids of units with DynamicUser= (systemd's uids and gids, UIDS-GIDS.md)."""
 STATE = ("/var/lib/portd", "/etc/portd")
 
 
@@ -82,7 +90,7 @@ def _install_system(values: dict[str, Any]) -> Iterator[Step]:
         yield step
     yield from _write_manual(SYSTEM_MANUAL)
     yield _run("systemd-sysusers", "/etc/sysusers.d/portd.conf")
-    yield from _start(["systemctl"], is_new=is_new)
+    yield from _start(["systemctl"], [INSPECTOR_UNITS[0], *UNITS], is_new=is_new)
     if values["resolved"]:
         yield _run("systemctl", "try-restart", RESOLVED)
 
@@ -95,21 +103,24 @@ def _install_user() -> Iterator[Step]:
         is_new |= step.do is not None
         yield step
     yield from _write_manual(_user_manual())
-    yield from _start(["systemctl", "--user"], is_new=is_new)
+    yield from _start(["systemctl", "--user"], UNITS, is_new=is_new)
 
 
-def _start(systemctl: list[str], *, is_new: bool) -> Iterator[Step]:
+def _start(systemctl: list[str], units: Sequence[str], *, is_new: bool) -> Iterator[Step]:
+    *sockets, service = units
     if is_new:
         yield _run(*systemctl, "daemon-reload")
-    yield _run(*systemctl, "enable", *UNITS)
-    yield _run(*systemctl, "start", UNITS[0])
+    yield _run(*systemctl, "enable", *units)
+    if is_new and INSPECTOR_UNITS[0] in units:
+        yield _run(*systemctl, "try-restart", INSPECTOR_UNITS[1])
+    yield _run(*systemctl, "start", *sockets)
     # A running unit is restarted for its new text; sockets and holds survive that.
-    yield _run(*systemctl, "restart" if is_new else "start", UNITS[1])
+    yield _run(*systemctl, "restart" if is_new else "start", service)
 
 
 def _uninstall_system(values: dict[str, Any]) -> Iterator[Step]:
     _check_package()
-    yield from _stop(["systemctl"], Path("/etc/systemd/system"))
+    yield from _stop(["systemctl"], Path("/etc/systemd/system"), (*UNITS, *INSPECTOR_UNITS))
     was_resolved = RESOLVED_DROP_IN.exists()
     for path in (*_system_files(resolved=True).values(), *_manual_paths(SYSTEM_MANUAL)):
         yield _remove(path)
@@ -127,7 +138,7 @@ def _uninstall_user(values: dict[str, Any]) -> Iterator[Step]:
 
     systemctl = ["systemctl", "--user"]
     paths = user_paths()
-    yield from _stop(systemctl, _user_units())
+    yield from _stop(systemctl, _user_units(), UNITS)
     for path in (*_user_files().values(), *_manual_paths(_user_manual())):
         yield _remove(path)
     yield _run(*systemctl, "daemon-reload")
@@ -135,8 +146,8 @@ def _uninstall_user(values: dict[str, Any]) -> Iterator[Step]:
     yield from (_state_step(Path(path).parent, purge=values["purge"]) for path in (paths.store, paths.config))
 
 
-def _stop(systemctl: list[str], units: Path) -> Iterator[Step]:
-    there = [unit for unit in UNITS if (units / unit).exists()]
+def _stop(systemctl: list[str], directory: Path, units: Sequence[str]) -> Iterator[Step]:
+    there = [unit for unit in units if (directory / unit).exists()]
     if there:
         yield _run(*systemctl, "disable", "--now", *there)
 
@@ -149,7 +160,7 @@ def _state_step(path: Path, *, purge: bool) -> Step:
 
 def _system_files(*, resolved: bool) -> dict[str, Path]:
     units = Path("/etc/systemd/system")
-    files = {name: units / name for name in ("portd.service", "portd.socket", "portd-run@.service")}
+    files = {name: units / name for name in (*UNITS, *INSPECTOR_UNITS, "portd-run@.service")}
     files["portd.sysusers"] = Path("/etc/sysusers.d/portd.conf")
     if resolved:
         files["portd.resolved"] = RESOLVED_DROP_IN
@@ -183,7 +194,8 @@ def _user_units() -> Path:
 
 
 def _write(name: str, path: Path, program: Path) -> Step:
-    return _write_text((_tree() / name).read_text().replace(PROGRAM_IN_UNITS, str(program)), path)
+    text = (_tree() / name).read_text()
+    return _write_text(text.replace(PYTHON_IN_UNITS, sys.executable).replace(PROGRAM_IN_UNITS, str(program)), path)
 
 
 def _write_manual(directory: Path) -> Iterator[Step]:
@@ -225,7 +237,7 @@ def _run(*words: str) -> Step:
 
 def _delete_account() -> None:
     """Delete the user and its group, if they exist; userdel(8) deletes the user's own group too."""
-    if (uid := _account()) is not None and uid >= FIRST_PERSON:
+    if (uid := _account("portd")) is not None and uid >= FIRST_PERSON:
         return  # not the daemon's
     for words in (["userdel", "portd"], ["groupdel", "portd"]):
         subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
@@ -285,19 +297,25 @@ def _check_owners(program: Path) -> None:
 
 
 def _check_account() -> None:
-    """Raise PortdError if the name of the daemon's user belongs to a person."""
-    if (uid := _account()) is not None and uid >= FIRST_PERSON:
-        raise PortdError(f"the user 'portd' is a person's account (uid {uid}), which the daemon can't use: rename it")
+    """Raise PortdError if the name of a unit's user belongs to a person."""
+    for name in ACCOUNTS:
+        if (uid := _account(name)) is not None and uid >= FIRST_PERSON and not _is_dynamic(uid):
+            raise PortdError(f"the user '{name}' is a person's account (uid {uid}), which portd can't use: rename it")
 
 
-def _account() -> int | None:
-    """Return the uid of the user portd; None where there is none."""
+def _account(name: str) -> int | None:
+    """Return the uid of a user; None where there is none."""
     import pwd
 
     try:
-        return pwd.getpwnam("portd").pw_uid
+        return pwd.getpwnam(name).pw_uid
     except KeyError:
         return None
+
+
+def _is_dynamic(uid: int) -> bool:
+    """Return whether systemd gives this uid to units while they run (DynamicUser= in systemd.exec(5))."""
+    return uid in DYNAMIC_UIDS
 
 
 def _check_resolver() -> None:

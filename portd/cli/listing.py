@@ -157,7 +157,7 @@ def _described(view: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append((title, f"{printing.owner(socket)} on {shown}"))
         lines += _process("process", socket)[1:]
         if socket["pid"] is None:
-            lines.append(("", "portd can't see this process: run the daemon as root, or with CAP_SYS_PTRACE"))
+            lines.append(("", "portd can't see this process: start portd-inspector.socket, or run the daemon as root"))
     return lines
 
 

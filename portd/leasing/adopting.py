@@ -73,8 +73,8 @@ class Adopter:
     def _process(self, listener: Listener, holder: Holder, caller: Caller) -> Process:
         if not holder.ancestors:
             raise InvalidRequest(
-                f"the process that listens on port {listener.port} (uid {listener.uid}) is hidden from portd: it lacks "
-                "CAP_SYS_PTRACE",
+                f"the process that listens on port {listener.port} (uid {listener.uid}) is hidden from portd: "
+                "start portd-inspector.socket, or lease the port from that process",
                 pointer="/port",
             )
         pid, start_ticks = holder.ancestors[0]

@@ -68,7 +68,7 @@ def test_ports_outside_the_ephemeral_range_or_reserved_are_fine(pool: Any, reser
 def test_what_cannot_be_read_is_not_diagnosed() -> None:
     assert not list(diagnoses.ephemeral(POOL, {}, "", "", "portd.toml"))
     assert not list(diagnoses.descriptors(10_000, ""))
-    assert not list(diagnoses.capabilities("", [80], "", is_system=True))
+    assert not list(diagnoses.capabilities("", [80], ""))
     assert not list(diagnoses.clock(None))
     assert not list(diagnoses.resolver(None, "ns.portd.internal", DNS, ""))
 
@@ -111,17 +111,11 @@ def test_a_file_limit_too_low_gets_the_number_needed() -> None:
 
 
 def test_an_unbindable_static_port_is_a_problem() -> None:
-    found = one(diagnoses.capabilities(NOTHING_GRANTED, [80], "1024\n", is_system=False))
+    found = one(diagnoses.capabilities(NOTHING_GRANTED, [80], "1024\n"))
     assert "80" in found.what
     assert "CAP_NET_BIND_SERVICE" in found.fix
-    assert not list(diagnoses.capabilities("CapEff:\t000001ffffffffff\n", [80], "1024\n", is_system=True))
-    assert not list(diagnoses.capabilities(NOTHING_GRANTED, [80], "80\n", is_system=False))  # as the kernel says
-
-
-def test_only_a_system_daemon_needs_to_see_others_processes() -> None:
-    blind = "CapEff:\t0000000000000400\n"
-    assert "CAP_SYS_PTRACE" in one(diagnoses.capabilities(blind, [], "", is_system=True)).fix
-    assert not list(diagnoses.capabilities(blind, [], "", is_system=False))
+    assert not list(diagnoses.capabilities("CapEff:\t000001ffffffffff\n", [80], "1024\n"))
+    assert not list(diagnoses.capabilities(NOTHING_GRANTED, [80], "80\n"))  # as the kernel says
 
 
 def test_only_a_foreign_mdns_responder_is_a_problem() -> None:

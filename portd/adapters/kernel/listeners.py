@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Final
 
 from portd.adapters.kernel import procfs
+from portd.adapters.kernel.inspection import DIRECT, Inspection
 from portd.adapters.kernel.netlink import SocketDiag
 from portd.core.model import Listener, Owner
 from portd.core.ownership import Holder
@@ -28,14 +29,15 @@ KEEPERS: Final = frozenset({1, os.getpid()})
 
 
 HIDDEN: Final = Holder(None)
-"""A process that the kernel does not show: another user's, without CAP_SYS_PTRACE."""
+"""A process that the kernel does not show: another user's, without an inspector."""
 
 
 class KernelSocketTable:
     """Implements `SocketTable`."""
 
-    def __init__(self, diag: SocketDiag) -> None:
+    def __init__(self, diag: SocketDiag, inspection: Inspection = DIRECT) -> None:
         self._diag = diag
+        self._inspection = inspection
         self._remembered: dict[int, int] = {}
         self._searching = asyncio.Lock()
 
@@ -73,50 +75,45 @@ class KernelSocketTable:
 
     def _find(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Owner]:
         found = self._find_pids(inodes, likely_pids)
-        owners = {pid: procfs.describe(pid, "socket") for pid in set(found.values())}
+        owners = {pid: self._describe(pid) for pid in set(found.values())}
         return {inode: owner for inode, pid in found.items() if (owner := owners[pid]) is not None}
 
     def _find_holders(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, Holder]:
         found = self._find_pids(inodes, likely_pids)
-        holders = {pid: _holder(pid) for pid in set(found.values())}
+        holders = {pid: self._holder(pid) for pid in set(found.values())}
         return {inode: holders[found[inode]] if inode in found else HIDDEN for inode in inodes}
 
     def _find_pids(self, inodes: frozenset[int], likely_pids: Sequence[int]) -> dict[int, int]:
         # Each guess is made only when those before it left something to search for.
         guesses = chain(likely_pids, _descendants(likely_pids), self._who_had(inodes), _everybody())
-        found = _search(guesses, inodes)
+        found = self._inspection.find_sockets(inodes, _once(guesses))
         if len(self._remembered) > REMEMBERED_MAX:
             self._remembered.clear()
         self._remembered |= {inode: pid for inode, pid in found.items() if pid not in KEEPERS}
         return found
 
+    def _holder(self, pid: int) -> Holder:
+        """Describe the process that has a socket open; one that has exited meanwhile is as good as hidden."""
+        owner = self._describe(pid)
+        if owner is None:
+            return HIDDEN
+        is_portd = pid == os.getpid()
+        return Holder(owner, procfs.ancestors(pid), () if is_portd else self._inspection.credentials(pid), is_portd)
+
+    def _describe(self, pid: int) -> Owner | None:
+        return procfs.describe(pid, "socket", read_exe=self._inspection.exe)
+
     def _who_had(self, inodes: frozenset[int]) -> Iterator[int]:
         yield from sorted({self._remembered[inode] for inode in inodes if inode in self._remembered})
 
 
-def _holder(pid: int) -> Holder:
-    """Describe the process that has a socket open; one that has exited meanwhile is as good as hidden."""
-    owner = procfs.describe(pid, "socket")
-    if owner is None:
-        return HIDDEN
-    is_portd = pid == os.getpid()
-    return Holder(owner, procfs.ancestors(pid), () if is_portd else procfs.credentials(pid), is_portd)
-
-
-def _search(pids: Iterable[int], inodes: frozenset[int]) -> dict[int, int]:
-    """Search for sockets in one process after the other, in each once, until all are found."""
-    found: dict[int, int] = {}
-    missing, searched = set(inodes), set[int]()
+def _once(pids: Iterable[int]) -> Iterator[int]:
+    """Yield each process once, in order."""
+    seen: set[int] = set()
     for pid in pids:
-        if pid in searched:
-            continue
-        searched.add(pid)
-        here = missing.intersection(procfs.socket_inodes(pid))
-        found |= dict.fromkeys(here, pid)
-        missing -= here
-        if not missing:
-            break
-    return found
+        if pid not in seen:
+            seen.add(pid)
+            yield pid
 
 
 def _everybody() -> Iterator[int]:

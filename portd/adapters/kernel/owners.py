@@ -10,6 +10,7 @@ import asyncio
 from typing import Final
 
 from portd.adapters.kernel import procfs
+from portd.adapters.kernel.inspection import DIRECT, Inspection
 from portd.core.expiry import Deadlines
 from portd.core.model import Lease, Owner, ProcessId
 from portd.leasing.seams import ReportOwner
@@ -24,7 +25,8 @@ CHECKS_MAX: Final = 256
 class OwnerWatch:
     """Reads the owners of live leases again, and reports those that have changed."""
 
-    def __init__(self, report: ReportOwner) -> None:
+    def __init__(self, report: ReportOwner, inspection: Inspection = DIRECT) -> None:
+        self._inspection = inspection
         self._report = report
         self._owners: dict[ProcessId, Owner] = {}
         self._leases: dict[ProcessId, set[str]] = {}
@@ -60,7 +62,7 @@ class OwnerWatch:
         self._set(process, min(2 * self._pauses[process], LONGEST_S))
         if not changed:
             return
-        owner = procfs.describe(process.pid, known.known_by)
+        owner = procfs.describe(process.pid, known.known_by, read_exe=self._inspection.exe)
         if owner is not None and procfs.start_ticks(process.pid) == process.start_ticks:
             self._report(process, owner)
 

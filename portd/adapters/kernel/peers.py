@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Set
 from typing import Final
 
 from portd.adapters.kernel import procfs
+from portd.adapters.kernel.inspection import DIRECT, Inspection
 from portd.leasing.seams import Peer
 
 SO_PEERGROUPS: Final = 59
@@ -36,8 +37,9 @@ Exact = Callable[[tuple[str, int], tuple[str, int]], tuple[int, int] | None]
 class KernelPeers:
     """Implements `Peers`."""
 
-    def __init__(self, exact: Exact) -> None:
+    def __init__(self, exact: Exact, inspection: Inspection = DIRECT) -> None:
         self._exact = exact
+        self._inspection = inspection
         self._network = procfs.network_namespace("self")
         self._users = procfs.user_map("self")
         with socket.socket(socket.AF_UNIX) as own:
@@ -106,7 +108,7 @@ class KernelPeers:
         if before is not None and not before.done():
             await asyncio.wait([before])
         wanted, self._wanted = self._wanted or set(), None
-        found = await asyncio.to_thread(_processes_with, wanted, tuple(self._recent))
+        found = await asyncio.to_thread(_processes_with, wanted, tuple(self._recent), self._inspection)
         for pid in found.values():
             self._recent.pop(pid, None)
             self._recent[pid] = None
@@ -143,24 +145,25 @@ def _groups_of_user(uid: int) -> frozenset[int]:
     return frozenset(os.getgrouplist(user.pw_name, user.pw_gid))
 
 
-def _processes_with(inodes: Set[int], likely_pids: tuple[int, ...]) -> dict[int, int]:
+def _processes_with(inodes: Set[int], likely_pids: tuple[int, ...], inspection: Inspection) -> dict[int, int]:
     """Find a process that has each of these sockets open: likely ones first, then the newest ones."""
     own = os.getpid()  # last of all: its thousands of holds are slow to search
+    everybody = dict.fromkeys([*likely_pids, *(pid for pid in procfs.pids() if pid != own), own])
+    sharing: dict[int, set[int]] = {}
+    for inode, pid in inspection.find_sockets(inodes, everybody).items():
+        sharing.setdefault(pid, set()).add(inode)
     found: dict[int, int] = {}
-    for pid in (*likely_pids, *(pid for pid in procfs.pids() if pid != own), own):
-        if len(found) == len(inodes):
-            break
-        if here := (inodes - found.keys()) & procfs.socket_inodes(pid):
-            found |= _eldest_with(here, pid)
+    for pid, shared in sharing.items():
+        found |= _eldest_with(shared, pid, inspection)
     return found
 
 
-def _eldest_with(inodes: Set[int], pid: int) -> dict[int, int]:
+def _eldest_with(inodes: Set[int], pid: int, inspection: Inspection) -> dict[int, int]:
     """Find, of a family that inherited these sockets, the eldest that has each: who forked has connected."""
     found: dict[int, int] = {}
     member: int | None = pid
     while member and inodes:
         found |= dict.fromkeys(inodes, member)
         member = procfs.parent(member)
-        inodes = inodes & procfs.socket_inodes(member) if member else inodes
+        inodes = inspection.find_sockets(inodes, [member]).keys() if member else inodes
     return found

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from portd.adapters.kernel import descriptors, procfs
+from portd.adapters.kernel.inspection import DIRECT, Inspection
 from portd.core.model import KnownBy, ProcessId
 from portd.leasing.seams import ForeignNetwork, Process, ProcessGone
 
@@ -49,7 +50,8 @@ class KernelProcesses:
     """Implements `Processes`. One pidfd for each watched process, however many leases it has, and one for the process
     that was found last: a watch is about to follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, inspection: Inspection = DIRECT) -> None:
+        self._inspection = inspection
         self._loop = asyncio.get_running_loop()
         self._network = procfs.network_namespace("self")
         self._numbered = _pidfds_are_numbered()
@@ -83,11 +85,15 @@ class KernelProcesses:
         depth = len(procfs.namespace_pids(caller_pid))
         if depth == 1:
             return pid
-        namespace = procfs.pid_namespace(caller_pid)
+        namespace = self._inspection.pid_namespace(caller_pid)
         if namespace is not None:
             for candidate in procfs.pids():
                 numbers = procfs.namespace_pids(candidate)
-                if len(numbers) == depth and numbers[-1] == pid and procfs.pid_namespace(candidate) == namespace:
+                if (
+                    len(numbers) == depth
+                    and numbers[-1] == pid
+                    and self._inspection.pid_namespace(candidate) == namespace
+                ):
                     return candidate
         raise ProcessGone(pid)
 
@@ -161,7 +167,7 @@ class KernelProcesses:
         pidfd = _open(pid)
         try:
             stat = _stat(pid)
-            owner = procfs.describe(pid, known_by, stat)
+            owner = procfs.describe(pid, known_by, stat, read_exe=self._inspection.exe)
             self._check_network(pid)
             if owner is None or _has_exited(pidfd):
                 raise ProcessGone(pid)
@@ -187,7 +193,7 @@ class KernelProcesses:
             or last.owner.uid != procfs.uid(pid)
             or not (is_fresh or last.owner.cmdline == procfs.cmdline(pid))
         ):
-            owner = procfs.describe(pid, known_by)
+            owner = procfs.describe(pid, known_by, read_exe=self._inspection.exe)
             if owner is None or _has_exited(known.pidfd):
                 raise ProcessGone(pid)
             last = known.last = Process(known.id, owner)

@@ -1,7 +1,7 @@
 """The reader of /proc (proc(5)): what the kernel shows of a process.
 
 Parsers take bytes, so that tests feed them literal kernel text. Readers return None, or nothing, where the kernel shows
-nothing: the process is gone, or it is another user's and portd lacks CAP_SYS_PTRACE. `root` is where proc is mounted.
+nothing: the process is gone, or it is another user's and the kernel hides it. `root` is where proc is mounted.
 This module must not know what a lease is, nor whether a process is still the one it was: pids are reused.
 """
 
@@ -11,22 +11,19 @@ import functools
 import os
 import pwd
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
+from portd import inspector
 from portd.core.model import KnownBy, Owner
-from portd.core.ownership import Credential, ProcessKey
-from portd.core.rights import hash_token
+from portd.core.ownership import ProcessKey
 
 ROOT: Final = "/proc"
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 """The unit of start times in /proc/PID/stat: 10 ms on every Linux that portd runs on."""
 READ_BYTES: Final = 4096
 """Enough for stat and cgroup; a command line is cut there."""
-ENVIRON_BYTES: Final = 1 << 18
-"""Enough for any environment that a person sets; what is longer is cut."""
-CREDENTIALS_MAX: Final = 64
-"""Leases that one environment may name: endpoints of a service."""
 ANCESTORS_MAX: Final = 32
 """How far up a process' parents are followed: shells, supervisors and a few forks."""
 ARGUMENTS_MAX: Final = 64
@@ -79,23 +76,6 @@ def parse_unit(text: bytes) -> Unit | None:
             if parts[index].endswith(UNIT_KINDS):  # the underscore escapes names that look like a controller's file
                 return Unit(parts[index].removeprefix("_"), "/".join(parts[: index + 1]))
     return None
-
-
-def parse_credentials(text: bytes) -> tuple[Credential, ...]:
-    """Return the leases whose id and token are in an environment (environ in proc(5)): PORTD_LEASE with PORTD_TOKEN,
-    and for other endpoints PORTD_LEASE_NAME with PORTD_TOKEN_NAME."""
-    ids: dict[bytes, bytes] = {}
-    tokens: dict[bytes, bytes] = {}
-    for variable in text.split(b"\0"):
-        name, _, value = variable.partition(b"=")
-        for prefix, values in ((b"PORTD_LEASE", ids), (b"PORTD_TOKEN", tokens)):
-            if name.startswith(prefix):
-                values[name[len(prefix) :]] = value
-    return tuple(
-        Credential(lease_id.decode("utf-8", "replace"), hash_token(tokens[suffix].decode("utf-8", "surrogateescape")))
-        for suffix, lease_id in ids.items()
-        if tokens.get(suffix)
-    )[:CREDENTIALS_MAX]
 
 
 def parse_arguments(text: bytes) -> tuple[str, ...] | None:
@@ -162,8 +142,18 @@ def cmdline(pid: int, root: str = ROOT) -> tuple[str, ...] | None:
         return None
 
 
-def describe(pid: int, known_by: KnownBy, known: Stat | None = None, root: str = ROOT) -> Owner | None:
-    """Describe a process, or None when it is gone; costs 30 µs, a quarter less where its stat is `known`."""
+def describe(
+    pid: int,
+    known_by: KnownBy,
+    known: Stat | None = None,
+    root: str = ROOT,
+    *,
+    read_exe: Callable[[int], str | None] = inspector.exe,
+) -> Owner | None:
+    """Describe a process, or None when it is gone; costs 30 µs, a quarter less where its stat is `known`.
+
+    `read_exe` reads the path of a process' program, which the kernel hides of another user's.
+    """
     user_id = uid(pid, root)
     if user_id is None:
         return None
@@ -176,21 +166,13 @@ def describe(pid: int, known_by: KnownBy, known: Stat | None = None, root: str =
         pid=pid,
         uid=user_id,
         user=user_name(user_id),
-        exe=_exe(pid, root),
+        exe=read_exe(pid),
         cmdline=cmdline(pid, root),
         unit=None if unit is None else unit.name,
         started_at=started_at(ticks),
         known_by=known_by,
         unit_path=None if unit is None or unit.path == _own_unit_path() else unit.path,
     )
-
-
-def credentials(pid: int, root: str = ROOT) -> tuple[Credential, ...]:
-    """Return the leases whose id and token are in a process' environment; none where the kernel hides it."""
-    try:
-        return parse_credentials(_read(f"{root}/{pid}/environ", ENVIRON_BYTES))
-    except OSError:
-        return ()
 
 
 def ancestors(pid: int, root: str = ROOT) -> tuple[ProcessKey, ...]:
@@ -234,28 +216,6 @@ def children(pid: int, root: str = ROOT) -> list[int]:
     return found
 
 
-def socket_inodes(pid: int, root: str = ROOT) -> set[int]:
-    """Return the inodes of the sockets that a process has open, as far as the kernel shows them."""
-    inodes: set[int] = set()
-    try:
-        directory = os.open(f"{root}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return inodes
-    try:
-        for name in os.listdir(directory):
-            try:
-                target = os.readlink(name, dir_fd=directory)
-            except OSError:  # closed meanwhile
-                continue
-            if target.startswith("socket:["):
-                inodes.add(int(target[8:-1]))
-    except OSError:  # ended meanwhile
-        pass
-    finally:
-        os.close(directory)
-    return inodes
-
-
 def network_namespace(pid: int | str, root: str = ROOT) -> int | None:
     """Return what identifies a process' network namespace, or None for a process that is gone or hidden.
 
@@ -292,27 +252,11 @@ def namespace_pids(pid: int, root: str = ROOT) -> tuple[int, ...]:
     return tuple(map(int, rest.partition(b"\n")[0].split())) or (pid,)
 
 
-def pid_namespace(pid: int, root: str = ROOT) -> str | None:
-    """Return the name of a process' pid namespace (pid_namespaces(7)), or None where the kernel hides it."""
-    try:
-        return os.readlink(f"{root}/{pid}/ns/pid")
-    except OSError:
-        return None
-
-
 @functools.cache
 def _own_unit_path() -> str | None:
     """Return the control group of the unit that portd was started in: the others in it are nobody's in particular."""
     unit = _unit(os.getpid(), ROOT)
     return None if unit is None else unit.path
-
-
-def _exe(pid: int, root: str) -> str | None:
-    try:
-        path = os.readlink(f"{root}/{pid}/exe")
-    except OSError:
-        return None
-    return path.encode("utf-8", "replace").decode()  # a path may be any bytes, and this one goes into JSON
 
 
 def _unit(pid: int, root: str) -> Unit | None:

@@ -19,6 +19,7 @@ from typing import Final, Literal
 
 from portd.adapters.kernel import procfs
 from portd.adapters.kernel.attribution import Attribution, HolderTable
+from portd.adapters.kernel.inspection import DIRECT, Inspection
 from portd.adapters.kernel.owners import OwnerWatch
 from portd.adapters.kernel.succession import Succession
 from portd.core.model import Elsewhere, Event, Lease, Listener, Owner
@@ -55,6 +56,7 @@ class StateWatch:
         *,
         cooldown_s: float = 0.0,
         interval_s: float = INTERVAL_S,
+        inspection: Inspection = DIRECT,
     ) -> None:
         self._sockets = sockets
         self._leases_on = leases_on
@@ -63,7 +65,7 @@ class StateWatch:
         self._interval_s = interval_s
         self._attribution = Attribution(sockets)
         self.succession = Succession(sockets, self._attribution, leases_on, observe_exit, cooldown_s)
-        self.owners = OwnerWatch(report_owner)
+        self.owners = OwnerWatch(report_owner, inspection)
         self._occupied: dict[str, int] = {}
         self._settled: dict[int, tuple[tuple[int, ...], list[Lease]]] = {}
         self._waiting: dict[ProcessKey, dict[str, int]] = {}

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from portd import inspector
 from portd.adapters.kernel import procfs
 
 STAT = b"4711 (%s) %c 4700 4711 4700 34816 4711 4194304 120 0 0 0 1 2 0 0 20 0 1 0 987654 5000000 300 184467440737"
@@ -101,7 +102,7 @@ def test_what_is_gone_reads_as_nothing():
     pid = child.pid
     assert procfs.describe(pid, "socket") is None
     assert (procfs.start_ticks(pid), procfs.parent(pid), procfs.uid(pid), procfs.cmdline(pid)) == (None,) * 4
-    assert (procfs.socket_inodes(pid), procfs.network_namespace(pid)) == (set(), None)
+    assert (inspector.socket_inodes(pid), procfs.network_namespace(pid)) == (set(), None)
 
 
 def test_a_zombie_has_no_start(spawn, wait_until):
@@ -116,7 +117,7 @@ def test_what_the_kernel_hides_is_none_and_the_rest_is_there(spawn, as_nobody):
     child = spawn("sleep", "60")
     with as_nobody():
         owner = procfs.describe(child.pid, "socket")
-        hidden = procfs.socket_inodes(child.pid), owner.exe
+        hidden = inspector.socket_inodes(child.pid), owner.exe
     assert hidden == (set(), None)
     assert (owner.uid, owner.cmdline) == (0, ("sleep", "60"))
 
@@ -130,10 +131,10 @@ def test_at_the_file_limit_a_stat_raises_rather_than_reads_as_gone(spawn, no_des
 def test_the_open_sockets_of_a_process_are_found_by_their_inodes(spawn):
     with socket.socket() as ours, socket.socket() as not_passed:
         child = spawn("sleep", "60", pass_fds=[ours.fileno()])
-        found = procfs.socket_inodes(child.pid)
+        found = inspector.socket_inodes(child.pid)
         assert os.fstat(ours.fileno()).st_ino in found
         assert os.fstat(not_passed.fileno()).st_ino not in found
-        assert {os.fstat(one.fileno()).st_ino for one in (ours, not_passed)} <= procfs.socket_inodes(os.getpid())
+        assert {os.fstat(one.fileno()).st_ino for one in (ours, not_passed)} <= inspector.socket_inodes(os.getpid())
 
 
 def test_a_child_shares_our_network_unless_it_has_its_own(spawn, as_root):
