@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
+from portd.adapters.consul.server import ConsulServer
 from portd.adapters.dns.server import DnsServer
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.server import HttpServer
@@ -49,7 +50,7 @@ class Condition(NamedTuple):
     dns: DnsServer
     prober: Prober
     availability: Availability
-    compat: Sequence[PortpickerServer | GrpcPortServer]
+    compat: Sequence[PortpickerServer | GrpcPortServer | ConsulServer]
 
     def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""

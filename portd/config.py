@@ -137,7 +137,8 @@ class Dns(_Section, frozen=True):
 class Compat(_Section, frozen=True):
     """Protocols of other programs that portd may speak; an empty string is off.
 
-    `portserver` is `@NAME` (abstract) or a path, `grpc_port_server` a loopback ADDRESS:PORT.
+    `consul` (one or a list) and `grpc_port_server` are loopback addresses with a port; `portserver` is a path, or
+    `@NAME` in the abstract namespace.
     """
 
     consul: str | tuple[str, ...] = ""
@@ -323,6 +324,11 @@ def http_addresses(settings: Settings, paths: Paths) -> list[tuple[str, int]]:
     return [split_host_port(address) for address in (paths.http if http is None else _listed(http))]
 
 
+def consul_addresses(settings: Settings) -> list[tuple[str, int]]:
+    """Return where Consul's API is served; empty when it is disabled."""
+    return [split_host_port(address) for address in _listed(settings.compat.consul)]
+
+
 def dns_addresses(settings: Settings) -> list[tuple[str, int]]:
     """Return where DNS is served; empty when it is disabled."""
     return [split_host_port(address) for address in _listed(settings.dns.listen)]
@@ -486,8 +492,8 @@ def _check_dns(settings: Settings) -> Iterator[Problem]:
 
 def _check_compat(settings: Settings) -> Iterator[Problem]:
     compat = settings.compat
-    if compat.consul:
-        yield "compat.consul", "is not available in this version of portd: remove it"
+    for address in _listed(compat.consul):
+        yield from _check_loopback("compat.consul", address)
     name = compat.portserver.removeprefix("@")
     if compat.portserver and (
         not name or len(name) > SOCKET_NAME_MAX_BYTES or (name[0] != "/" and name == compat.portserver)
@@ -497,13 +503,17 @@ def _check_compat(settings: Settings) -> Iterator[Problem]:
             f"{compat.portserver!r} is not @NAME or an absolute path of at most {SOCKET_NAME_MAX_BYTES} bytes",
         )
     if compat.grpc_port_server:
-        try:
-            host, _ = split_host_port(compat.grpc_port_server)
-        except ValueError as error:
-            yield "compat.grpc_port_server", str(error)
-        else:
-            if not ipaddress.ip_address(host).is_loopback:
-                yield "compat.grpc_port_server", f"{host} is not a loopback address: its callers can't be identified"
+        yield from _check_loopback("compat.grpc_port_server", compat.grpc_port_server)
+
+
+def _check_loopback(key: str, address: str) -> Iterator[Problem]:
+    try:
+        host, _ = split_host_port(address)
+    except ValueError as error:
+        yield key, str(error)
+    else:
+        if not ipaddress.ip_address(host).is_loopback:
+            yield key, f"{host} is not a loopback address: its callers can't be identified"
 
 
 def _check_cluster(settings: Settings) -> Iterator[Problem]:

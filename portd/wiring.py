@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from portd.adapters import systemd
 from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
+from portd.adapters.consul.server import ConsulServer
 from portd.adapters.dns.server import DnsServer
 from portd.adapters.handoff import HandoffServer
 from portd.adapters.http.authenticator import Authenticator, Token
@@ -46,7 +47,15 @@ from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.adapters.users import ListedUsers
 from portd.condition import Condition
-from portd.config import Paths, Settings, dns_addresses, http_addresses, pool_ports, split_host_port
+from portd.config import (
+    Paths,
+    Settings,
+    consul_addresses,
+    dns_addresses,
+    http_addresses,
+    pool_ports,
+    split_host_port,
+)
 from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
@@ -60,7 +69,6 @@ from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
 from portd.leasing.policy import Policy
 from portd.leasing.seams import Loaded
-from portd.leasing.service import LeaseService
 from portd.logs import LeaseLog, RefusalLog
 
 
@@ -104,7 +112,7 @@ class Fronts:
     fast_path: FastPath
     events: EventCalls
     handoff: HandoffServer
-    compat: tuple[PortpickerServer | GrpcPortServer, ...]
+    compat: tuple[PortpickerServer | GrpcPortServer | ConsulServer, ...]
     tls: ssl.SSLContext | None
 
 
@@ -291,7 +299,7 @@ def _fronts(
     revisions = Revisions(store_id)
     events = EventCalls(watchers.feed, revisions)
     leases = LeaseCalls(service, queries)
-    compat = _compat(settings, service, authenticator, refusals)
+    compat = _compat(settings, engine, authenticator, refusals)
     condition = Condition(
         settings,
         engine.clock.started_at,
@@ -349,16 +357,27 @@ def _fronts(
 
 
 def _compat(
-    settings: Settings, service: LeaseService, authenticator: Authenticator, refusals: RefusalLog
-) -> tuple[PortpickerServer | GrpcPortServer, ...]:
+    settings: Settings, engine: Engine, authenticator: Authenticator, refusals: RefusalLog
+) -> tuple[PortpickerServer | GrpcPortServer | ConsulServer, ...]:
     """Build the servers of other programs' protocols that the configuration enables."""
     compat = settings.compat
-    servers: list[PortpickerServer | GrpcPortServer] = []
+    service = engine.leases.service
+    servers: list[PortpickerServer | GrpcPortServer | ConsulServer] = []
     if compat.portserver:
         servers.append(PortpickerServer(compat.portserver, service, authenticator.unix_caller, refusals.record))
     if compat.grpc_port_server:
         address = split_host_port(compat.grpc_port_server)
         servers.append(GrpcPortServer(address, service, authenticator.tcp_caller, refusals.record))
+    if addresses := consul_addresses(settings):
+        consul = ConsulServer(
+            addresses,
+            service,
+            engine.leases.queries,
+            lambda request: authenticator.process_caller(request.transport),
+            lambda request: authenticator.check_origin(authenticator.identify(request.transport), request.headers),
+        )
+        engine.journal.subscribe(consul.apply)
+        servers.append(consul)
     return tuple(servers)
 
 

@@ -142,6 +142,12 @@ class Authenticator:
         self.check_origin(end, headers)
         return self.caller(end, {})
 
+    async def process_caller(self, transport: Any) -> Caller:
+        """Return the caller at the other end of a loopback TCP connection with its process: milliseconds."""
+        end = self.identify(transport)
+        await self.find_process(end)
+        return self.caller(end, {})
+
     async def find_process(self, end: ConnectionPeer) -> None:
         """Find the process behind a loopback TCP connection, once: milliseconds."""
         if end.peer is not None and end.needs_process:
