@@ -34,7 +34,7 @@ from portd.core.errors import ConfigError
         ("[dns]\nzone = '" + "a." * 40 + "'", "dns.zone"),
         ("[health]\nallow_commands = ['x']", "'x' is not an absolute path"),
         ("[cluster]\nengine = 'etcd'", "f.toml:1: cluster: is not available in this version"),
-        ("[compat]\nconsul = '127.0.0.1:8500'", "f.toml:2: compat.consul: is not available in this version"),
+        ("[compat]\nconsul = '0.0.0.0:8500'", "f.toml:2: compat.consul: 0.0.0.0 is not a loopback address"),
         ("[compat]\nconsol = 1", "f.toml:2: compat.consol: unknown setting"),
         ("[dns]\nlisten = ['127.0.0.1:1', 'x']", "dns.listen: 'x' is not ADDRESS:PORT"),
         ("[static.a]\nprotocol = 'udp'", "static.a: needs either 'port' or 'ports'"),
