@@ -88,21 +88,21 @@ def _settings_page() -> str:
     tables: list[str] = []
     plain: list[str] = []
     for field in types.type_info(Settings).fields:  # type: ignore[attr-defined]  # a StructType
-        section, heading = _section(field.type, field.encode_name)
+        section, heading = table_of(field.type, field.encode_name)
         if section is None:
             plain += _setting(field)
             continue
         tables += [f".SH {_text(heading)}", _text(" ".join((inspect.getdoc(section) or "").split()).replace("`", ""))]
         for setting in types.type_info(section).fields:  # type: ignore[attr-defined]
             tables += _setting(setting)
-            nested, _ = _section(setting.type, "")
+            nested, _ = table_of(setting.type, "")
             for inner in types.type_info(nested).fields if nested else ():  # type: ignore[attr-defined]
                 tables += _setting(inner, f"{setting.encode_name}.")
     lines += [".SH SETTINGS OUTSIDE OF TABLES", *plain, *tables, ".SH SEE ALSO", ".BR portd (1)"]
     return "\n".join(lines) + "\n"
 
 
-def _section(kind: types.Type, name: str) -> tuple[type | None, str]:
+def table_of(kind: types.Type, name: str) -> tuple[type | None, str]:
     """Return the table's type and heading; None for what is no table."""
     if isinstance(kind, types.StructType):
         return kind.cls, f"[{name}]"
@@ -115,11 +115,11 @@ def _section(kind: types.Type, name: str) -> tuple[type | None, str]:
 
 def _setting(field: types.Field, prefix: str = "") -> list[str]:
     default = field.default if field.default is not msgspec.NODEFAULT else None
-    written = "" if default is None or default == "" else f"; default {_toml(default)}"
-    return [".TP", f"\\fB{_text(prefix + field.encode_name)}\\fR", _text(f"{_kind(field.type)}{written}")]
+    written = "" if default is None or default == "" else f"; default {to_toml(default)}"
+    return [".TP", f"\\fB{_text(prefix + field.encode_name)}\\fR", _text(f"{type_in_words(field.type)}{written}")]
 
 
-def _kind(kind: types.Type) -> str:
+def type_in_words(kind: types.Type) -> str:
     """Write a type in words, with its bounds."""
     match kind:
         case types.BoolType():
@@ -131,27 +131,27 @@ def _kind(kind: types.Type) -> str:
         case types.StrType():
             return "a string"
         case types.LiteralType():
-            return "one of " + ", ".join(_toml(value) for value in kind.values)
+            return "one of " + ", ".join(to_toml(value) for value in kind.values)
         case types.UnionType():
-            return " or ".join(_kind(one) for one in kind.types if not isinstance(one, types.NoneType))
+            return " or ".join(type_in_words(one) for one in kind.types if not isinstance(one, types.NoneType))
         case types.VarTupleType():
-            return f"a list, each {_kind(kind.item_type)}"
+            return f"a list, each {type_in_words(kind.item_type)}"
         case types.DictType():
-            return f"a table, each value {_kind(kind.value_type)}"
+            return f"a table, each value {type_in_words(kind.value_type)}"
         case types.StructType():
             return "a table"
         case _:
             raise TypeError(f"no words for {kind}")
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """Write a default as TOML does."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(one) for one in value) + "]"
+        return "[" + ", ".join(to_toml(one) for one in value) + "]"
     return f"{value:g}" if isinstance(value, float) and value < 1e6 else str(value)
 
 

@@ -35,7 +35,7 @@ def settings(section: type, prefix: str = "") -> list[str]:
 def test_the_settings_page_has_every_table_and_setting() -> None:
     page = plain(manual.pages()["portd.toml.5"])
     for field in msgspec.inspect.type_info(Settings).fields:  # type: ignore[attr-defined]
-        section, heading = manual._section(field.type, field.encode_name)
+        section, heading = manual.table_of(field.type, field.encode_name)
         assert f".SH {heading}" in page if section else f"\\fB{field.encode_name}\\fR" in page
         for key in settings(section) if section else ():
             assert f"\\fB{key}\\fR" in page.partition(f".SH {heading}\n")[2].partition("\n.SH ")[0]
