@@ -24,6 +24,7 @@ from portd.adapters.http.events import EventCalls
 from portd.adapters.http.fast_path import FastPath
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
+from portd.adapters.http.names import NameCalls
 from portd.adapters.http.openapi import openapi_route
 from portd.adapters.http.pages import PageCalls
 from portd.adapters.http.ports import PortCalls
@@ -325,6 +326,7 @@ def _fronts(
         events,
         PortCalls(queries, KernelSocketTable(engine.diag, engine.inspections.ports)),
         LanCalls(watchers.announcer.lan),
+        NameCalls(queries),
         PageCalls(),
         StatusCalls(
             queries,

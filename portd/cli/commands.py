@@ -23,6 +23,7 @@ GROUPS = {
         "services": "lookup",
         "resolve": "lookup",
         "wait": "lookup",
+        "url": "urls",
         "browse": "following",
         "watch": "following",
     },

@@ -6,7 +6,7 @@ import sys
 
 from portd._client import calls
 from portd._client.client import Client
-from portd.cli import printing
+from portd.cli import printing, urls
 from portd.cli.options import JSON, Command, Option, choice
 
 TYPE_CHECKING = False
@@ -34,19 +34,19 @@ UNKNOWN = "-"
 
 def ls(values: dict[str, Any]) -> int:
     """List leases."""
+    client = Client()
     leases = list(
-        Client().leases(
-            service=values["service"], tag=values["tag"] or None, state="ended" if values["ended"] else None
-        )
+        client.leases(service=values["service"], tag=values["tag"] or None, state="ended" if values["ended"] else None)
     )
     if values["json"]:
         printing.json({"leases": leases})
     else:
+        gateway = urls.find_gateway(client) if leases else None
         printing.table(
-            ["SERVICE", "INSTANCE", "PORT", "OWNER", "STATE", "HEALTH", "AGE", "LEASE", "NOTE"],
+            ["SERVICE", "INSTANCE", "PORT", "OWNER", "STATE", "HEALTH", "AGE", "LEASE", "NOTE", "URL"],
             [[*_row(lease), lease["state"], printing.health(lease), printing.age(lease["created_at"]), lease["id"],
-              printing.note(lease)] for lease in leases],
-            drop=("NOTE", "LEASE", "AGE", "SERVICE", "HEALTH"),
+              printing.note(lease), urls.shown(gateway, lease)] for lease in leases],
+            drop=("NOTE", "URL", "LEASE", "AGE", "SERVICE", "HEALTH"),
         )  # fmt: skip
         if sys.stdout.isatty():
             notes = [(printing.instance(lease), printing.note(lease)) for lease in leases]
@@ -220,7 +220,7 @@ COMMANDS = (
         ),
         """
 In a pipe the lines are tab-separated, without a header: service, instance,
-port, owner, state, health, age, lease, note ('-' for none).""",
+port, owner, state, health, age, lease, note, URL ('-' for none).""",
     ),
     Command(
         "who",

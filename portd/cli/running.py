@@ -7,7 +7,7 @@ import sys
 
 from portd._client import calls
 from portd._client.client import Client
-from portd.cli import assignments, lease_options, placeholders
+from portd.cli import assignments, lease_options, placeholders, urls
 from portd.cli.leasing import grant
 from portd.cli.options import Command, Option, UsageError, label, pair, port
 
@@ -67,12 +67,14 @@ def run(values: dict[str, Any]) -> int:
     leases = grant(client, requests, values["wait"])
     by_name = dict(zip(names, leases, strict=True))
     try:
+        gateway = urls.find_gateway(client)
         environ = _environment(by_name, client.url, values)
+        environ["PORTD_PUBLIC_URL"] = public_url = urls.public_url(gateway, leases[0], values["instance"])
         command = [placeholders.fill(word, by_name) for word in values["command"]]
         if sys.stderr.isatty():
             from portd.cli import startup_report
 
-            startup_report.begin(client, leases[0], values["port"])
+            startup_report.begin(client, leases[0], values["port"], public_url if gateway.is_running else None)
         if values["confine"]:
             from portd.cli.confining import confine
 
@@ -250,8 +252,9 @@ COMMANDS = (
         """
 COMMAND replaces portd (same pid), so the lease ends when the service does.
 {port}, {host}, {url} and {port:NAME} are filled in; {{port}} is a literal one.
-PORT, HOST, PORTD_LEASE, PORTD_TOKEN and PORTD_URL are set. A $PORT on the
-command line is expanded by your shell before portd runs: write {port}.
+PORT, HOST, PORTD_LEASE, PORTD_TOKEN, PORTD_URL and PORTD_PUBLIC_URL (the URL
+at the gateway) are set. A $PORT on the command line is expanded by your shell
+before portd runs: write {port}.
 
     portd run orders -- python3 -m http.server {port}
     portd run web --port 3000,3001,8000-8010 --env VITE_URL={url} -- npm run dev

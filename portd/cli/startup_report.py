@@ -30,10 +30,14 @@ DONE = ""
 """The verdict that needs no words."""
 
 
-def begin(client: Client, lease: Mapping[str, Any], wanted: Any) -> None:
-    """Print the line for a lease (`wanted` is what --port asked for), and start the process that watches it."""
+def begin(client: Client, lease: Mapping[str, Any], wanted: Any, public_url: str | None = None) -> None:
+    """Print the line for a lease, and start the process that watches it.
+
+    `wanted` is the value of --port; `public_url` is the URL at the gateway, None where no gateway runs.
+    """
     reason = _other_port(client, lease, wanted)
-    _say(f"{lease['instance']} on {placeholders.url(lease)}{f' ({reason})' if reason else ''}")
+    public = f", {public_url}" if public_url else ""
+    _say(f"{lease['instance']} on {placeholders.url(lease)}{public}{f' ({reason})' if reason else ''}")
     _watch_detached(client, lease)
 
 

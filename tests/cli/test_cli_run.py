@@ -232,7 +232,7 @@ def test_the_environment_gains_nothing_but_what_is_documented(daemon: Daemon) ->
     command = [sys.executable, "-m", "portd", "run", "bare-env", "--", "env"]
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=20, check=True)
     names = {line.partition("=")[0] for line in done.stdout.splitlines()}
-    assert names - set(given) == {"PORT", "HOST", "PORTD_LEASE", "PORTD_TOKEN"}
+    assert names - set(given) == {"PORT", "HOST", "PORTD_LEASE", "PORTD_TOKEN", "PORTD_PUBLIC_URL"}
 
 
 def test_a_locale_that_was_given_stays(daemon: Daemon) -> None:

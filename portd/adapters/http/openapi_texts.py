@@ -13,6 +13,7 @@ TAGS: Final = {
     "events": "Follow every change as it happens.",
     "ports": "Who has a port of this host, and who had it.",
     "lan": "DNS-SD services on the LAN.",
+    "names": "Host names of services below `.localhost`, which the gateway serves.",
     "daemon": "The daemon's own condition.",
 }
 
@@ -91,6 +92,11 @@ OPERATIONS: Final[dict[tuple[str, str], Texts]] = {
         "show_port_history", "ports", "Lists the leases of a port, live and ended ones, newest first."
     ),
     ("GET", "/v1/lan"): Texts("browse_lan", "lan", "Lists the DNS-SD services that hosts of the LAN announce."),
+    ("GET", "/v1/names/ask"): Texts(
+        "ask_name",
+        "names",
+        "Answers 200 for a host name that a live lease has, else 404: proxies query it before they get a certificate.",
+    ),
     ("GET", "/v1/status"): Texts("show_status", "daemon", "Shows the condition of the daemon and of each part."),
     ("GET", "/healthz"): Texts(
         "check_health", "daemon", "Answers 200 while leases can be granted, else 503 with the reasons."
@@ -235,6 +241,10 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "targets": "HOST:PORT of the target.",
     "labels": "The labels of the target.",
     "stale": "Seconds since the cluster's store was heard from.",
+    # names of the gateway
+    "domain": "The host name.",
+    "ServedName.service": "The service that answers.",
+    "ServedName.instance": "The instance that answers; null where any of the service does.",
     # listings
     "next": "The cursor of the next page; null on the last one.",
     "limit": "How many entries are listed at most.",

@@ -15,6 +15,7 @@ from portd.adapters.http.calls import encode
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
+from portd.adapters.http.names import NameCalls
 from portd.adapters.http.openapi import document, openapi_route
 from portd.adapters.http.openapi_examples import REQUESTS
 from portd.adapters.http.openapi_texts import DESCRIPTIONS, OPERATIONS
@@ -31,6 +32,7 @@ ROUTES = [
     *EventCalls(None, REVISIONS).routes(),
     *PortCalls(None, None).routes(),
     *LanCalls(None).routes(),
+    *NameCalls(None).routes(),
     *StatusCalls(None, {}, None, None, None).routes(),
 ]
 ROUTES.append(openapi_route(ROUTES))
