@@ -13,6 +13,8 @@ UNITS = Path(__file__).parents[2] / "systemd"
 PUT_IN_PLACE = (
     "/etc/systemd/system/portd.service",
     "/etc/systemd/system/portd.socket",
+    "/etc/systemd/system/portd-inspector.service",
+    "/etc/systemd/system/portd-inspector.socket",
     "/etc/systemd/system/portd-run@.service",
     "/etc/sysusers.d/portd.conf",
     "/usr/local/share/man/man1/portd.1",
@@ -29,9 +31,10 @@ def test_the_unit_as_shipped_starts_the_program_that_install_puts_in_its_place(u
     assert "ExecStart=/opt/portd/bin/portd serve" in (UNITS / unit).read_text()
 
 
-def test_the_exposure_of_the_unit_is_at_most_two():
+@pytest.mark.parametrize("unit", ["portd.service", "portd-inspector.service"])
+def test_the_exposure_of_a_unit_is_at_most_one_and_a_half(unit):
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNITS / "portd.service"],
+        ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", UNITS / unit],
         capture_output=True,
         text=True,
         check=False,
@@ -40,7 +43,13 @@ def test_the_exposure_of_the_unit_is_at_most_two():
 
 
 def test_systemd_finds_nothing_wrong_in_the_installed_units(box):
-    for unit in ("portd.service", "portd.socket", "portd-run@orders.service"):
+    for unit in (
+        "portd.service",
+        "portd.socket",
+        "portd-inspector.service",
+        "portd-inspector.socket",
+        "portd-run@orders.service",
+    ):
         assert box.ask(f"systemd-analyze verify --man=no {unit}") == (0, "", "")
 
 
@@ -56,7 +65,7 @@ def test_systemd_finds_nothing_wrong_in_the_drop_in_for_a_leased_port(box):
 
 
 def test_an_installed_portd_is_enabled_ready_and_answers(box):
-    assert box.run("systemctl is-enabled portd.service portd.socket").split() == ["enabled", "enabled"]
+    assert box.run("systemctl is-enabled portd.service portd.socket portd-inspector.socket").split() == ["enabled"] * 3
     assert box.api("/healthz") == {"status": "ok"}
     assert box.show("User") == "portd"
     assert box.run("stat -c %U:%a /var/lib/portd").strip() == "portd:750"

@@ -38,13 +38,14 @@ def leases(box):
 
 
 def test_an_installed_package_is_enabled_ready_and_answers(box):
-    assert box.run("systemctl is-enabled portd.service portd.socket").split() == ["enabled", "enabled"]
+    assert box.run("systemctl is-enabled portd.service portd.socket portd-inspector.socket").split() == ["enabled"] * 3
+    assert box.run("systemctl is-active portd-inspector.service").strip() == "active"
     assert box.api("/healthz") == {"status": "ok"}
     assert box.show("User") == "portd"
     foreign = "setpriv --reuid foreign --regid foreign --clear-groups "
     assert box.run(foreign + "/usr/bin/portd lease orders --ttl 9").strip().isdigit()
     assert box.ask("/usr/bin/portd serve --check-config")[0] == 0
-    for unit in ("portd.service", "portd.socket", "portd-run@orders.service"):
+    for unit in ("portd.service", "portd.socket", "portd-inspector.service", "portd-run@orders.service"):
         assert box.ask(f"systemd-analyze verify --man=no {unit}") == (0, "", "")
 
 
@@ -73,7 +74,9 @@ def test_an_upgrade_under_load_keeps_leases_and_configuration_and_loses_no_reque
 def test_a_removed_package_stops_and_leaves_leases_and_configuration_for_the_next_install(box):
     before = box.api("/v1/leases", {"service": "orders", "ttl": 600})
     box.run("dpkg --remove portd")
-    assert box.ask("systemctl is-active portd.service portd.socket")[1].split() == ["inactive", "inactive"]
+    assert (
+        box.ask("systemctl is-active portd.service portd.socket portd-inspector.service")[1].split() == ["inactive"] * 3
+    )
     assert not any(is_there(box, place) for place in ("/run/portd", "/usr/bin/portd", "/usr/lib/portd"))
     assert is_there(box, "/etc/portd/portd.toml")
     box.run("dpkg --install /opt/portd-1.deb")
@@ -83,7 +86,9 @@ def test_a_removed_package_stops_and_leaves_leases_and_configuration_for_the_nex
 def test_a_disabled_portd_stays_so_through_an_upgrade(box):
     box.run("systemctl disable --now portd.service portd.socket && dpkg --install /opt/portd-2.deb")
     assert box.ask("systemctl is-enabled portd.service portd.socket")[1].split() == ["disabled", "disabled"]
-    assert box.ask("systemctl is-active portd.service portd.socket")[1].split() == ["inactive", "inactive"]
+    assert (
+        box.ask("systemctl is-active portd.service portd.socket portd-inspector.service")[1].split() == ["inactive"] * 3
+    )
 
 
 def test_a_unit_that_an_administrator_has_edited_stays_through_an_upgrade(box):
