@@ -69,8 +69,8 @@ def api(document: dict[str, Any]) -> str:
         "",
         "# HTTP API",
         "",
-        "JSON in UTF-8 over the unix socket, loopback TCP, or TLS with a token. `/openapi.json` (OpenAPI 3.1) has every",
-        "field, header and refusal. Refusals are problem documents (RFC 9457) with a stable `code`.",
+        "JSON in UTF-8 over the unix socket, loopback TCP, or TLS with a token. `/openapi.json` (OpenAPI 3.1) has",
+        "every field, header and refusal. Refusals are problem documents (RFC 9457) with a stable `code`.",
         "",
     ]
     for path, operations in document["paths"].items():
