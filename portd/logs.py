@@ -177,11 +177,18 @@ class LeaseLog:
 
     def __init__(self) -> None:
         self._limit = RateLimit()
+        self._never_bound: set[str] = set()
+        """Live leases, by id, that were granted since the start and that no owner has listened on yet."""
 
     def apply(self, event: Event) -> None:
         """Log one event; a watcher of the journal."""
         level = _LEVELS.get(event.type, logging.INFO)
         lease = event.lease
+        was_never_bound = lease.id in self._never_bound
+        if event.type == "granted" and lease.state == "held":
+            self._never_bound.add(lease.id)
+        elif was_never_bound and (lease.listening or lease.state == "ended"):
+            self._never_bound.discard(lease.id)
         if not logger.isEnabledFor(level):
             return
         if level == logging.INFO and not self._limit.allows(event.type, lambda: _user(lease)):
@@ -204,7 +211,7 @@ class LeaseLog:
             lease.instance,
             lease.endpoint,
             lease.port,
-            _described(event),
+            _described(event) + (_bind_hint(event) if was_never_bound else ""),
             _whose(lease),
             extra={"fields": fields},
         )
@@ -261,6 +268,15 @@ def _described(event: Event) -> str:
         "passed": f"passed from {_named(lease.passed_from)} to {_named(lease.owner)}",
         "ended": f"ended: {lease.ended_because}",
     }.get(event.type, event.type)
+
+
+def _bind_hint(event: Event) -> str:
+    """Explain the end of a lease that was never listened on: its own hold may have kept its owner from binding."""
+    lease = event.lease
+    may_have_failed = event.type == "ended" and lease.ended_because == "owner_exited" and lease.hold == "shared"
+    if not may_have_failed or lease.protocol == "udp":
+        return ""
+    return " without having listened (if it reported 'address in use': --hold none or --socket)"
 
 
 def _whose(lease: Lease) -> str:

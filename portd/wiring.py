@@ -67,6 +67,7 @@ from portd.core.table import LeaseTable
 from portd.core.visibility import WhenAllCritical
 from portd.leasing.engine import LeaseEngine, build_engine
 from portd.leasing.feed import Feed
+from portd.leasing.foreign_processes import ForeignProcesses
 from portd.leasing.journal import Journal
 from portd.leasing.policy import Policy
 from portd.leasing.seams import Loaded
@@ -237,6 +238,7 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
         inspection=engine.inspections.loop,
     )
     leases.adopter.find_listeners = engine.sockets.find_listeners
+    leases.service.explain = ForeignProcesses(KernelSocketTable(engine.diag, engine.inspections.ports)).explain
     leases.passing.find_successors = states.succession.owners_exited
     return Watchers(
         metrics,

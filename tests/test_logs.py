@@ -111,3 +111,12 @@ def test_refusals_name_the_caller_and_only_what_matters_is_logged(log: io.String
         "refused uid 1000 (pid 4711): not_owner: lease x belongs to uid 0",
         "refused an unknown caller (pid unknown): port_taken: port 1 is taken",
     ]
+
+
+@pytest.mark.parametrize("has_listened", [False, True])
+def test_an_owner_that_never_listened_gets_the_hint_about_holds(log: io.StringIO, has_listened: bool) -> None:
+    lease = a_lease(1)
+    bound = [an_event(2, replace(lease, state="bound", listening=("127.0.0.1",)), "bound")] if has_listened else []
+    over = replace(ended(lease, 2e9), ended_because="owner_exited")
+    applied(an_event(1, lease, "granted"), *bound, an_event(3, over, "ended"))
+    assert ("--hold none or --socket" in log.getvalue()) is not has_listened

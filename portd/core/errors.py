@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from portd.core.bindings import Binding
+
 
 class PortdError(Exception):
     """The root of all errors that portd raises on purpose."""
@@ -73,9 +75,23 @@ class NotFound(Refusal):
 
 
 class PortTaken(Refusal):
-    """Another process has the port, or another owner has the instance."""
+    """Another process has the port, or another owner has the instance.
+
+    `foreign` is the binding that a process without a lease has, None where something else is in the way.
+    """
 
     code = "port_taken"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        pointer: str | None = None,
+        retry_after_s: float | None = None,
+        foreign: Binding | None = None,
+    ) -> None:
+        super().__init__(detail, pointer=pointer, retry_after_s=retry_after_s)
+        self.foreign = foreign
 
 
 class PortReserved(Refusal):

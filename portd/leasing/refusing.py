@@ -7,6 +7,7 @@ from typing import Literal
 from portd.core.allocator import Allocator, PortRequest
 from portd.core.errors import PoolExhausted, PortReserved, PortTaken, QuotaExceeded, Refusal
 from portd.core.table import LeaseTable
+from portd.leasing.foreign_processes import GENERIC
 from portd.leasing.owners import describe_owner
 from portd.leasing.policy import Policy
 from portd.leasing.seams import Taken
@@ -100,8 +101,9 @@ def _refuse_port(
             pointer="/port",
         )
     return PortTaken(
-        f"port {port} on {request.address} is used by a foreign process: request another, or see 'portd who {port}'",
+        f"port {port} on {request.address} is used by {GENERIC}: request another, or see 'portd who {port}'",
         pointer="/port",
+        foreign=binding,
     )
 
 

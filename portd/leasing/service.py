@@ -7,9 +7,9 @@ portd observes by itself is in `observing`, what can be asked is in `queries`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeGuard
 
 from msgspec import UNSET
 
@@ -23,6 +23,7 @@ from portd.core.errors import (
     PoolExhausted,
     PortTaken,
     QuotaExceeded,
+    Refusal,
     ServiceTaken,
 )
 from portd.core.failpoints import armed, failpoint
@@ -47,6 +48,14 @@ WAIT_MAX_S: Final = 600.0
 """The longest wait for a port, in seconds: proxies and kernels forget idle connections that stay longer."""
 
 
+Explain = Callable[[PortTaken, Caller], Awaitable[PortTaken]]
+"""Names, in a refusal, the foreign process that has the port."""
+
+
+async def _as_it_is(refusal: PortTaken, caller: Caller) -> PortTaken:
+    return refusal
+
+
 class Granted(NamedTuple):
     """The leases of one call, in its order; a token is None where the lease was there before."""
 
@@ -57,6 +66,11 @@ class Granted(NamedTuple):
     def is_new(self) -> bool:
         """Return whether the call granted anything that was not there before."""
         return self.tokens.count(None) < len(self.tokens)
+
+
+def is_foreign(refusal: Refusal) -> TypeGuard[PortTaken]:
+    """Return whether a foreign process has the port of a refused request."""
+    return isinstance(refusal, PortTaken) and refusal.foreign is not None
 
 
 class LeaseService:
@@ -88,6 +102,8 @@ class LeaseService:
         self._freed = freed
         self._clock = clock
         self.report_to_probes: ReportHealth = lambda lease_id, status, note: None
+        self.explain: Explain = _as_it_is
+        self._explaining: set[asyncio.Task[None]] = set()
 
     # --- granting ---
 
@@ -108,6 +124,8 @@ class LeaseService:
             except (PortTaken, PoolExhausted, QuotaExceeded, ServiceTaken) as refusal:
                 left_s = deadline - asyncio.get_running_loop().time() if wait_s else 0.0
                 if left_s <= 0.0 or (refusal.pointer or "").endswith("/instance"):
+                    if is_foreign(refusal):
+                        raise await self.explain(refusal, caller) from None
                     raise
                 await self._freed.wait(left_s)
                 continue
@@ -145,6 +163,21 @@ class LeaseService:
         else:
             pending.commit()
             pending.settle()
+        return pending
+
+    def refused(self, refusal: PortTaken, caller: Caller) -> Pending:
+        """Return a request that is settled with this refusal as soon as the foreign process has been named in it."""
+        pending = Pending(self._clock.now())
+
+        async def explain() -> None:
+            try:
+                pending.settle(await self.explain(refusal, caller))
+            finally:
+                pending.settle(refusal)
+
+        task = asyncio.create_task(explain())
+        self._explaining.add(task)
+        task.add_done_callback(self._explaining.discard)
         return pending
 
     def granted(self, pending: Pending) -> Granted:

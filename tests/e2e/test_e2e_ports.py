@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 import threading
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import NOBODY, Daemon, listen_on, owner, wait_for
@@ -40,6 +44,29 @@ def test_a_port_that_an_outgoing_connection_has_is_taken(daemon: Daemon) -> None
         assert (view["verdict"], sockets_of(view)) == ("taken", [("127.0.0.1", "connected", os.getpid())])
         refused = daemon.call("POST", "/v1/leases", {"service": "x", "ttl": 60, "port": port, "exact": True})
         assert (refused.status, refused.code) == (409, "port_taken")
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("kind", ["listening", "bound", "connected"])
+def test_a_refusal_names_the_process_that_has_the_port(daemon: Daemon, kind: str, is_fast: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if kind == "connected":
+            other.connect(server.getsockname())
+        port = (server if kind == "listening" else other).getsockname()[1]
+        request = {"service": "x", "ttl": 60, "port": port, "exact": True}
+        refused = daemon.call("POST", f"/v1/leases{'' if is_fast else '?wait=0.01'}", request)
+    assert (refused.status, refused.code) == (409, "port_taken")
+    assert f"{Path('/proc/self/exe').resolve().name}[{os.getpid()}] of {pwd.getpwuid(os.geteuid()).pw_name}" in refused.body["detail"]
+    assert ("'adopt'" in refused.body["detail"]) is (kind == "listening")
+
+
+def test_a_refusal_hides_the_program_of_another_user(daemon: Daemon) -> None:
+    with Puppet(daemon, uid=NOBODY) as nobody, listen_on(0) as server:
+        request = {"service": "hidden", "port": server.getsockname()[1], "exact": True}
+        detail = nobody.call("POST", "/v1/leases", request).body["detail"]
+    assert f"process[{os.getpid()}] of root" in detail
+    assert "adopt" not in detail
 
 
 def test_a_port_that_is_bound_and_not_listened_on_is_taken(daemon: Daemon) -> None:

@@ -24,7 +24,7 @@ from portd.core.errors import ForbiddenOrigin, Refusal
 from portd.core.failpoints import failpoint
 from portd.core.rights import Caller
 from portd.leasing.pending import Pending
-from portd.leasing.service import LeaseService
+from portd.leasing.service import LeaseService, is_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,11 @@ class FastPath:
         try:
             pending = self._service.decide(as_requests(body), caller)
         except Refusal as refusal:
-            self._on_refusal(refusal, caller.uid, caller.pid)
-            send(_refuse(refusal))
-            return None
+            if not is_foreign(refusal):
+                self._on_refusal(refusal, caller.uid, caller.pid)
+                send(_refuse(refusal))
+                return None
+            pending = self._service.refused(refusal, caller)
         except Exception:  # as on the normal path, a fault is logged and its cause not revealed
             logger.exception("a grant failed")
             send(None)
