@@ -25,7 +25,7 @@ class Stage(Daemon):
     """
 
     def __init__(self, directory: Path, pool: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        super().__init__(directory, pool)
+        super().__init__(directory, pool=pool)
         self.facts = {"url": self.url, "runtime": str(directory.parent), **facts}
         base = tomllib.loads(CONFIG.format(directory=directory, pool=pool))
         (directory / "portd.toml").write_text(_toml(_merged(base, filled(settings, self.facts))))

@@ -13,20 +13,32 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
 
-const (
-	deadline   = 20 * time.Second // for what must happen: far more than anything takes
-	sharedPool = "25800-25889"
-	sharedHTTP = "127.0.0.1:25899"
-	ownPool    = "25900-25949"
+const deadline = 20 * time.Second // for what must happen: far more than anything takes
+
+// The ports of these tests: 150 from PORTD_TEST_PORT on, which whoever starts them has claimed.
+var (
+	firstPort  = portNumber(orElse(os.Getenv("PORTD_TEST_PORT"), "25800"))
+	sharedPool = fmt.Sprintf("%d-%d", firstPort, firstPort+89)
+	sharedHTTP = fmt.Sprintf("127.0.0.1:%d", firstPort+99)
+	ownPool    = fmt.Sprintf("%d-%d", firstPort+100, firstPort+149)
 )
 
 var shared *daemon // of the tests that do not end it, each with service names of its own
+
+func portNumber(text string) int {
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		log.Fatal(err)
+	}
+	return port
+}
 
 func TestMain(m *testing.M) {
 	if what := os.Getenv("PORTD_TEST_PROGRAM"); what != "" {

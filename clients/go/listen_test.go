@@ -48,12 +48,12 @@ func TestEveryOptionReachesTheDaemon(t *testing.T) {
 	check := HealthCheck{Kind: "http", Path: "/up", Method: "HEAD", Interval: 1500 * time.Millisecond, Timeout: time.Second,
 		StartPeriod: time.Minute, Rise: 3, Fall: 4, Headers: map[string]string{"x-a": "b"}, ExpectStatus: []int{200, 204},
 		ExpectBody: "fine", TLS: true, TLSVerify: &verify}
-	l := must[*Lease](t)(Acquire(bounded(t), "optional", InstanceName("blue"), Endpoint("metrics"), ExactPort(25880),
+	l := must[*Lease](t)(Acquire(bounded(t), "optional", InstanceName("blue"), Endpoint("metrics"), ExactPort(firstPort+80),
 		Address("127.0.0.2"), Protocol("tcp"), Pool("default"), Hold("none"), TTL(90*time.Second), Tags("a", "b"),
 		Metadata(map[string]string{"version": "2"}), CheckWith(check)))
 	defer l.Close()
 	now := shared.lease(t, l.ID())
-	if now.Instance != "blue" || now.Endpoint != "metrics" || now.Port != 25880 || now.Address != "127.0.0.2" ||
+	if now.Instance != "blue" || now.Endpoint != "metrics" || now.Port != firstPort+80 || now.Address != "127.0.0.2" ||
 		now.Hold != "none" || now.Lifetime != "ttl" || now.Metadata["version"] != "2" || len(now.Tags) != 2 {
 		t.Errorf("the daemon has %+v", now)
 	}
@@ -158,14 +158,14 @@ func TestAPortThatAStrangerTakesBetweenGrantAndBindIsDeclinedUnderTheSameLease(t
 }
 
 func TestAnExactPortThatAStrangerHasIsErrPortTaken(t *testing.T) {
-	stranger(t, "127.0.0.1", 25890)
-	_, err := Listen(bounded(t), "refused", ExactPort(25890))
+	stranger(t, "127.0.0.1", firstPort+90)
+	_, err := Listen(bounded(t), "refused", ExactPort(firstPort+90))
 	if problem := asProblem(t, err); !errors.Is(err, ErrPortTaken) || problem.Status != 409 || problem.Pointer != "/port" {
 		t.Errorf("%#v", problem)
 	}
-	l := must[*Lease](t)(overTCP(t).Acquire(bounded(t), "refused", ExactPort(25891), Hold("none")))
+	l := must[*Lease](t)(overTCP(t).Acquire(bounded(t), "refused", ExactPort(firstPort+91), Hold("none")))
 	defer l.Close()
-	stranger(t, "127.0.0.1", 25891)
+	stranger(t, "127.0.0.1", firstPort+91)
 	if _, err := l.Listen(bounded(t)); !errors.Is(err, ErrPortTaken) {
 		t.Errorf("taken after the grant it is %v", err)
 	}

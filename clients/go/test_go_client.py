@@ -18,6 +18,7 @@ import pytest
 
 import portd_client
 from clients.conformance.bed import Daemon, end, wait_for
+from tests.support.ports import claim_ports
 
 pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="not installed: go")
 HERE = Path(__file__).parent
@@ -46,10 +47,9 @@ def go(*words: str, directory: Path = HERE, **environ: str) -> str:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A running daemon; each test takes service names of its own."""
-    made = Daemon(tmp_path_factory.mktemp("portd"), "25950-26049")
-    made.start()
-    yield made
-    made.stop()
+    with Daemon(tmp_path_factory.mktemp("portd"), 100) as made:
+        made.start()
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,21 @@ def test_its_own_tests_pass_under_the_race_detector() -> None:
     assert not environ, "portd's variables would lead the tests to another daemon"
     raced = ["-race"] if shutil.which("gcc") else []
     root = HERE.parents[1]
-    written = go(
-        "test",
-        "-count=1",
-        "-v",
-        *raced,
-        ".",
-        PORTD_COMMAND=f"{sys.executable} -m portd",
-        PYTHONPATH=f"{root}:{root}/clients/python",
-    )
+    first_port, claims = claim_ports(150)
+    try:
+        written = go(
+            "test",
+            "-count=1",
+            "-v",
+            *raced,
+            ".",
+            PORTD_COMMAND=f"{sys.executable} -m portd",
+            PORTD_TEST_PORT=str(first_port),
+            PYTHONPATH=f"{root}:{root}/clients/python",
+        )
+    finally:
+        for claim in claims:
+            claim.close()
     assert "--- SKIP" not in written
 
 
@@ -145,6 +151,7 @@ def test_of_three_instances_that_find_each_other_a_killed_one_leaves(
 def test_a_python_service_is_found_by_a_go_program(daemon: Daemon, build: Callable[..., str]) -> None:
     finder = build("seeker", LOOK_UP.replace('"orders"', '"by-python"'))
     with portd_client.listen("by-python", client=daemon.client) as listener:
+        wait_for(lambda: portd_client.resolve_all("by-python", client=daemon.client), "the daemon sees the listener")
         found, _ = daemon.start_program([finder]).communicate(timeout=20)
         assert found == f"127.0.0.1:{listener.lease.port}\n"
     missed, _ = daemon.start_program([finder]).communicate(timeout=20)

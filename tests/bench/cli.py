@@ -38,7 +38,7 @@ async def measure(runs: int = RUNS) -> list[dict[str, Any]]:
 
 def _measure(runs: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
-        daemon = Daemon(Path(directory), "25000-29999")
+        daemon = Daemon(Path(directory), pool="25000-29999")
         daemon.start()
         try:
             took = _rounds(_ways(daemon, Path(directory)), daemon.environ, runs)

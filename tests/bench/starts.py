@@ -48,7 +48,7 @@ async def measure(rounds: int = ROUNDS) -> list[dict[str, Any]]:
 def _measure(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         languages = _languages(Path(directory))
-        daemon = Daemon(Path(directory), "25000-29999")
+        daemon = Daemon(Path(directory), pool="25000-29999")
         daemon.start()
         environ = {name: value for name, value in daemon.environ.items() if name != "PYTHONWARNINGS"}
         try:

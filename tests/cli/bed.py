@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from portd._client import calls
 from portd._client.client import Client
 from portd._client.errors import DaemonUnavailable, ProtocolError
+from tests.support.ports import claim_ports
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -48,14 +49,37 @@ def wait_for(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE
 
 
 class Daemon:
-    """One daemon, started and stopped as often as a test wants; its state stays in `directory`."""
+    """One daemon, started and stopped as often as a test wants; its state stays in `directory`.
 
-    def __init__(self, directory: Path, pool: str = "24000-24399") -> None:
+    Its pool is `port_count` ports from `first_port` on, claimed until `close`; or `pool`, which the caller has claimed.
+    As a context it is stopped and closed at the end.
+    """
+
+    def __init__(self, directory: Path, port_count: int = 400, *, pool: str = "") -> None:
         self.directory = directory
+        self._claims: list[socket.socket] = []
+        if not pool:
+            self.first_port, self._claims = claim_ports(port_count)
+            self.last_port = self.first_port + port_count - 1
+            pool = f"{self.first_port}-{self.last_port}"
         self.url = f"unix://{directory}/portd.sock"
         self._config = directory / "portd.toml"
         self._config.write_text(CONFIG.format(directory=directory, pool=pool))
         self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the pool's ports up."""
+        for claim in self._claims:
+            claim.close()
 
     @property
     def client(self) -> Client:

@@ -178,14 +178,17 @@ def test_the_running_daemons_settings_are_examined(daemon: Daemon) -> None:
 def test_changed_pools_in_the_file_are_noticed(own_daemon: Daemon) -> None:
     own_daemon.start()
     config = own_daemon.directory / "portd.toml"
-    config.write_text(config.read_text().replace("24400-24499", "24400-24450"))
+    pool = f"{own_daemon.first_port}-{own_daemon.last_port}"
+    smaller = f"{own_daemon.first_port}-{own_daemon.first_port + 50}"
+    config.write_text(config.read_text().replace(pool, smaller))
     found = json.loads(own_daemon.portd("doctor", "--json").stdout)["diagnoses"]
     assert any(f"default 100 ports) than {config} has (default 51)" in one["what"] for one in found)
 
 
 def test_a_listener_inside_the_pool_is_found_on_this_host(daemon: Daemon) -> None:
-    with serving(daemon, "examined"), socket.create_server(("127.0.0.1", 24398)):
+    port = daemon.last_port - 1
+    with serving(daemon, "examined"), socket.create_server(("127.0.0.1", port)):
         done = wait_for(lambda: daemon.portd("doctor"), "the doctor answers")
     assert done.returncode == 1
     assert f"[{os.getpid()}]" in done.stdout
-    assert "portd adopt SERVICE 24398" in done.stdout
+    assert f"portd adopt SERVICE {port}" in done.stdout

@@ -38,6 +38,7 @@ def test_json_prints_the_whole_lease_with_its_token(daemon: Daemon) -> None:
 
 
 def test_every_option_reaches_the_daemon(daemon: Daemon) -> None:
+    port = daemon.last_port - 9
     done = daemon.portd(
         "lease",
         "full",
@@ -45,7 +46,7 @@ def test_every_option_reaches_the_daemon(daemon: Daemon) -> None:
         "--endpoint",
         "metrics",
         "--port",
-        "24390",
+        str(port),
         "--exact",
         "--ttl",
         "5m",
@@ -67,7 +68,7 @@ def test_every_option_reaches_the_daemon(daemon: Daemon) -> None:
     assert (lease["instance"], lease["endpoint"], lease["port"], lease["hold"]) == (
         "full-blue",
         "metrics",
-        24390,
+        port,
         "none",
     )
     assert lease["tags"] == ["blue", "fast"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli.bed import Daemon, end, wait_for
+from tests.support.ports import free_tcp_port
 
 REPORT = "import json, os, sys; print(json.dumps({'pid': os.getpid(), 'env': dict(os.environ), 'words': sys.argv[1:]}))"
 
@@ -31,6 +32,7 @@ def test_the_command_replaces_portd_under_the_same_pid(daemon: Daemon) -> None:
 
 
 def test_the_command_gets_its_lease_by_environment_and_placeholders(daemon: Daemon) -> None:
+    port = daemon.last_port - 22
     got, pid = reported(
         daemon,
         "given-to",
@@ -39,7 +41,7 @@ def test_the_command_gets_its_lease_by_environment_and_placeholders(daemon: Daem
         "--endpoint",
         "metrics",
         "--endpoint",
-        "grpc-web:24377",
+        f"grpc-web:{port}",
         command=("--bind={host}:{port}", "{port:metrics},{port:grpc-web}", "{other}"),
     )
     environ = got["env"]
@@ -49,8 +51,8 @@ def test_the_command_gets_its_lease_by_environment_and_placeholders(daemon: Daem
     assert environ["HOST"] == "127.0.0.1"
     assert environ["PORTD_TOKEN"]
     assert environ["PORTD_URL"] == daemon.url
-    assert environ["PORT_GRPC_WEB"] == "24377"
-    assert got["words"] == [f"--bind=127.0.0.1:{environ['PORT']}", f"{environ['PORT_METRICS']},24377", "{other}"]
+    assert environ["PORT_GRPC_WEB"] == str(port)
+    assert got["words"] == [f"--bind=127.0.0.1:{environ['PORT']}", f"{environ['PORT_METRICS']},{port}", "{other}"]
 
 
 def test_all_endpoints_are_of_one_instance_and_end_with_the_command(daemon: Daemon) -> None:
@@ -101,8 +103,9 @@ def test_a_command_that_cannot_run_leaves_one_line_and_no_lease(daemon: Daemon) 
 
 
 def test_own_address_is_given_as_host(daemon: Daemon) -> None:
-    got, _ = reported(daemon, "postgres", "--own-address", "--port", "5432")
-    assert got["env"]["PORT"] == "5432"
+    port = str(free_tcp_port("0.0.0.0"))  # a well-known one may be listened on at every address of this host
+    got, _ = reported(daemon, "postgres", "--own-address", "--port", port)
+    assert got["env"]["PORT"] == port
     assert got["env"]["HOST"].startswith("127.77.")
 
 
@@ -261,9 +264,10 @@ def test_an_endpoint_may_be_relative_to_the_main_port(daemon: Daemon) -> None:
 
 
 def test_the_first_free_of_several_ports_is_leased(daemon: Daemon) -> None:
-    with socket.create_server(("127.0.0.1", 24380)):
-        got, _ = reported(daemon, "several", "--port", "24380,24381-24385", "--exact")
-    assert got["env"]["PORT"] == "24381"
+    first = daemon.last_port - 19
+    with socket.create_server(("127.0.0.1", first)):
+        got, _ = reported(daemon, "several", "--port", f"{first},{first + 1}-{first + 5}", "--exact")
+    assert got["env"]["PORT"] == str(first + 1)
 
 
 def test_localhost_is_given_as_host(daemon: Daemon) -> None:

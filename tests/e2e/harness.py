@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tests.support.ports import claim_ports, free_tcp_port
+
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20.0
 NOBODY = 65534
-POOL_BLOCKS = range(61_000, 65_500, 100)
-"""Where pools are taken from, above the kernel's ephemeral range and what others may run meanwhile: blocks of ports."""
-
 CONFIG = """\
 {pools}
 [listen]
@@ -350,37 +349,6 @@ def tell(process: subprocess.Popen[str], line: str = "") -> None:
 
 
 # --- sockets ---
-
-
-def claim_ports(count: int) -> tuple[int, list[socket.socket]]:
-    """Claim `count` consecutive ports (at least) that no other run of these tests on this host uses meanwhile.
-
-    Returns the first one, and the claims: abstract unix sockets, one a block, given up when they are closed.
-    """
-    claims: list[socket.socket] = []
-    for first in POOL_BLOCKS:
-        claim = socket.socket(socket.AF_UNIX)
-        claims.append(claim)
-        try:
-            claim.bind(f"\0portd-e2e-{first}")
-        except OSError:
-            for one in claims:
-                one.close()
-            claims.clear()
-            continue
-        if len(claims) * POOL_BLOCKS.step >= count:
-            return first - (len(claims) - 1) * POOL_BLOCKS.step, claims
-    for one in claims:
-        one.close()
-    raise AssertionError("no ports are left to claim")
-
-
-def free_tcp_port() -> int:
-    """Return a port of the kernel's choice."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def listen_on(port: int, address: str = "127.0.0.1") -> socket.socket:

@@ -21,6 +21,7 @@ from portd.adapters.http.authenticator import WRONG_TOKEN_DELAY_S
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.harness import NOBODY, Connection, Daemon, Reply, dial, listen_on, owner, wait_for
 from tests.e2e.puppet import Puppet, receive
+from tests.support.certificates import issue
 
 TOKEN = "a token of the configuration"
 ADMIN = "an admin's token"
@@ -77,12 +78,12 @@ def test_the_token_is_shown_once_and_not_in_the_store(daemon: Daemon) -> None:
 
 def test_another_user_reads_everything_but_programs_and_command_lines(daemon: Daemon, nobody: Puppet) -> None:
     with owner() as process:
-        mine = daemon.lease("readable", pid=process.pid)
-        theirs = nobody.lease("readable")
+        mine = daemon.lease("readable", pid=process.pid, tags=["readable"])
+        theirs = nobody.lease("readable-too", tags=["readable"])
         for over in ("unix", "tcp"):
             seen = {
                 lease["id"]: lease
-                for lease in nobody.call("GET", "/v1/leases?service=readable", over=over).body["leases"]
+                for lease in nobody.call("GET", "/v1/leases?tag=readable", over=over).body["leases"]
             }
             assert (seen[mine["id"]]["owner"]["exe"], seen[mine["id"]]["owner"]["cmdline"]) == (None, None)
             assert seen[theirs["id"]]["owner"]["cmdline"][-2:] == ["tests.e2e.puppet", str(NOBODY)]
@@ -302,30 +303,7 @@ def test_a_pid_from_a_lower_pid_namespace_is_that_namespaces_own(daemon: Daemon)
 @pytest.fixture
 def remote(make_daemon: MakeDaemon, network: str, place: Path) -> Daemon:
     """A daemon that serves HERE over TLS, and loopback too."""
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=portd",
-            "-addext",
-            f"subjectAltName=IP:{HERE},IP:127.0.0.1",
-            "-keyout",
-            str(place / "key.pem"),
-            "-out",
-            str(place / "cert.pem"),
-        ],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+    issue(place / "cert.pem", place / "key.pem", "portd", f"subjectAltName = IP:{HERE}, IP:127.0.0.1")
     tokens = "".join(
         f'[[auth.tokens]]\nname = "{name}"\nadmin = {admin}\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
         for name, token, admin in (("ci", TOKEN, "false"), ("ops", ADMIN, "true"))

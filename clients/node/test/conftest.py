@@ -18,19 +18,17 @@ INSTALL_TIMEOUT_S = 240.0
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A running daemon that the tests share: each takes service names of its own."""
-    made = Daemon(tmp_path_factory.mktemp("portd"), "25500-25599")
-    made.start()
-    yield made
-    made.stop()
+    with Daemon(tmp_path_factory.mktemp("portd"), 100) as made:
+        made.start()
+        yield made
 
 
 @pytest.fixture
 def own_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon for one test alone, running, which it may stop and start."""
-    made = Daemon(tmp_path_factory.mktemp("portd"), "25600-25649")
-    made.start()
-    yield made
-    made.stop()
+    with Daemon(tmp_path_factory.mktemp("portd"), 100) as made:
+        made.start()
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -45,12 +45,13 @@ def test_listen_returns_a_listening_socket_on_the_leased_port(daemon: Daemon) ->
 
 
 def test_every_option_of_the_api_can_be_given(daemon: Daemon) -> None:
+    port = daemon.last_port
     with portd_client.lease(
         "optional",
         client=daemon.client,
         instance="blue",
         endpoint="metrics",
-        port=24599,
+        port=port,
         exact=True,
         ttl=60,
         tags=["a"],
@@ -60,7 +61,7 @@ def test_every_option_of_the_api_can_be_given(daemon: Daemon) -> None:
         announce=None,
     ) as lease:
         document = daemon.client.lease(lease.id)
-        assert (document["instance"], document["endpoint"], document["port"]) == ("blue", "metrics", 24599)
+        assert (document["instance"], document["endpoint"], document["port"]) == ("blue", "metrics", port)
         assert (document["tags"], document["metadata"], document["lifetime"]) == (["a"], {"k": "v"}, "ttl")
         check = document["check"]
         assert check is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from portd import __version__
 from portd.core.model import HttpCheck
+from tests.support.certificates import issue
 
 
 @pytest.mark.parametrize(
@@ -314,33 +314,11 @@ def test_a_check_goes_to_the_lease_s_own_address(
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate of 127.0.0.1, by openssl."""
+    """A self-signed certificate of 127.0.0.1."""
     home = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=portd test",
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            home / "key.pem",
-            "-out",
-            home / "cert.pem",
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return home / "cert.pem", home / "key.pem"
+    files = home / "cert.pem", home / "key.pem"
+    issue(*files, "portd test", "subjectAltName = IP:127.0.0.1")
+    return files
 
 
 @pytest.mark.parametrize(

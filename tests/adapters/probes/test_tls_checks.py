@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from portd.core.model import Check, GrpcCheck, HttpCheck, Owner, TcpCheck, Tls
+from tests.support.certificates import issue
 
 NAME = "orders.example.com"
 MINE = Owner(uid=os.getuid(), known_by="peercred")
@@ -31,22 +31,15 @@ class Files(NamedTuple):
     client_key: Path
 
 
-def openssl(*words: object) -> None:
-    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     home = tmp_path_factory.mktemp("authority")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *curve, "-keyout", home / "ca.key", "-out", home / "ca.pem", "-subj", "/CN=ca", "-days", 2)
-    for name, extension in (("server", f"subjectAltName=DNS:{NAME}"), ("client", "extendedKeyUsage=clientAuth")):
-        key, request, extra = home / f"{name}.key", home / f"{name}.csr", home / f"{name}.ext"
-        openssl("req", *curve, "-keyout", key, "-out", request, "-subj", f"/CN={name}")
-        extra.write_text(extension)
-        signed = ("-CA", home / "ca.pem", "-CAkey", home / "ca.key", "-CAcreateserial", "-extfile", extra)
-        openssl("x509", "-req", "-in", request, *signed, "-out", home / f"{name}.pem", "-days", 2)
-    return Files(*(home / name for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")))
+    authority = home / "ca.pem", home / "ca.key"
+    issue(*authority, "ca", "basicConstraints = critical, CA:TRUE")
+    server, client = (home / "server.pem", home / "server.key"), (home / "client.pem", home / "client.key")
+    issue(*server, "server", f"subjectAltName = DNS:{NAME}", ca=authority)
+    issue(*client, "client", "extendedKeyUsage = clientAuth", ca=authority)
+    return Files(authority[0], *server, *client)
 
 
 def server_context(files: Files, *, wants_client: bool = False) -> ssl.SSLContext:
