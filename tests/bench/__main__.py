@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "lookup": ("lookup", "fanout", "dns", "checks"),
     "lan": ("lan",),
     "clients": ("starts", "cli"),
+    "users": ("abuse",),
 }
 """What is measured under which name: rooms of this directory, each with `async def measure() -> list[dict]`."""
 

@@ -34,7 +34,7 @@ http = "127.0.0.1:{port}"
 ranges = ["{ports}"]
 [leases]
 cooldown = 0
-quota_per_uid = 0
+quota_per_uid = {quota}
 [store]
 path = "{directory}/portd.db"
 [mdns]
@@ -112,14 +112,18 @@ class Call(http.client.HTTPConnection):
 
 
 class Portd:
-    """A daemon on a directory of its own; nothing in it runs out, and ended leases' ports come back at once."""
+    """A daemon on a directory of its own; ended leases' ports come back at once.
 
-    def __init__(self, directory: str, ports: str = "10000-31000") -> None:
+    `quota` is the leases of one user; 0: nothing runs out.
+    """
+
+    def __init__(self, directory: str, ports: str = "10000-31000", quota: int = 0) -> None:
         self.socket = f"{directory}/portd.sock"
         self.handoff = f"{directory}/handoff.sock"
         self.http = f"127.0.0.1:{free_port()}"
         self._config = Path(directory, "portd.toml")
-        self._config.write_text(CONFIG.format(directory=directory, port=self.http.partition(":")[2], ports=ports))
+        port = self.http.partition(":")[2]
+        self._config.write_text(CONFIG.format(directory=directory, port=port, ports=ports, quota=quota))
 
     @contextlib.contextmanager
     def serving(self, core: int | None = SERVER_CORE) -> Iterator[subprocess.Popen[Any]]:
