@@ -73,6 +73,8 @@ def allowed(module):
         technology = ".".join(module.split(".")[:3])
         callers = {"portd.adapters.handoff", "portd.adapters.portserver", "portd.adapters.consul"}
         handoff = ENGINE if technology in callers else set()
+        if technology == "portd.adapters.etcd":
+            handoff = {"portd.cluster"}  # the shell of its state machines, as the HTTP module is of the service's
         return {
             "portd.core",
             "portd.leasing.seams",
