@@ -364,7 +364,7 @@ _PATTERNS: Final = {
     repr(LABEL_PATTERN): "is not a name of 1 to 63 of a-z, 0-9 and '-'",
     repr(SHA256_PATTERN): "is not a SHA-256 in 64 hexadecimal digits",
 }
-"""What a person is told in place of a regular expression."""
+"""What an error says in place of a regular expression."""
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

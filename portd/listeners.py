@@ -58,7 +58,7 @@ def split_dns(settings: Settings, passed: Sequence[socket.socket]) -> tuple[list
 
 
 def is_off(settings: Settings, listener: socket.socket) -> bool:
-    """Tell whether the configuration disables what this socket, a passed one, is for."""
+    """Return whether the configuration disables what this socket, a passed one, is for."""
     listen = settings.listen
     if listener.family != socket.AF_UNIX:
         return listen.http in ("", ())
@@ -93,7 +93,7 @@ def open_unix(path: str, kind: socket.SocketKind, mode: int, setting: str = "soc
                 probe.connect(path)
                 raise StateInUse(f"another daemon answers at {path}: stop it, or {remedy}")
             if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise StateUnusable(f"{path} can't be served: a file that is no socket is in its way; {remedy}")
+                raise StateUnusable(f"{path} can't be served: a file that is not a socket has this name; {remedy}")
             Path(path).unlink(missing_ok=True)
             listener.bind(path)
             Path(path).chmod(mode)
@@ -157,7 +157,7 @@ def _danger(directory: Path, innermost: Path) -> str | None:
 
 
 def _is_private(gid: int) -> bool:
-    """Tell whether a group is the process's own alone (a user private group)."""
+    """Return whether a group is the process's own alone (a user private group)."""
     try:
         members = set(grp.getgrgid(gid).gr_mem)
     except KeyError:

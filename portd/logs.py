@@ -152,7 +152,7 @@ class RateLimit:
         self._left_out: Counter[tuple[str, str]] = Counter()
 
     def allows(self, kind: str, user: Callable[[], str]) -> bool:
-        """Tell whether one more line may be written in this second; else count it under its kind and user."""
+        """Return whether one more line may be written in this second; else count it under its kind and user."""
         if not self._line_count:
             asyncio.get_running_loop().call_later(1.0, self._end_second)
         self._line_count += 1

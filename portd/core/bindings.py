@@ -26,7 +26,7 @@ class Binding(NamedTuple):
 
 
 def overlaps(a: str, b: str, *, v6only: bool = False) -> bool:
-    """Tell whether two bound addresses exclude each other on the same port.
+    """Return whether two bound addresses exclude each other on the same port.
 
     `v6only` says that `a` was bound with IPV6_V6ONLY: as `::` it then leaves IPv4 alone (RFC 3493 section 5.3).
     """
@@ -57,12 +57,12 @@ def addresses_of(address: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def is_loopback(address: str) -> bool:
-    """Tell whether an address is one of this host's loopback addresses, or `localhost`."""
+    """Return whether an address is one of this host's loopback addresses, or `localhost`."""
     return address == LOCALHOST or ip_address(address).is_loopback
 
 
 def conflicts_at(listener: Listener, lease: Lease) -> bool:
-    """Tell whether a listener is at the lease's own protocol and address; both are on the same number."""
+    """Return whether a listener is at the lease's own protocol and address; both are on the same number."""
     return listener.protocol in lease.protocols and overlaps(listener.address, lease.address, v6only=listener.v6only)
 
 
@@ -72,6 +72,6 @@ def binding_of(lease: Lease) -> Binding:
 
 
 def conflicts(a: Binding, b: Binding) -> bool:
-    """Tell whether two bindings exclude each other in the kernel."""
+    """Return whether two bindings exclude each other in the kernel."""
     same_protocol = "both" in (a.protocol, b.protocol) or a.protocol == b.protocol
     return a.port == b.port and same_protocol and overlaps(a.address, b.address)

@@ -140,7 +140,7 @@ class ConnectCheck(CheckTiming, frozen=True, gc=False, kw_only=True, forbid_unkn
 
 
 class HttpCheck(ConnectCheck, frozen=True, gc=False, kw_only=True, forbid_unknown_fields=True, tag="http"):
-    """GET (or `method`) `path` on the lease's own address and port: 2xx passes unless told otherwise, 429 warns."""
+    """GET (or `method`) `path` on the lease's own address and port: 2xx or `expect_status` passes, 429 warns."""
 
     path: Annotated[str, Meta(pattern=r"^/[\x21-\x7e]*\Z", max_length=2048)] = "/"
     method: Literal["GET", "HEAD", "POST", "OPTIONS"] = "GET"

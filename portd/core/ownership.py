@@ -113,7 +113,7 @@ def judge(
 
 
 def may_stand_in(listener: Listener, lease: Lease, others: Iterable[Lease]) -> bool:
-    """Tell whether a listener at another address than the lease's may be the lease's own.
+    """Return whether a listener at another address than the lease's may be the lease's own.
 
     A program that was given 127.0.0.1 may listen on ::1 or another loopback address: "localhost" is what the resolver
     says. Own addresses are exempt: many instances have one number there. So is a listener on another lease's address.
@@ -192,7 +192,7 @@ class Seen(NamedTuple):
 
 
 def is_one_service(owner: Owner) -> bool:
-    """Tell whether all processes of the owner's systemd unit are one service.
+    """Return whether all processes of the owner's systemd unit are one service.
 
     A scope is not: it is a login session, a terminal or a container, with whatever was started there. Nor is the
     manager of a user's units.
@@ -202,10 +202,10 @@ def is_one_service(owner: Owner) -> bool:
 
 
 def shows(credential: Credential, lease: Lease) -> bool:
-    """Tell whether a credential is the lease's id with its token."""
+    """Return whether a credential is the lease's id with its token."""
     return credential.lease_id == lease.id and hmac.compare_digest(credential.token_hash, lease.token_hash)
 
 
 def started_after_grant(owner: Owner, lease: Lease) -> bool:
-    """Tell whether a process was started after the lease was granted."""
+    """Return whether a process was started after the lease was granted."""
     return owner.started_at is not None and owner.started_at >= lease.created_at - START_TOLERANCE_S

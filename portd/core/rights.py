@@ -78,5 +78,5 @@ def sees_check(caller: Caller, lease: Lease) -> bool:
 
 
 def can_run_as(daemon_uid: int, uid: int | None) -> bool:
-    """Tell whether the daemon can run a program with exactly the rights of a lease's user: root can become anybody."""
+    """Return whether the daemon can run a program with exactly the rights of a lease's user; root can always."""
     return uid is not None and daemon_uid in (0, uid)

@@ -53,7 +53,7 @@ class Change(NamedTuple):
 
 
 def is_legal(lease: Lease, move: EventType) -> bool:
-    """Tell whether the lease may make this move now."""
+    """Return whether the lease may make this move now."""
     return lease.state in MOVES[move].sources
 
 

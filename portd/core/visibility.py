@@ -56,7 +56,7 @@ def serving(leases: Iterable[Lease], when_all_critical: WhenAllCritical = "none"
 
 
 def is_healthy(lease: Lease) -> bool:
-    """Tell whether the lease's own check, if it has one, lets callers in. A check without a result yet does not."""
+    """Return whether the lease's own check, if it has one, lets callers in. A check without a result yet does not."""
     return lease.check is None or lease.health in SERVING_HEALTH
 
 
@@ -85,7 +85,7 @@ def reachable_at(lease: Lease, asked_at: str | None = None) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def is_loopback(address: str) -> bool:
-    """Tell whether an address (or `localhost`) is reached from this host alone."""
+    """Return whether an address (or `localhost`) is reached from this host alone."""
     if address == LOCALHOST:
         return True
     parsed = ipaddress.ip_address(address)

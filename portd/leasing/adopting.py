@@ -1,7 +1,7 @@
 """Adoption: a lease for the process that listens on a port already.
 
-The listener is found in the kernel's socket table before the grant is decided; nothing is bound and no hold is placed
-while its socket is in the way. This module must not know how a socket is attributed to its process.
+The listener is found in the kernel's socket table before the grant is decided; nothing is bound, and no hold is placed
+while its socket conflicts. This module must not know how a socket is attributed to its process.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Adopter:
 
 
 def _is_at(listener: Listener, address: str) -> bool:
-    """Tell whether a listener serves callers of an address; a loopback address stands for every other one."""
+    """Return whether a listener serves callers of an address; a loopback address stands for every other one."""
     if overlaps(listener.address, address, v6only=listener.v6only):
         return True
     return is_loopback(address) and is_loopback(listener.address)

@@ -188,7 +188,7 @@ class Decider:
         raise no_port(self._allocator, self._table, draft.ports, search, pending.now.tick, self.policy)
 
     def _adopt(self, draft: Draft, adopted: Adopted, pending: Pending, reserve: Reserve) -> Grant:
-        """Reserve the port that the process listens on. Nothing is held while its socket is in the way."""
+        """Reserve the port that the process listens on. Nothing is held while its socket conflicts."""
         request = draft.ports._replace(address=adopted.address, is_exact=True)
         (port,) = request.ports
         name, binding = request.name, request.on(port)
@@ -198,7 +198,7 @@ class Decider:
         draft.fields["address"] = adopted.address
         grant = self._reserve(draft, port, pending, reserve)
         pending.changes.append(Change(grant.lease.id, "bound", adopted.seen._asdict()))
-        pending.on_commit(partial(self._keeper.restore, grant.lease))  # once its owner's socket is not in the way
+        pending.on_commit(partial(self._keeper.restore, grant.lease))  # once its owner's socket no longer conflicts
         return grant
 
     def _grant_together(

@@ -147,7 +147,7 @@ class LeaseQueries:
 
     @property
     def without_hold_count(self) -> int:
-        """Return how many leases have no hold because somebody's socket was in the way at the start."""
+        """Return how many leases have no hold because a socket conflicted with it at the start."""
         return len(self._keeper.missing)
 
     def warnings(self) -> list[str]:

@@ -22,7 +22,7 @@ class Search(dict[int, Reason]):
 
     @property
     def is_forbidden(self) -> bool:
-        """Return whether nothing but missing privilege stood in the way."""
+        """Return whether missing privilege is the only reason."""
         return bool(self) and not set(self.values()) - {"forbidden", "privileged"}
 
 
@@ -40,10 +40,10 @@ def no_port(
         if len(refusals) == 1:
             return refusals[0]
         waits = [refusal.retry_after_s for refusal in refusals if refusal.retry_after_s is not None]
-        told = "; ".join(refusal.detail.partition(": ")[0] for refusal in refusals[:3])
+        reasons = "; ".join(refusal.detail.partition(": ")[0] for refusal in refusals[:3])
         more = f"; and {len(refusals) - 3} more" if len(refusals) > 3 else ""
         return PortTaken(
-            f"none of the {len(refusals)} requested ports is free ({told}{more}): request others, or omit 'exact'",
+            f"none of the {len(refusals)} requested ports is free ({reasons}{more}): request others, or omit 'exact'",
             pointer="/port",
             retry_after_s=min(waits, default=None),
         )

@@ -40,7 +40,7 @@ class Holds(Protocol):
         """
 
     def restore(self, lease_id: str, protocol: LeaseProtocol, address: str, port: int, kind: HoldKind) -> bool:
-        """Take a hold back after a restart; False while the owner's own listening socket is in the way (try later)."""
+        """Bind a hold again after a restart; False while the owner's listening socket conflicts (try later)."""
 
     def drop(self, lease_id: str) -> None:
         """Close the lease's hold; nothing happens when it has none."""
@@ -51,7 +51,7 @@ class Holds(Protocol):
 
 
 class Process(NamedTuple):
-    """A live process: who it is for the lease table, and what can be told about it."""
+    """A live process: its identity in the lease table, and what is known about it."""
 
     id: ProcessId
     owner: Owner
@@ -88,12 +88,12 @@ class Processes(Protocol):
         """Close the pidfd; nothing happens when there is none."""
 
     def is_alive(self, process: ProcessId) -> bool:
-        """Tell whether exactly this process (start time and boot compared) still runs."""
+        """Return whether exactly this process (start time and boot compared) still runs."""
 
 
 REVISION_GAP: Final = 1 << 20
-"""How far revisions jump at a start. An observation may have been told and then lost with a crash: its number must not
-come again. Small against 2**53, the end of JSON's integers: there is room for eight billion starts."""
+"""How far revisions jump at a start. An observation may have been published and then lost in a crash: its number must
+not be used again. Small against 2**53, the end of JSON's integers: enough for eight billion starts."""
 
 
 class Loaded(NamedTuple):
@@ -196,7 +196,7 @@ class Peer(NamedTuple):
 
 
 class Peers(Protocol):
-    """The kernel's word about who calls."""
+    """The identity of a caller, as the kernel reports it."""
 
     def of_unix(self, connection: socket.socket) -> Peer:
         """Read SO_PEERCRED and SO_PEERGROUPS (unix(7)): who called connect()."""

@@ -133,7 +133,7 @@ class LeaseClocks:
 
 
 class HoldKeeper:
-    """The holds that should be there and are not: a socket was in the way at the start, mostly the owner's own."""
+    """The holds that are missing because a socket conflicted at the start, mostly the owner's own."""
 
     def __init__(self, holds: Holds) -> None:
         self._holds = holds

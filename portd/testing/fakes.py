@@ -14,7 +14,7 @@ BOOT_ID = "0b00701d-0000-4000-8000-000000000000"
 
 
 class FakeClock:
-    """A clock that stands still until it is told to go on."""
+    """A clock that stands still until a test advances it."""
 
     def __init__(self, at: float = 1_700_000_000.0) -> None:
         self._now = Now(at, 0.0)
@@ -68,7 +68,7 @@ class FakeHolds:
         self.held.pop(lease_id, None)
 
     def is_free(self, protocol: Protocol, address: str, port: int, *, whole: bool = False) -> bool:
-        """Tell whether nobody has the port."""
+        """Return whether nobody has the port."""
         if whole and not self.is_free(protocol, "::", port):
             return False
         place = Binding(protocol, address, port)
@@ -102,7 +102,7 @@ class FakeProcesses:
         return identity
 
     def end(self, pid: int) -> None:
-        """End a process: its watcher is told."""
+        """End a process and notify its watcher."""
         process = self._alive.pop(pid)
         watcher = self._watched.pop(process.id, None)
         if watcher is not None:
@@ -116,7 +116,7 @@ class FakeProcesses:
         return owner
 
     def vanish(self, pid: int) -> None:
-        """End a process whose watcher is not told yet, as between the exit and the next turn of the loop."""
+        """End a process before its watcher is notified, as between the exit and the next turn of the loop."""
         del self._alive[pid]
 
     def find(self, pid: int, known_by: KnownBy) -> Process:
@@ -140,12 +140,12 @@ class FakeProcesses:
         self._watched.pop(process, None)
 
     def is_alive(self, process: ProcessId) -> bool:
-        """Tell whether exactly this process runs."""
+        """Return whether exactly this process runs."""
         alive = self._alive.get(process.pid)
         return alive is not None and alive.id == process
 
     def is_running(self, pid: int) -> bool:
-        """Tell whether a process with this pid runs."""
+        """Return whether a process with this pid runs."""
         return pid in self._alive
 
     def forget_watchers(self) -> None:

@@ -1,4 +1,4 @@
-"""A store that forgets with the process, and fails when it is told to; for tests that drive the service alone."""
+"""A store that forgets with the process, and fails when a test asks for it; for tests that drive the service alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MemoryStore:
         )
 
     async def commit(self, events: Sequence[Event]) -> None:
-        """Keep the events, unless told to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
+        """Keep the events, unless set to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
         if self.gate.is_set() and not self._late:
             self._write(events)
             return

@@ -31,7 +31,7 @@ def service_name(lease: Lease) -> str:
 
 
 def affects(event: Event, name: str) -> bool:
-    """Tell whether an event may change the answers about a Consul service: its own, or one of another endpoint's."""
+    """Return whether an event may change the answers about a Consul service: its own, or one of another endpoint's."""
     return service_name(event.lease) == name or name.startswith(f"{event.lease.service}-")
 
 

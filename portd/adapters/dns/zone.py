@@ -111,11 +111,11 @@ class Service(Source):
         return {instance: each for instance, each in found.items() if each.lease.state in ("held", "bound")}
 
     def has(self, instance: str, endpoint: str) -> bool:
-        """Tell whether a live lease has this endpoint of an instance."""
+        """Return whether a live lease has this endpoint of an instance."""
         return instance in self._endpoints.get(endpoint, {})
 
     def has_instance(self, instance: str) -> bool:
-        """Tell whether a live lease is an endpoint of this instance."""
+        """Return whether a live lease is an endpoint of this instance."""
         return any(instance in instances for instances in self._endpoints.values())
 
     def change(self) -> None:
@@ -284,7 +284,7 @@ class Zone(Source):
         return len(self._nodes) + len(self._fixed)
 
     def __contains__(self, lease_id: str) -> bool:
-        """Tell whether a lease is known."""
+        """Return whether a lease is known."""
         return lease_id in self._endpoints
 
     @property

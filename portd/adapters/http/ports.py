@@ -261,7 +261,7 @@ class OwnerSearch:
 
 
 def is_left_over(holder: Holder, ended: Lease) -> bool:
-    """Tell whether a process is an ended lease's: its owner, a descendant of it, or a bearer of its token."""
+    """Return whether a process is an ended lease's: its owner, a descendant of it, or a bearer of its token."""
     known = {*ended.kin} | (set() if ended.process is None else {key_of(ended.process)})
     return any(ancestor in known for ancestor in holder.ancestors) or any(
         shows(credential, ended) for credential in holder.credentials

@@ -56,7 +56,7 @@ class Attribution:
             self._known = {inode: known for inode, known in self._known.items() if inode in inodes}
 
     def is_due(self, inode: int, now: float) -> bool:
-        """Tell whether a socket must be attributed: it is new, or it is time to do it again."""
+        """Return whether a socket must be attributed: it is new, or it is time to do it again."""
         known = self._known.get(inode)
         return known is None or known.again_at <= now
 

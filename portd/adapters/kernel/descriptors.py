@@ -27,7 +27,7 @@ def check_unreserved(descriptor: int) -> None:
 
 
 def are_short() -> bool:
-    """Tell whether nearly all descriptors outside the reserve are in use."""
+    """Return whether nearly all descriptors outside the reserve are in use."""
     with open(os.devnull) as file:
         return file.fileno() >= _first_reserved - _first_reserved // 20
 

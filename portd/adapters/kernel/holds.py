@@ -83,8 +83,8 @@ class KernelHolds:
         return "taken"
 
     def restore(self, lease_id: str, protocol: Protocol, address: str, port: int, kind: HoldKind) -> bool:
-        """Take a hold back; False while a socket of the owner's is in the way. What a hold does not keep is not
-        tested: a shared hold of `both` comes back though the owner's UDP socket is there."""
+        """Bind a hold again; False while a socket of the owner's conflicts. A protocol that the hold does not cover is
+        not tested: a shared hold of `both` is restored although the owner's UDP socket is bound."""
         if lease_id in self._held:
             return True
         try:
@@ -102,7 +102,7 @@ class KernelHolds:
             held.close()
 
     def is_free(self, protocol: Protocol, address: str, port: int, *, whole: bool = False) -> bool:
-        """Tell whether nobody has the port bound (`whole`: at any address of the host), without keeping it.
+        """Return whether nobody has the port bound (`whole`: at any address of the host), without keeping it.
 
         What can't be tried, for want of descriptors or of rights, does not count as free. An address that has left
         this host does: there is nothing to wait for.
@@ -247,7 +247,7 @@ class KernelHolds:
         return bound
 
     def _is_alone(self, bound: socket.socket, address: str, port: int) -> bool:
-        """Tell whether the socket table shows this TCP socket, and no other one in its way.
+        """Return whether the socket table shows this TCP socket, and none that conflicts with it.
 
         A table that does not show it (Linux before 6.8), or can't be read, would not show a foreign process's either:
         then nothing is proved, and the port counts as taken until the old connections have ended (TIME_WAIT: a minute).
@@ -278,7 +278,7 @@ def _bind(part: Part, address: str, port: int, *, reuse: bool) -> socket.socket:
 
 
 def _is_in_way(other: Listener, address: str) -> bool:
-    """Tell whether a bound socket and a hold exclude each other: `::` with v6only excludes IPv6 alone."""
+    """Return whether a bound socket and a hold exclude each other: `::` with v6only excludes IPv6 alone."""
     if other.address == "::" and other.v6only:
         return ":" in address
     return overlaps(other.address, address)

@@ -64,14 +64,14 @@ class KernelPeers:
         )
 
     def _is_other_network(self, connection: socket.socket, pid: int) -> bool:
-        """Tell whether a unix peer's socket or process is in another network namespace, or neither is known."""
+        """Return whether a unix peer's socket or process is in another network namespace, or neither is known."""
         cookie = _network_cookie(connection)
         if cookie != self._cookie or (cookie is None and not pid):
             return True
         return bool(pid) and procfs.network_namespace(pid) != self._network
 
     def _is_other_users(self, pid: int | None) -> bool:
-        """Tell whether a process is in another user namespace, or that is not known."""
+        """Return whether a process is in another user namespace, or that is not known."""
         return not pid or procfs.user_map(pid) != self._users
 
     def of_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Peer | None:

@@ -124,7 +124,7 @@ class KernelProcesses:
             self._forget(known)
 
     def is_alive(self, process: ProcessId) -> bool:
-        """Tell whether exactly this process still runs.
+        """Return whether exactly this process still runs.
 
         Where that can't be known (the file limit) it does: rather a lease too many for a while than one too few.
         """
@@ -234,7 +234,7 @@ class KernelProcesses:
             raise ForeignNetwork(pid)
 
     def _is(self, process: ProcessId, pidfd: int) -> bool:
-        """Tell whether a pidfd refers to exactly this process, and it runs; raises ProcessGone, OSError."""
+        """Return whether a pidfd refers to exactly this process, and it runs; raises ProcessGone, OSError."""
         return self._identity(process.pid, pidfd, _stat(process.pid)) == process and not _has_exited(pidfd)
 
     def _identity(self, pid: int, pidfd: int, stat: procfs.Stat) -> ProcessId:
@@ -270,14 +270,14 @@ def _stat(pid: int) -> procfs.Stat:
 
 
 def _has_exited(pidfd: int) -> bool:
-    """Tell whether a pidfd's process is gone: it becomes readable then. Half a microsecond."""
+    """Return whether a pidfd's process is gone: it becomes readable then. Half a microsecond."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _pidfds_are_numbered() -> bool:
-    """Tell whether pidfds have inodes of their own. Before pidfs they shared one, with all anonymous descriptors."""
+    """Return whether pidfds have inodes of their own. Before pidfs they shared one, with all anonymous descriptors."""
     pidfd, anonymous = os.pidfd_open(os.getpid()), os.eventfd(0)
     try:
         return os.fstat(pidfd).st_dev != os.fstat(anonymous).st_dev

@@ -122,7 +122,7 @@ class Succession:
             self._lapsed.setdefault(lease.port, {})[lease.id] = lease, until
 
     def is_waiting(self) -> bool:
-        """Tell whether an ended lease may still be taken up again; forgets those whose time is over."""
+        """Return whether an ended lease may still be taken up again; forgets those whose time is over."""
         now = asyncio.get_running_loop().time()
         for port, lapsed in list(self._lapsed.items()):
             for lease_id in [lease_id for lease_id, (_, until) in lapsed.items() if until <= now]:
@@ -132,7 +132,7 @@ class Succession:
         return bool(self._lapsed)
 
     def is_expected_on(self, port: int) -> bool:
-        """Tell whether an ended lease of this port may still be taken up again."""
+        """Return whether an ended lease of this port may still be taken up again."""
         return port in self._lapsed
 
     def judge_port(self, port: int, listeners: Sequence[Listener]) -> list[int]:

@@ -145,7 +145,7 @@ class Exchange:
 
 
 def is_expected(check: HttpCheck, status: int) -> bool:
-    """Tell whether the status is one that passes."""
+    """Return whether the status is one that passes."""
     return status in check.expect_status if check.expect_status else 200 <= status < 300
 
 

@@ -111,7 +111,7 @@ class _Watched:
         return self.lease.user
 
     def stands_for(self, lease: Lease) -> bool:
-        """Tell whether the check is still the one that the lease has now."""
+        """Return whether the check is still the one that the lease has now."""
         mine = self.lease
         return (mine.check, mine.address, mine.port) == (lease.check, lease.address, lease.port) and _is_checked(lease)
 
@@ -161,7 +161,7 @@ class Prober:
 
     @property
     def is_late(self) -> bool:
-        """Tell whether a check waited too long for a slot within the last LATE_KEPT_S."""
+        """Return whether a check waited too long for a slot within the last LATE_KEPT_S."""
         return self._clock.now().tick - self._late_at < LATE_KEPT_S
 
     def set_concurrency(self, concurrency: int) -> None:
@@ -432,7 +432,7 @@ class Prober:
 
 
 def _is_checked(lease: Lease) -> bool:
-    """Tell whether the lease has a check that runs now: a service that reports does so from the grant on."""
+    """Return whether the lease has a check that runs now: a service that reports does so from the grant on."""
     if lease.check is None:
         return False
     return lease.state == "bound" or (lease.state == "held" and isinstance(lease.check, ReportCheck))

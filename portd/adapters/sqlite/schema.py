@@ -63,8 +63,8 @@ MIGRATIONS: Final[Sequence[str]] = (
     # body of a live lease is, and `live`, which tells what event that is. A lease that has ended is in `ended`, whole:
     # the key is the revision of the end, so that the table grows at its end alone, and the indexes hold all that the
     # remembered and the forgetting compare, so that neither reads a body in vain. Events up to `pruned_to` (in `meta`)
-    # are no news any more: most have gone, what is left is what live leases are. Where that had gone too, an event is
-    # made up here from the lease; it lies below `pruned_to`, and nobody is ever told of it.
+    # are history: most are deleted, except those that hold the body of a live lease. Where that was deleted too, an
+    # event is made here from the lease; its revision lies below `pruned_to`, so that no follower ever receives it.
     """
     CREATE TABLE live (
         id TEXT NOT NULL PRIMARY KEY,

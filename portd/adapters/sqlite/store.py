@@ -203,7 +203,7 @@ class SqliteStore:
 
     @property
     def wants_pruning(self) -> bool:
-        """Tell whether so much was written that pruning should not wait for its time."""
+        """Return whether so much was written that pruning should not wait for its time."""
         return self._writer.unpruned_bytes >= BYTES_PER_PRUNE
 
     def condition(self) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Writer:
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Tell whether enough has been written since the last checkpoint."""
+        """Return whether enough has been written since the last checkpoint."""
         return self._pages >= self._checkpoint_at and self.failure is None
 
     @property
@@ -276,7 +276,7 @@ class Writer:
         self._watch.record()
 
     def _fills_disk(self) -> bool:
-        """Tell whether portd's own files are most of what is on the disk."""
+        """Return whether portd's own files are most of what is on the disk."""
         return 2 * sum(self._watch.sizes) >= _used_bytes(self._path)
 
     def _may_use_reserve(self, event: Event) -> bool:
