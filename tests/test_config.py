@@ -1,4 +1,4 @@
-"""The configuration: what is wrong is told, with its place; what is fine is taken as it is."""
+"""The configuration: a mistake is reported with its line; a valid value is kept as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from portd.core.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("nonsense", "not TOML"),
         ("[lease]\nmax_ttl = 1", "lease: unknown setting"),
@@ -58,10 +58,10 @@ from portd.core.errors import ConfigError
         ("[[auth.tokens]]\nname = 'ci'\nsha256 = 'x'", "is not a SHA-256 in 64 hexadecimal digits"),
     ],
 )
-def test_a_mistake_is_told_with_its_place(text: str, told: str) -> None:
+def test_mistake_is_reported_with_its_line(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse(text, "f.toml")
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert str(refused.value).startswith("f.toml")
 
 

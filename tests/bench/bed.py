@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], Any], what: str, pause_s: float = 0.005) ->
 
 
 def is_open(place: str | tuple[str, int]) -> bool:
-    """Tell whether something accepts connections on a unix socket (a path) or a TCP address."""
+    """Return whether something accepts connections on a unix socket (a path) or a TCP address."""
     with socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET) as probe:
         return probe.connect_ex(place) == 0
 

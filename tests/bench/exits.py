@@ -104,7 +104,7 @@ def _round(daemon: bed.Portd, count: int) -> dict[str, float]:
 
 
 class _Watch:
-    """One loop over pidfds and the event stream; binds each port as soon as its end is told."""
+    """One loop over pidfds and the event stream; binds each port as soon as the end of its lease is reported."""
 
     def __init__(self, daemon: bed.Portd, pids: list[int]) -> None:
         self.gone: list[float] = []

@@ -35,8 +35,8 @@ def _measure() -> list[dict[str, Any]]:
         rows = [_grants(daemon, "no followers", GRANTS)]
         with _following(daemon, "other"):
             rows.append(_grants(daemon, f"{FOLLOWER_COUNT:,} follow another service", GRANTS))
-        with _following(daemon, "watched") as told:
-            rows.append(_one_event(daemon, told))
+        with _following(daemon, "watched") as reports:
+            rows.append(_one_event(daemon, reports))
         with _following(daemon, ""):
             rows.append(_grants(daemon, f"{FOLLOWER_COUNT:,} follow everything", FEW_GRANTS))
     return rows
@@ -67,15 +67,15 @@ def _grants(daemon: bed.Portd, who: str, count: int) -> dict[str, Any]:
     }
 
 
-def _one_event(daemon: bed.Portd, told: IO[str]) -> dict[str, Any]:
+def _one_event(daemon: bed.Portd, reports: IO[str]) -> dict[str, Any]:
     firsts, lasts = [], []
     with contextlib.closing(bed.Call(daemon.socket)) as call:
         lease = call.ask("POST", "/v1/leases", {"service": "watched", "pid": os.getpid()})
-        told.readline()
+        reports.readline()
         for number in range(EVENTS):
             began = time.monotonic()
             call.ask("POST", f"/v1/leases/{lease['id']}/drain", {"drain": number % 2 == 0})
-            seen = json.loads(told.readline())
+            seen = json.loads(reports.readline())
             firsts.append((seen["first"] - began) * 1e3)
             lasts.append((seen["last"] - began) * 1e3)
         call.ask("DELETE", f"/v1/leases/{lease['id']}")

@@ -49,10 +49,10 @@ def _case(way: Way, count: int) -> dict[str, Any]:
         packets, size_bytes = _sent(here)
         cpu_s = publisher.cpu_s()
         start = time.monotonic()
-        publisher.tell("publish")
+        publisher.send("publish")
         _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
         seen_s, seen = watch.last_at - start, len(watch.there)
-        stall_s = float(publisher.told())
+        stall_s = float(publisher.answer())
         cpu_s, (packets_after, size_after) = publisher.cpu_s() - cpu_s, _sent(here)
         start = time.monotonic()
         publisher.kill()
@@ -81,11 +81,11 @@ def _stop(way: Way, count: int) -> int:
         observer.start_avahi()
         watch = observer.watch(TYPE)
         publisher = _Publisher(here, way, count)
-        publisher.tell("publish")
+        publisher.send("publish")
         _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
-        publisher.told()
+        publisher.answer()
         lost = watch.lost_count
-        publisher.tell("stop")
+        publisher.send("stop")
         _wait(watch, lambda: not watch.there, LOST_S)
         return watch.lost_count - lost
 
@@ -96,9 +96,9 @@ def _rest(count: int) -> dict[str, Any]:
         observer.start_avahi()
         watch = observer.watch(TYPE)
         publisher = _Publisher(here, "portd", count)
-        publisher.tell("publish")
+        publisher.send("publish")
         _wait(watch, lambda: len(watch.there) >= count, SEEN_S)
-        publisher.told()
+        publisher.answer()
         cpu_s = publisher.cpu_s()
         time.sleep(REST_S)
         return {
@@ -121,7 +121,7 @@ def _wait(watch: Watch, condition: Callable[[], bool], deadline_s: float) -> Non
 
 
 class _Publisher:
-    """A process that publishes in one of the ways; it is told what to do, and tells when it was done."""
+    """A process that publishes in one of the ways: it reads commands, and answers when each is done."""
 
     def __init__(self, host: Host, way: Way, count: int) -> None:
         if way == "avahi":
@@ -139,14 +139,14 @@ class _Publisher:
             stdout=subprocess.PIPE,
             stderr=None,
         )
-        self._guardian = self.told()
+        self._guardian = self.answer()
 
-    def tell(self, word: str) -> None:
+    def send(self, word: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{word}\n".encode())
         self._process.stdin.flush()
 
-    def told(self) -> str:
+    def answer(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().strip()
 

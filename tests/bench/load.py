@@ -33,7 +33,7 @@ class Run:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def take(self) -> bool:
-        """Tell whether there is another grant to be made."""
+        """Return whether there is another grant to be made."""
         self.left_to_start -= 1
         return self.left_to_start >= 0
 

@@ -1,8 +1,8 @@
 """Eight processes grab ports of the pool by bind() as fast as they can, while eight others lease one and listen.
 
-A failure is a port that somebody had been given and could not listen on. Between being told the port and listening
-everybody lets the same short time pass, as a server does that has yet to start. portpicker stands beside it in the same
-setting: alone, and with its portserver.
+A failure is a port that a process was given and could not listen on. Between receiving the port and listening, every
+process waits for the same short time, as a server does that has yet to start. portpicker runs in the same setting:
+alone, and with its portserver.
 """
 
 from __future__ import annotations

@@ -101,10 +101,10 @@ def wait_until_shown(terminal: Terminal, text: str) -> None:
 def test_a_terminal_shows_instance_and_url_and_who_has_the_port(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         port = foreign.getsockname()[1]
-        with on_terminal(daemon, "run", "told", "--port", str(port), "--", "cat") as terminal:
+        with on_terminal(daemon, "run", "asked", "--port", str(port), "--", "cat") as terminal:
             wait_until_shown(terminal, f"({port} is taken by ")
-            [lease] = daemon.client.leases(service="told")
-            assert f"portd: told-1 on http://127.0.0.1:{lease['port']} ({port} is taken by python" in terminal.text
+            [lease] = daemon.client.leases(service="asked")
+            assert f"portd: asked-1 on http://127.0.0.1:{lease['port']} ({port} is taken by python" in terminal.text
 
 
 def test_a_terminal_shows_that_a_command_exited_without_listening(daemon: Daemon) -> None:

@@ -40,7 +40,7 @@ def kernel_overlaps(a: str, b: str, kind: socket.SocketKind, *, v6only: bool = F
 
 
 def can_bind(address: str, port: int, kind: socket.SocketKind) -> bool:
-    """Tell whether the kernel allows it; only EADDRINUSE is an answer."""
+    """Return whether the kernel allows it; only EADDRINUSE is an answer."""
     try:
         bind(address, port, kind).close()
     except OSError as error:

@@ -72,10 +72,10 @@ def test_a_descendant_stays_one_when_the_process_between_has_exited():
     assert rule_of(make_holder((70, 9), (1, 1)), remembered) is None, "init is nobody's kin"
 
 
-def test_the_kin_of_a_lease_is_bounded():
-    line = tuple((pid, 1) for pid in range(100, 200))
-    lease = make_lease(process=ProcessId(*line[-1], "boot"))
-    assert len(kin_of(lease, judge(lease, [listen()], {1: make_holder(*line)}).own)) == KIN_MAX
+def test_ancestors_of_a_lease_are_bounded():
+    ancestors = tuple((pid, 1) for pid in range(100, 200))
+    lease = make_lease(process=ProcessId(*ancestors[-1], "boot"))
+    assert len(kin_of(lease, judge(lease, [listen()], {1: make_holder(*ancestors)}).own)) == KIN_MAX
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_the_kin_of_a_lease_is_bounded():
         ("user@1000.service", WEB, None),
     ],
 )
-def test_only_the_same_service_unit_vouches(unit, path, expected):
+def test_only_the_same_service_unit_counts_as_the_owner(unit, path, expected):
     owner = Owner(pid=41, uid=0, unit=unit, unit_path=WEB if path else None, known_by="peercred")
     assert rule_of(make_holder(uid=33, unit_path=path), make_lease(owner=owner)) == expected
 
 
-def test_a_credential_vouches_for_any_user_and_only_with_its_token():
+def test_credential_counts_for_any_user_with_its_token():
     for lease_id, token, expected in (
         ("lease-1", "secret", "token"),
         ("lease-1", "guess", None),
@@ -107,7 +107,7 @@ def test_a_credential_vouches_for_any_user_and_only_with_its_token():
     ("uid", "started_at", "expected"),
     [(1000, GRANTED_AT + 1, "uid"), (1000, GRANTED_AT - 1, None), (1001, GRANTED_AT + 1, None)],
 )
-def test_the_leases_uid_vouches_for_what_started_after_the_grant(uid, started_at, expected):
+def test_uid_of_the_lease_counts_for_processes_started_after_the_grant(uid, started_at, expected):
     assert rule_of(make_holder(uid=uid, started_at=started_at)) == expected
 
 

@@ -197,7 +197,7 @@ class Daemon:
         return self
 
     def answers(self, process: subprocess.Popen[bytes]) -> bool:
-        """Tell whether the daemon answers; one that has exited fails the test."""
+        """Return whether the daemon answers; one that has exited fails the test."""
         assert process.poll() is None, f"portd exited with {process.returncode}: {self.log()}"
         try:
             with self.connect() as connection:
@@ -357,7 +357,7 @@ def listen_on(port: int, address: str = "127.0.0.1") -> socket.socket:
 
 
 def is_bindable(port: int, address: str = "127.0.0.1", *, reuse: bool = False) -> bool:
-    """Tell whether a foreign process could bind a TCP port."""
+    """Return whether a foreign process could bind a TCP port."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         try:
@@ -428,6 +428,6 @@ class Stream:
 
 
 def unique(values: Iterable[T]) -> bool:
-    """Tell whether no value is there twice."""
+    """Return whether no value is there twice."""
     values = list(values)
     return len(values) == len(set(values))

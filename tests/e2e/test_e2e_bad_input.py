@@ -253,7 +253,7 @@ def test_every_wrong_change_gets_a_pointer_and_changes_nothing(daemon: Daemon) -
     daemon.call("DELETE", path)
 
 
-def test_wrong_methods_and_wrong_paths_are_told(daemon: Daemon) -> None:
+def test_wrong_methods_and_paths_get_their_status(daemon: Daemon) -> None:
     for method, path, allowed in (
         ("PUT", LEASES, "GET, POST"),
         ("DELETE", "/v1/status", "GET"),
@@ -269,7 +269,7 @@ def test_wrong_methods_and_wrong_paths_are_told(daemon: Daemon) -> None:
         assert daemon.call("GET", path).code == "not_found", path
 
 
-def test_a_body_of_another_media_type_is_told(daemon: Daemon) -> None:
+def test_body_of_another_media_type_is_refused(daemon: Daemon) -> None:
     for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense"):
         reply = daemon.call("POST", LEASES, b'{"service": "a", "ttl": 60}', Content_Type=media_type)
         assert (reply.status, reply.code) == (415, "unsupported_media_type"), media_type
@@ -356,13 +356,13 @@ def test_random_bytes_do_no_harm(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "Bearer", "Bearer ", "Basic eDp5", "x" * 7000])
-def test_an_authorization_that_is_none_is_told(daemon: Daemon, value: str) -> None:
+def test_malformed_authorization_is_refused(daemon: Daemon, value: str) -> None:
     reply = daemon.call("GET", LEASES, Authorization=value)
     assert (reply.status, reply.code) == (401, "unauthenticated")
     assert reply.headers["www-authenticate"].startswith("Bearer")
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 17, "\u0663".encode().decode("latin-1")])
-def test_a_last_event_id_that_is_none_is_told(daemon: Daemon, last: str) -> None:
+def test_malformed_last_event_id_is_refused(daemon: Daemon, last: str) -> None:
     reply = daemon.call("GET", "/v1/events", Last_Event_ID=last)
     assert (reply.status, reply.code, reply.body["pointer"]) == (400, "invalid_request", "/Last-Event-ID")

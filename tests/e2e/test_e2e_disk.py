@@ -148,9 +148,7 @@ def limit_file_size(daemon: Daemon, size: int | None) -> None:
     resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def test_a_store_on_a_read_only_disk_is_told_at_the_start_and_served_when_it_is_writable(
-    on_disk: Daemon, disk: Path
-) -> None:
+def test_read_only_store_is_reported_at_start_and_recovers(on_disk: Daemon, disk: Path) -> None:
     lease = on_disk.lease("before", ttl=3600)
     on_disk.stop()
     with read_only(disk):

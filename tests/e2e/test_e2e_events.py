@@ -1,4 +1,4 @@
-"""Those who follow and those who wait: nothing is missed, nothing is told twice, nobody is woken for nothing."""
+"""Followers and long polls: no event is missed, none is sent twice, nobody is woken for nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_change_is_an_event_in_order_with_the_lease_as_it_was(daemon: Daem
     assert all("token" not in event.data["lease"] for event in events)
 
 
-def test_a_stream_begins_now_unless_it_is_told_where(daemon: Daemon) -> None:
+def test_stream_begins_now_unless_a_position_is_given(daemon: Daemon) -> None:
     churn(daemon, "now", 2)
     with Stream(daemon, "?service=now") as stream:
         lease = daemon.lease("now", ttl=60)
@@ -222,7 +222,7 @@ def test_a_stop_answers_polls_ends_streams_and_takes_at_most_two_seconds(own_dae
     assert own_daemon.start().show(lease["id"])["state"] == "held"
 
 
-def test_a_follower_that_goes_while_it_is_told_the_past_is_no_fault(own_daemon: Daemon) -> None:
+def test_follower_that_disconnects_during_replay_is_no_fault(own_daemon: Daemon) -> None:
     churn(own_daemon, "past", 30)
     for _ in range(20):
         with Stream(own_daemon, "?after=0") as stream:

@@ -16,7 +16,7 @@ AT_START = [point for point in POINTS if point.startswith("start.")]
 
 
 class Ledger:
-    """What one client was told: leases that it has, that it released, and whose release was not answered."""
+    """What one client knows: leases that it has, that it released, and whose release was not answered."""
 
     def __init__(self) -> None:
         self.held: dict[str, Any] = {}

@@ -139,7 +139,7 @@ def test_another_users_lease_is_not_handed_over(daemon: Daemon) -> None:
         assert (answer["problem"]["code"], answer["problem"]["status"], sockets) == ("not_owner", 403, [])
 
 
-def test_what_cant_be_handed_over_is_told(daemon: Daemon, puppet: Puppet) -> None:
+def test_refused_handoff_names_its_reason(daemon: Daemon, puppet: Puppet) -> None:
     ended = puppet.lease("ended", ttl=60)
     daemon.call("DELETE", f"/v1/leases/{ended['id']}")
     taken = puppet.lease("taken", hold="none")

@@ -83,7 +83,7 @@ def test_without_cap_sys_ptrace_other_users_owners_are_still_watched(make_daemon
 
 
 @needs_root
-def test_a_caller_that_hidepid_hides_is_told_what_to_do(make_daemon: MakeDaemon) -> None:
+def test_caller_hidden_by_hidepid_gets_a_remedy(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     daemon.directory.chmod(0o777)
     script = 'mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'

@@ -1,4 +1,4 @@
-"""Whose a lease is, and when it ends: by the kernel's word about real processes."""
+"""Whose a lease is, and when it ends, per the kernel, with real processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_zombie_is_gone(daemon: Daemon) -> None:
         assert (reply.status, reply.code, reply.body["pointer"]) == (400, "invalid_request", "/pid")
 
 
-def test_a_pid_that_never_was_or_has_died_is_told_from_one_that_lives(daemon: Daemon) -> None:
+def test_pid_of_no_live_process_is_refused(daemon: Daemon) -> None:
     with owner() as process:
         pass  # it lived a moment ago
     for pid in (process.pid, 4_194_304):
@@ -145,7 +145,7 @@ def test_the_child_that_listens_is_its_parents(daemon: Daemon) -> None:
         assert daemon.wait_state(lease["id"], "bound")["owner"]["pid"] == parent.pid
 
 
-def test_a_stranger_on_a_leased_port_is_named_and_its_leaving_is_seen(daemon: Daemon) -> None:
+def test_foreign_process_on_a_leased_port_is_named_until_it_exits(daemon: Daemon) -> None:
     with owner() as process, Stream(daemon, "?service=visited") as stream, Puppet(daemon) as foreign:
         lease = daemon.lease("visited", pid=process.pid)
         assert foreign.listen(lease["port"]) is None

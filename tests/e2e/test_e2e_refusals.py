@@ -155,7 +155,7 @@ def user_daemon(place: Path, **environ: str) -> subprocess.CompletedProcess[str]
     ids=["no runtime directory", "no home"],
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_a_user_without_directories_is_told_in_one_line(place: Path, environ: dict[str, str], pattern: str) -> None:
+def test_user_without_directories_gets_a_one_line_error(place: Path, environ: dict[str, str], pattern: str) -> None:
     place.chmod(0o777)
     (place / "config/portd").mkdir(parents=True)
     (place / "config/portd/portd.toml").write_text("[mdns]\nenabled = false\n[dns]\nlisten = ''")

@@ -224,7 +224,7 @@ def test_more_connections_than_the_bound_are_closed_and_there_is_room_again_afte
     wait_for(has_room, "there is room again")
 
 
-def test_more_requests_than_may_wait_for_the_disk_are_told_to_come_back(make_daemon: MakeDaemon) -> None:
+def test_requests_beyond_the_disk_queue_get_busy(make_daemon: MakeDaemon) -> None:
     """The disk is held up in the store's thread while 40 ask and 10 may wait."""
     slow = """
 import portd.leasing.journal, portd.adapters.sqlite.writing as writing, time
@@ -247,7 +247,7 @@ writing.Writer.write = lambda *args: (time.sleep(0.3), write(*args))[1]
     assert {(reply.status, reply.code) for reply in replies} == {(201, None), (503, "busy")}
     assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status == 503)
     granted = [reply.body["id"] for reply in replies if reply.status == 201]
-    assert daemon.leases().keys() == set(granted), "nothing is left behind of those who were told to come back"
+    assert daemon.leases().keys() == set(granted), "a refused request leaves nothing behind"
     assert daemon.get("/v1/status")["pools"]["default"]["free"] == 100 - len(granted)
 
 

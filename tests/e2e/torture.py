@@ -294,7 +294,7 @@ def _found(daemon: Daemon, worker: Worker) -> dict[str, Any]:
 
 
 def _is_right(daemon: Daemon, follower: Follower) -> bool:
-    """Tell whether the follower's replay comes to equal the listing."""
+    """Return whether the follower's replay comes to equal the listing."""
 
     def compare() -> bool:
         reply = daemon.call("GET", "/v1/leases?limit=10000")

@@ -349,7 +349,7 @@ async def test_an_expiry_that_the_disk_refuses_ends_nothing_and_is_tried_again(w
     world.pass_time(10.0)
     for _ in range(5):
         await asyncio.sleep(0)
-    assert world.table.get(lease.id) is not None, "what is told is not undone by a crash"
+    assert world.table.get(lease.id) is not None, "what was published is not undone by a crash"
     world.store.failing = ""
     world.pass_time(1.0)
     await world.settle()

@@ -111,7 +111,7 @@ async def test_an_array_is_granted_whole_or_not_at_all(world):
 
 
 @in_world()
-async def test_a_port_that_a_stranger_has_is_never_granted_and_goes_on_probation(world):
+async def test_port_of_a_foreign_process_goes_on_probation(world):
     world.processes.start(41)
     world.foreign.add(Binding("tcp", "0.0.0.0", 20000))
     assert (await world.grant(41, service="orders")).port == 20001
@@ -224,7 +224,7 @@ async def test_an_exact_lease_is_not_declinable(world):
 
 
 @in_world()
-async def test_states_and_health_are_events_and_a_conflict_names_the_stranger(world):
+async def test_state_and_health_are_events_and_conflicts_name_the_process(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders", check=HttpCheck())
     foreign = world.processes.find(41, "socket").owner
@@ -287,11 +287,11 @@ async def test_checks_that_can_not_work_are_refused_at_the_grant(world):
 
 @in_world()
 async def test_only_a_report_check_takes_reports(world):
-    told = []
-    world.engine.service.report_to_probes = lambda *report: told.append(report)
+    reports = []
+    world.engine.service.report_to_probes = lambda *report: reports.append(report)
     plain = await world.grant(service="plain", ttl=30.0)
     reporting = await world.grant(service="reporting", ttl=30.0, check=ReportCheck())
     with pytest.raises(InvalidRequest):
         await world.service.report(plain.id, world.caller(), HealthReport("passing"))
     await world.service.report(reporting.id, world.caller(), HealthReport("warning", "slow"))
-    assert told == [(reporting.id, "warning", "slow")]
+    assert reports == [(reporting.id, "warning", "slow")]

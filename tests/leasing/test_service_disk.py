@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @in_world()
-async def test_a_full_disk_refuses_grants_changes_nothing_and_mends_itself(world):
+async def test_full_disk_refuses_grants_changes_nothing_and_recovers(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     world.store.failing = "unavailable"
@@ -66,7 +66,7 @@ async def test_a_lost_commit_stops_the_journal_and_nothing_of_it_is_answered(wor
 
 
 @in_world()
-async def test_too_many_waiting_requests_are_told_to_come_back(world):
+async def test_too_many_waiting_requests_get_busy(world):
     world.processes.start(41)
     world.store.gate.clear()
     world.ports.extend(range(30000, 30000 + portd.leasing.journal.PENDING_MAX))
@@ -113,7 +113,7 @@ async def test_everything_is_as_it_was_after_a_restart(world):
 
 
 @in_world()
-async def test_a_hold_that_a_stranger_stood_against_at_the_start_is_taken_when_it_has_gone(world):
+async def test_hold_blocked_at_the_start_is_restored_later(world):
     lease = await world.grant(service="orders", ttl=600.0)
     place = Binding("tcp", LOOPBACK, lease.port)
     await world.kill()

@@ -1,6 +1,6 @@
-"""Anything in any order: grants, releases, declines, deaths, failing disks, lost commits, kills and restarts.
+"""Everything in any order: grants, releases, declines, exits, failing disks, lost commits, kills and restarts.
 
-After every step: no two live leases are in each other's way, every answered grant is there until something ended it,
+After every step: no two live leases conflict, every answered grant is there until something ended it,
 holds and watched processes are exactly those of live leases, and the numbers of the pool add up.
 """
 
@@ -31,7 +31,7 @@ ADMIN = World.caller(uid=0, admin=True)
 
 
 class Replica:
-    """A follower of events that resumes across restarts, and lists again only where it is told to."""
+    """A follower of events that resumes across restarts, and lists again only where the daemon says so."""
 
     def __init__(self):
         self.leases = {}
@@ -79,7 +79,7 @@ class Simulation(RuleBasedStateMachine):
         self.revisions = []
         self.lapsed = []  # leases that ended with their owner
         self.answered = {}  # leases as they were answered last
-        self.ended = {}  # when and why leases were told to have ended
+        self.ended = {}  # when and why leases were reported as ended
         self.adopted = set()
         self.replica = Replica()
 
@@ -277,7 +277,7 @@ class Simulation(RuleBasedStateMachine):
         self.forget_ended()
 
     @rule(port=st.sampled_from(PORTS))
-    def stranger_comes_or_goes(self, port):
+    def foreign_listener_appears_or_exits(self, port):
         place = Binding("tcp", "127.0.0.1", port)
         if place in self.world.foreign:
             self.world.foreign.discard(place)
@@ -300,16 +300,16 @@ class Simulation(RuleBasedStateMachine):
                 assert lease == answered or lease.revision > answered.revision
 
     @invariant()
-    def what_was_told_to_have_ended_stays_ended(self):
+    def a_lease_reported_as_ended_stays_ended(self):
         assert not set(self.ended) & {lease.id for lease in self.world.table}
 
     @invariant()
     def a_service_has_one_user(self):
         for service in "ab":
             users = {lease.user for lease in self.world.table if lease.service == service and lease.uid in USERS}
-            assert len(users) <= 1 or self.has_admins_guest(service)
+            assert len(users) <= 1 or self.has_lease_by_admin(service)
 
-    def has_admins_guest(self, service):
+    def has_lease_by_admin(self, service):
         """Return whether root leased for another user's process."""
         return service in self.adopted
 

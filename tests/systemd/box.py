@@ -1,6 +1,6 @@
 """A box: a real systemd, booted in namespaces over a throw-away copy of this machine's tree, or of another root.
 
-The box has no network but its own loopback, and can't reach the host. Commands run in it as root unless told otherwise.
+The box has no network but its own loopback, and can't reach the host. Commands run in it as root by default.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def packages(venv, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def make_box(venv, tmp_path_factory) -> Iterator[Callable[..., Box]]:
-    """Make booted boxes, with portd in /opt unless told otherwise; all are gone at the end."""
+    """Make booted boxes, with portd in /opt by default; all are removed at the end."""
     boxes: list[Box] = []
 
     def make(**options: Any) -> Box:

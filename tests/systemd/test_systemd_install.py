@@ -113,10 +113,10 @@ def test_a_dry_run_says_all_and_does_nothing(make_box):
     for place in PUT_IN_PLACE:
         assert f"would remove {place}" in said
     assert box.api("/healthz") == {"status": "ok"}
-    leaves_state_unless_told_otherwise(box)
+    leaves_state_without_purge(box)
 
 
-def leaves_state_unless_told_otherwise(box):
+def leaves_state_without_purge(box):
     """Part of the test above: each box costs a boot."""
     lease = box.api("/v1/leases", {"service": "orders", "ttl": 600})
     said = box.run("portd uninstall")

@@ -44,7 +44,7 @@ def test_a_caller_starts_a_portd_that_is_not_running(box):
     assert box.show("ActiveState") == "active"
 
 
-def test_a_crash_is_mended_and_every_lease_is_there_again(box):
+def test_crash_is_followed_by_a_restart_with_every_lease(box):
     before = lease(box)
     pid = box.show("MainPID")
     box.run(f"kill -KILL {pid}")
@@ -188,11 +188,15 @@ def test_the_journal_finds_what_happened_to_a_port(box):
         "SYSLOG_IDENTIFIER": "portd",
     }
     owner = f"pid {life['owner']['pid']} ({life['owner']['exe']})"
-    told = [line["MESSAGE"].removeprefix(f"life-7 (main) on port {port}: ") for line in found]
-    assert [told[0], told[1], told[-1]] == [f"leased to {owner}", "its owner listens", "ended: owner_exited"]
+    messages = [line["MESSAGE"].removeprefix(f"life-7 (main) on port {port}: ") for line in found]
+    assert [messages[0], messages[1], messages[-1]] == [
+        f"leased to {owner}",
+        "its owner listens",
+        "ended: owner_exited",
+    ]
 
 
-def test_a_stranger_on_a_leased_port_is_a_warning(box):
+def test_foreign_process_on_a_leased_port_is_a_warning(box):
     taken = lease(box, "taken", hold="none")
     foreign = box.start(
         "exec setpriv --reuid foreign --regid foreign --clear-groups "
@@ -205,21 +209,22 @@ def test_a_stranger_on_a_leased_port_is_a_warning(box):
     assert "listened on by a foreign process, pid" in found[0]["MESSAGE"]
 
 
-def test_too_many_events_at_once_are_told_in_number_and_leave_the_journal_room_for_others(box):
-    def told_in_number():
+def test_event_burst_is_counted_and_leaves_the_journal_usable(box):
+    def count_suppressed():
         said = "\n".join(str(line["MESSAGE"]) for line in box.journal("LOGGER=portd.leases"))
         return sum(map(int, re.findall(r"^rate limited.* (\d+) granted", said, re.MULTILINE)))
 
-    before = told_in_number()
+    before = count_suppressed()
     wanted = json.dumps([{"service": "burst", "ttl": 600}] * 250)
     box.run(
         f"echo '{wanted}' >/tmp/burst && for call in 1 2 3 4; do curl -sS -o /dev/null -H 'Content-Type: "
         "application/json' -d @/tmp/burst --unix-socket /run/portd/portd.sock http://portd/v1/leases & done; wait"
     )
     wait_for(
-        lambda: len(box.journal("SERVICE=burst", "EVENT=granted")) + told_in_number() - before == 1000, "all are told"
+        lambda: len(box.journal("SERVICE=burst", "EVENT=granted")) + count_suppressed() - before == 1000,
+        "all are logged or counted",
     )
-    assert told_in_number() > before
+    assert count_suppressed() > before
 
 
 def test_a_journal_that_hangs_stops_nobody(box):

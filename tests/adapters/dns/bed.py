@@ -22,7 +22,7 @@ CHECK = ReportCheck()
 
 
 def lease(service: str = "orders", number: int = 1, endpoint: str = "main", **more: Any) -> Lease:
-    """Return a lease; what is not told is a plain TCP service without a check on an own address."""
+    """Return a lease; by default a plain TCP service without a check, on an address of its own."""
     instance = more.pop("instance", f"{service}-{number}")
     fields = {
         "id": f"{instance}.{endpoint}",

@@ -19,8 +19,8 @@ import pytest
 from tests.adapters.dns.bed import CHECK, Station, lease, wait_for
 
 ROUNDS = 24
-"""Calls that tell who is in rotation: with three servers, one is missed by chance once in 17,000 times; it is asked
-again until it is right."""
+"""Calls that show which servers are in rotation. With three servers, a random choice misses one in 17,000 rounds; the
+round is repeated until it is right."""
 
 HAPROXY = """
 global

@@ -95,7 +95,7 @@ def test_recursion_desired_is_copied_and_never_available(name, desired):
         ("billing", "ANY", "NXDOMAIN"),
     ],
 )
-def test_no_such_record_and_no_such_name_are_told_apart_and_both_carry_the_soa(name, rdtype, rcode):
+def test_nodata_and_nxdomain_differ_and_both_carry_the_soa(name, rdtype, rcode):
     answer = Asked(lease(address="127.0.0.1"), ttl=3).ask(name, rdtype)
     assert dns.rcode.to_text(answer.rcode()) == rcode
     if name == "orders" and rdtype == "A":
@@ -134,7 +134,7 @@ def test_the_zone_names_its_server_and_where_it_is():
     assert texts(asked.ask("ns", "A").answer) == ["127.0.0.1"]
 
 
-def test_any_is_told_no_the_modern_way():
+def test_any_query_gets_hinfo_rfc8482():
     answer = Asked(lease()).ask("orders", "ANY")
     assert texts(answer.answer) == ['"RFC8482" ""']
     assert answer.answer[0].rdtype == dns.rdatatype.HINFO
@@ -198,7 +198,7 @@ def test_one_question_is_asked_or_the_message_is_malformed(count):
         lambda query: query[:12] + b"\x3f" + b"x" * 63 + (b"\x3f" + b"x" * 63) * 3 + b"\0\0\1\0\1",
     ],
 )
-def test_a_malformed_question_is_told_so(mangle):
+def test_malformed_question_gets_formerr(mangle):
     answer = Asked(lease()).wire(mangle(ask_for("orders", "A").to_wire()))
     assert dns.message.from_wire(answer).rcode() == dns.rcode.FORMERR
     assert len(answer) == 12

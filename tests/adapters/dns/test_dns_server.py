@@ -148,7 +148,7 @@ def test_its_condition_says_where_it_listens_and_what_it_knows(station):
 # --- failing well ---
 
 
-def test_a_query_that_fails_is_answered_by_servfail_and_told_of_once(caplog):
+def test_failing_query_gets_servfail_and_is_logged_once(caplog):
     def broken(qtype, rcode):
         if qtype == "TXT":
             raise RuntimeError("made to fail")

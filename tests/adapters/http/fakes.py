@@ -98,7 +98,7 @@ class FakeTransport(asyncio.Transport):
         self.is_half_closed = True
 
     def can_write_eof(self) -> bool:
-        """Tell whether one half can be closed alone."""
+        """Return whether one half can be closed alone."""
         return self.half_close
 
     def get_write_buffer_size(self) -> int:
@@ -106,7 +106,7 @@ class FakeTransport(asyncio.Transport):
         return self.unread
 
     def is_closing(self) -> bool:
-        """Tell whether it is closed."""
+        """Return whether it is closed."""
         return not self.is_open
 
     def pause_reading(self) -> None:

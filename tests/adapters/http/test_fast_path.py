@@ -29,7 +29,7 @@ NOT_PLAIN = [
     b"Host: localhost\r\nUser-Agent: a\0b\r\nContent-Length: 19",
     b"Host: localhost\r\nUser-Agent: a\x7fb\r\nContent-Length: 19",
     b"Host: localhost\r\nUser-Agent: \xe9\r\nContent-Length: 19",
-    b"Host: localhost\r\nUser-Agent: a\r\n folded\r\nContent-Length: 19",
+    b"Host: localhost\r\nUser-Agent: a\r\n continued\r\nContent-Length: 19",
     b"Host : localhost\r\nContent-Length: 19",
     b" Host: localhost\r\nContent-Length: 19",
     b"Host: localhost\r\nHost: localhost\r\nContent-Length: 19",

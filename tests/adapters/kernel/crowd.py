@@ -21,7 +21,7 @@ WAYS = (
 
 
 def listen(number: int) -> socket.socket:
-    """Bind to a port of the kernel's choice, in the way that is this number's turn."""
+    """Bind to an ephemeral port; `number` selects the kind of socket."""
     address, kind, v6only = WAYS[number % len(WAYS)]
     one = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
     if one.family == socket.AF_INET6:

@@ -26,7 +26,7 @@ def foreign(
 
 
 def can_bind(address: str, port: int, **options) -> bool:
-    """Tell whether a foreign process gets the port; EADDRINUSE is the only refusal."""
+    """Return whether a foreign process gets the port; EADDRINUSE is the only refusal."""
     try:
         foreign(address, port, **options).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Lives and deaths of processes: pids that come round, zombies, exits that are told."""
+"""Lives and deaths of processes: reused PIDs, zombies, exits that are reported."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from portd.adapters.kernel.processes import KernelProcesses
 from portd.core.model import ProcessId
 from tests.adapters.kernel.lives import Exits, is_zombie, turns
 
-# --- who is told ---
+# --- which exits are reported ---
 
 
 @pytest.mark.parametrize("start", ["echo $$; exec sleep 60", "sleep 60 & echo $!"], ids=["child", "foreign"])
-def test_an_exit_is_told_once_and_its_pidfd_closed(run, spawn, descriptors, start):
+def test_exit_is_reported_once_and_its_pidfd_closed(run, spawn, descriptors, start):
     pid = int(spawn("sh", "-c", start).stdout.readline())
 
     async def main():
@@ -39,7 +39,7 @@ def test_an_exit_is_told_once_and_its_pidfd_closed(run, spawn, descriptors, star
     run(main())
 
 
-def test_a_process_that_is_not_watched_any_more_ends_unheard(run, spawn, descriptors):
+def test_exit_of_an_unwatched_process_is_not_reported(run, spawn, descriptors):
     kept, left = spawn("sleep", "60"), spawn("sleep", "60")
 
     async def main():
@@ -77,14 +77,14 @@ def test_a_child_that_goes_on_does_not_keep_its_parent_alive(run, spawn):
     run(main())
 
 
-def test_of_those_that_end_together_nobody_is_told_whose_watch_ended_meanwhile(run, spawn, wait_until):
+def test_simultaneous_exits_skip_a_watch_that_ended_meanwhile(run, spawn, wait_until):
     children = [spawn("sleep", "60") for _ in range(4)]
 
     async def main():
         processes, exits = KernelProcesses(), Exits()
         identities = {processes.find(child.pid, "peercred").id for child in children}
 
-        def told(process: ProcessId) -> None:
+        def on_exit(process: ProcessId) -> None:
             if not exits.seen:
                 left_out.add(next(iter(identities - {process})))
                 processes.unwatch(*left_out)
@@ -92,7 +92,7 @@ def test_of_those_that_end_together_nobody_is_told_whose_watch_ended_meanwhile(r
 
         left_out: set[ProcessId] = set()
         for identity in identities:
-            processes.watch(identity, told)
+            processes.watch(identity, on_exit)
         for child in children:
             child.kill()
         wait_until(lambda: all(is_zombie(child.pid) for child in children))
@@ -104,7 +104,7 @@ def test_of_those_that_end_together_nobody_is_told_whose_watch_ended_meanwhile(r
     run(main())
 
 
-def test_an_exit_that_cannot_be_told_does_not_keep_the_others_from_it(run, spawn, wait_until):
+def test_failing_exit_callback_does_not_stop_the_others(run, spawn, wait_until):
     children = [spawn("sleep", "60") for _ in range(3)]
 
     async def main():
@@ -112,13 +112,13 @@ def test_an_exit_that_cannot_be_told_does_not_keep_the_others_from_it(run, spawn
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context["exception"]))
         identities = [processes.find(child.pid, "peercred").id for child in children]
 
-        def told(process: ProcessId) -> None:
+        def on_exit(process: ProcessId) -> None:
             exits(process)
             if len(exits.seen) == 1:
                 raise RuntimeError("the first one")
 
         for identity in identities:
-            processes.watch(identity, told)
+            processes.watch(identity, on_exit)
         for child in children:
             child.kill()
         wait_until(lambda: all(is_zombie(child.pid) for child in children))
@@ -129,7 +129,7 @@ def test_an_exit_that_cannot_be_told_does_not_keep_the_others_from_it(run, spawn
     run(main())
 
 
-def test_a_thousand_that_end_together_are_all_told(run, descriptors):
+def test_a_thousand_simultaneous_exits_are_all_reported(run, descriptors):
     reading, writing = os.pipe()
     silent = [(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, reading, 0)]
     pids = [os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=silent) for _ in range(1000)]

@@ -30,7 +30,7 @@ RESTRICTED = 88  # a port below 1024 that nothing here uses
     [{"listen": True}, {"listen": True, "reuse": True}, {}, {"reuse": True}],
     ids=["listens", "listens, reuse", "bound", "bound, reuse"],
 )
-def test_a_strangers_tcp_port_is_not_taken(holds, port, descriptors, kind, address, options):
+def test_tcp_port_of_a_foreign_process_is_busy(holds, port, descriptors, kind, address, options):
     with foreign(address, port, **options):
         before = descriptors()
         assert holds.take("a", "tcp", address, port, kind) == "busy"
@@ -72,7 +72,7 @@ def test_localhost_is_held_at_both_loopback_addresses(holds, port, address):
 
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
 @pytest.mark.parametrize("reuse", [False, True])
-def test_a_strangers_udp_port_is_not_taken_nor_half_of_it(holds, port, descriptors, kind, reuse):
+def test_udp_port_of_a_foreign_process_makes_both_busy(holds, port, descriptors, kind, reuse):
     with foreign("127.0.0.1", port, udp=True, reuse=reuse):
         before = descriptors()
         assert holds.take("a", "both", "127.0.0.1", port, kind) == "busy"
@@ -112,7 +112,7 @@ def test_connections_of_a_server_that_did_not_reuse_keep_its_port_until_they_end
         ("::1", None, "taken"),
     ],
 )
-def test_behind_old_connections_a_stranger_that_does_not_listen_yet_is_seen(
+def test_foreign_socket_behind_old_connections_is_seen_before_it_listens(
     holds, spawn, port, kind, address, v6only, taken
 ):
     with (

@@ -152,7 +152,7 @@ def test_only_root_and_the_owner_of_the_socket_are_served(served, spawn):
         'c.settimeout(10); c.send(b\'{"question":"exe","pid":1}\'); print(len(c.recv(9999)))'
     )
     who = ("--reuid=1", "--reuid=65534", "--reuid=0")
-    told = [
+    answers = [
         subprocess.run(
             ["setpriv", user, "--clear-groups", "/usr/bin/python3", "-c", code, served.path],
             capture_output=True,
@@ -161,7 +161,7 @@ def test_only_root_and_the_owner_of_the_socket_are_served(served, spawn):
         )
         for user in who
     ]
-    assert [done.stdout.strip() not in ("", "0") for done in told] == [False, True, True]
+    assert [done.stdout.strip() not in ("", "0") for done in answers] == [False, True, True]
 
 
 HOSTILE = [

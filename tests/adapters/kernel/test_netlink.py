@@ -130,7 +130,7 @@ def test_whoever_listens_on_the_port_of_a_broken_connection_is_not_taken_for_the
             assert diag.exact(*ends) is None
 
 
-def test_a_stranger_connection_is_not_found(diag):
+def test_unknown_connection_is_not_found(diag):
     assert diag.exact(("127.0.0.1", 1), ("127.0.0.1", 2)) is None
     assert diag.exact(("::1", 1), ("::1", 2)) is None
 

@@ -119,7 +119,7 @@ def test_uid_0_of_another_user_namespace_is_marked(run, peers, call, family, as_
     assert (root.uid, root.other_users) == (0, False)
 
 
-def test_an_ordinary_callers_groups_are_all_told(peers, call):
+def test_peer_has_all_groups_of_an_ordinary_caller(peers, call):
     connection, child = call("AF_UNIX")
     peer = peers.of_unix(connection)
     assert (peer.uid, peer.pid) == (os.geteuid(), child.pid)

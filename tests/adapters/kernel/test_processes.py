@@ -246,7 +246,7 @@ def test_a_later_process_with_the_same_pid_is_another_one(run, as_root):
     run(main())
 
 
-def test_a_pid_that_was_reused_before_the_loop_heard_of_the_exit_is_told_apart(run, as_root):
+def test_pid_reused_before_the_exit_was_seen_is_distinguished(run, as_root):
     first = subprocess.Popen(["sleep", "60"])
 
     async def main():
@@ -254,7 +254,7 @@ def test_a_pid_that_was_reused_before_the_loop_heard_of_the_exit_is_told_apart(r
         old = processes.find(first.pid, "peercred").id
         processes.watch(old, exits)
         end(first)
-        second = born_with(first.pid)  # no await since: the exit is still to be heard of
+        second = born_with(first.pid)  # no await since: the exit was not reported yet
         try:
             new = processes.find(second.pid, "peercred").id
             assert new != old
@@ -271,7 +271,7 @@ def test_a_pid_that_was_reused_before_the_loop_heard_of_the_exit_is_told_apart(r
     run(main())
 
 
-def test_an_exit_is_told_once_though_a_later_process_with_the_pid_has_come_and_is_not_watched_any_more(run, as_root):
+def test_exit_is_reported_once_although_its_pid_was_reused(run, as_root):
     first = subprocess.Popen(["sleep", "60"])
 
     async def main():
@@ -297,7 +297,7 @@ def test_an_exit_is_told_once_though_a_later_process_with_the_pid_has_come_and_i
 
 
 @pytest.mark.parametrize("change", [{"start_ticks": 1}, {"boot_id": "another boot"}, {"inode": 1}])
-def test_the_start_the_boot_and_the_inode_each_tell_processes_apart(run, spawn, change):
+def test_start_boot_and_inode_each_distinguish_processes(run, spawn, change):
     child = spawn("sleep", "60")
 
     async def main():

@@ -52,7 +52,7 @@ os.waitpid(middle, 0)
 print("middle is gone", flush=True)
 sys.stdin.read()
 """
-"""Starts the server through a process in the middle, which exits when it is told to."""
+"""Starts the server through a process in the middle, which exits on request."""
 
 RECEIVER = """
 import socket, sys
@@ -110,7 +110,7 @@ class Leases:
         foreign = owner if state == "conflict" else None
         self.live[lease_id] = replace(self.live[lease_id], state=state, foreign=foreign, **seen._asdict())
 
-    def told(self) -> list[tuple[str, int | None]]:
+    def reported(self) -> list[tuple[str, int | None]]:
         """Return what was reported since the last time: state, and the pid of who listens."""
         reports, self.reports = self.reports, []
         return [(state, owner and owner.pid) for _, state, owner in reports]
@@ -184,32 +184,32 @@ def test_a_lease_is_bound_while_its_owner_listens_and_held_when_it_stops(serve):
         [(_, state, owner)] = leases.reports
         assert (state, owner.pid, owner.exe) == ("bound", server.pid, os.path.realpath(f"/proc/{server.pid}/exe"))
         await watch.poll()
-        assert leases.told() == [("bound", server.pid)]
+        assert leases.reported() == [("bound", server.pid)]
         stop(server)
         await watch.poll()
         await watch.poll()
-        assert leases.told() == [("held", None)]
+        assert leases.reported() == [("held", None)]
 
     scenario(body)
 
 
-def test_a_stranger_is_a_conflict_with_its_name_and_the_owner_is_bound_after_it(serve, spawn):
+def test_foreign_listener_is_a_named_conflict_until_it_exits(serve, spawn):
     async def body(leases, watch, table):
         foreign, port = serve()
         owner = spawn(python="import sys; sys.stdin.read()")
         leases.grant(port, owner.pid)
         await watch.poll()
-        assert leases.told() == [("conflict", foreign.pid)]
+        assert leases.reported() == [("conflict", foreign.pid)]
         foreign.kill()
         foreign.wait()
         await watch.poll()
-        assert leases.told() == [("held", None)]
+        assert leases.reported() == [("held", None)]
         heir, _ = serve(port=port)
         leases.live["lease-0"] = replace(
             leases.live["lease-0"], process=ProcessId(heir.pid, procfs.start_ticks(heir.pid), procfs.boot_id())
         )
         await watch.poll()
-        assert leases.told() == [("bound", heir.pid)]
+        assert leases.reported() == [("bound", heir.pid)]
 
     scenario(body)
 
@@ -235,7 +235,7 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
         assert launcher.stdout.readline() == "middle is gone\n"
         leases.live["lease-0"] = replace(leases.live["lease-0"], state="conflict")  # so that it must be judged anew
         await watch.poll()
-        assert leases.told() == [("bound", owner.pid)] * 2
+        assert leases.reported() == [("bound", owner.pid)] * 2
 
     scenario(body)
 
@@ -280,7 +280,7 @@ def test_a_lease_without_a_process_is_its_users(serve, as_root, uid, state):
         leases.grant(port, None, uid=uid, lifetime="ttl", created_at=0.0)
         leases.grant(port, exited.pid, uid=uid, lifetime="ttl", created_at=0.0)
         await watch.poll()
-        assert leases.told() == [(state, server.pid)] * 2
+        assert leases.reported() == [(state, server.pid)] * 2
 
     scenario(body)
 
@@ -292,7 +292,7 @@ def test_where_the_process_is_hidden_its_uid_decides(serve, as_nobody, uid, stat
         leases.grant(port, server.pid, uid=uid)
         with as_nobody():
             await watch.poll()
-        assert [(told, owner and (owner.pid, owner.uid)) for _, told, owner in leases.reports] == [
+        assert [(reported, owner and (owner.pid, owner.uid)) for _, reported, owner in leases.reports] == [
             (state, None if state == "bound" else (None, 0))
         ]
 
@@ -323,7 +323,7 @@ def test_a_report_that_did_not_come_true_is_made_again(serve):
         for _ in range(3):
             leases.live["lease-0"] = replace(leases.live["lease-0"], state="bound")
             await watch.poll()
-        assert leases.told() == [("held", None)] * 3
+        assert leases.reported() == [("held", None)] * 3
 
     scenario(body)
 
@@ -371,12 +371,12 @@ def test_a_socket_on_its_way_from_portd_to_its_owner_is_nobodys_until_it_arrives
             socket.send_fds(ours, [b"."], [handed.fileno()])
             owner.stdout.readline()
             await poll_until(watch, lambda: len(leases.reports) == 2)
-            assert leases.told() == [("bound", owner.pid)] * 2
+            assert leases.reported() == [("bound", owner.pid)] * 2
 
     scenario(body)
 
 
-def test_a_stranger_that_passes_its_socket_to_the_owner_ends_the_conflict(spawn, serve):
+def test_foreign_process_passing_its_socket_ends_the_conflict(spawn, serve):
     async def body(leases, watch, table):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs, socket.create_server(("127.0.0.1", 0)) as passed:
@@ -384,16 +384,16 @@ def test_a_stranger_that_passes_its_socket_to_the_owner_ends_the_conflict(spawn,
             owner = spawn(str(theirs.fileno()), python=RECEIVER, pass_fds=[theirs.fileno()])
             leases.grant(passed.getsockname()[1], owner.pid)
             await watch.poll()
-            assert leases.told() == [("conflict", foreign.pid)]
+            assert leases.reported() == [("conflict", foreign.pid)]
             socket.send_fds(ours, [b"."], [passed.fileno()])
             owner.stdout.readline()
             await poll_until(watch, lambda: leases.reports)
-            assert leases.told() == [("bound", owner.pid)]
+            assert leases.reported() == [("bound", owner.pid)]
 
     scenario(body)
 
 
-def test_nobody_is_called_a_stranger_for_a_socket_that_was_closed_meanwhile(serve, spawn):
+def test_socket_closed_meanwhile_is_no_conflict(serve, spawn):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, spawn("sleep", "60").pid)
@@ -405,7 +405,7 @@ def test_nobody_is_called_a_stranger_for_a_socket_that_was_closed_meanwhile(serv
     scenario(body)
 
 
-def test_a_socket_table_that_cannot_be_read_is_told_once_and_tried_again(serve, caplog):
+def test_unreadable_socket_table_is_logged_once_and_retried(serve, caplog):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid)
@@ -416,31 +416,31 @@ def test_a_socket_table_that_cannot_be_read_is_told_once_and_tried_again(serve, 
         table.failure = None
         await watch.poll()
         assert watch.problem is None
-        assert leases.told() == [("bound", server.pid)]
+        assert leases.reported() == [("bound", server.pid)]
 
     with caplog.at_level(logging.ERROR):
         scenario(body)
     assert len(caplog.records) == 1
 
 
-def test_at_the_file_limit_nothing_is_reported_that_is_not_so_and_the_truth_comes_after_it(serve, no_descriptor_left):
+def test_file_limit_causes_no_false_report(serve, no_descriptor_left):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid)
         await watch.poll()
-        leases.told()
+        leases.reported()
         with no_descriptor_left():
             for _ in range(3):
                 await watch.poll()
-        assert leases.told() == []
+        assert leases.reported() == []
         stop(server)
         await watch.poll()
-        assert leases.told() == [("held", None)]
+        assert leases.reported() == [("held", None)]
 
     scenario(body)
 
 
-def test_the_watch_sleeps_without_leases_and_a_nudge_wakes_it(serve, run):
+def test_watch_sleeps_without_leases_until_woken(serve, run):
     async def main():
         with contextlib.closing(SocketDiag()) as diag:
             leases, table, reported = Leases(), CountingTable(diag), asyncio.Event()
@@ -459,16 +459,16 @@ def test_the_watch_sleeps_without_leases_and_a_nudge_wakes_it(serve, run):
                 assert table.reads == 1
                 server, port = serve()
                 leases.grant(port, server.pid)
-                for _ in range(100):  # however often it is called, it does not put the look off
+                for _ in range(100):  # however often it is called, it does not delay the poll
                     watch.wake()
                 await reported.wait()
                 running.cancel()
-            assert leases.told() == [("bound", server.pid)]
+            assert leases.reported() == [("bound", server.pid)]
 
     run(main())
 
 
-def test_a_nudge_does_not_wait_for_the_interval(serve, run):
+def test_wake_does_not_wait_for_the_interval(serve, run):
     async def main():
         with contextlib.closing(SocketDiag()) as diag:
             leases, table, reported = Leases(), CountingTable(diag), asyncio.Event()

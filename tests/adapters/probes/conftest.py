@@ -24,11 +24,11 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 class Bed:
-    """A prober, what it told, and the leases that it heard of."""
+    """A prober, what it reported, and the leases that it was notified of."""
 
     def __init__(self, **settings: Any) -> None:
         self.clock = FakeClock()
-        self.told: list[tuple[str, str, str]] = []
+        self.reported: list[tuple[str, str, str]] = []
         self.results: list[tuple[str, str]] = []
         self.changed = asyncio.Event()
         self.prober = Prober(self.clock, self._report, on_result=self._count, **settings)
@@ -36,7 +36,7 @@ class Bed:
         self._revisions = itertools.count(1)
 
     def _report(self, lease_id: str, health: str, note: str) -> None:
-        self.told.append((lease_id, health, note))
+        self.reported.append((lease_id, health, note))
         self.changed.set()
 
     def _count(self, kind: str, result: str, seconds: float) -> None:
@@ -46,8 +46,8 @@ class Bed:
 
     @property
     def health(self) -> list[str]:
-        """What was told, without whom and why."""
-        return [health for _, health, _ in self.told]
+        """What was reported, without lease ids and notes."""
+        return [health for _, health, _ in self.reported]
 
     def lease(self, check: Check | None, port: int, **fields: Any) -> Lease:
         """Make a bound lease of a new id."""
@@ -70,25 +70,25 @@ class Bed:
         described: dict[str, Any] = {**default, **fields}
         return Lease(check=check, port=port, **{"uid": described["owner"].uid, **described})
 
-    def tell(self, event: EventType, lease: Lease, **fields: Any) -> Lease:
-        """Let an event happen; returns the lease as it is after it."""
+    def notify(self, event: EventType, lease: Lease, **fields: Any) -> Lease:
+        """Apply an event; return the lease as it is after it."""
         lease = replace(lease, **fields)
         self.prober.apply(Event(next(self._revisions), event, 0.0, lease))
         return lease
 
     def bind(self, check: Check, port: int, **fields: Any) -> Lease:
-        """Have a service listen whose lease has the check."""
-        return self.tell("bound", self.lease(check, port, **fields))
+        """Bind a lease that has the check."""
+        return self.notify("bound", self.lease(check, port, **fields))
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Wait until it is so."""
+        """Wait until the condition holds."""
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
 
     async def until_so(self, condition: Callable[[], object]) -> None:
-        """Wait until something is so that the prober does not tell of."""
+        """Wait for a condition that the prober does not report."""
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
                 await asyncio.sleep(0)
@@ -96,10 +96,10 @@ class Bed:
     async def result(self, check: Check, port: int, **fields: Any) -> tuple[str, str]:
         """Return the health and the note that a first check of the port gives."""
         lease = self.bind(check, port, **fields)
-        told = len(self.told)
-        await self.until(lambda: len(self.told) > told)
-        self.tell("ended", lease, state="ended")
-        return self.told[-1][1:]
+        count = len(self.reported)
+        await self.until(lambda: len(self.reported) > count)
+        self.notify("ended", lease, state="ended")
+        return self.reported[-1][1:]
 
     async def turn(self, seconds: float = 10.0) -> None:
         """Let an interval pass, and wait for its results."""

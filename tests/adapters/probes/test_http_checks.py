@@ -330,7 +330,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (HttpCheck(), False, "critical", "closed without an answer"),
     ],
 )
-def test_a_certificate_is_verified_unless_told_otherwise(
+def test_certificate_is_verified_unless_tls_verify_is_false(
     run: Any,
     bed: Any,
     service: Any,
@@ -351,9 +351,9 @@ def test_a_certificate_is_verified_unless_told_otherwise(
 
     async def scenario() -> None:
         async with service(answers(answer()), ssl=context) as port, bed() as prober:
-            told = await prober.result(check, port)
-            assert told[0] == result
-            assert note in told[1]
+            report = await prober.result(check, port)
+            assert report[0] == result
+            assert note in report[1]
 
     run(scenario())
 

@@ -1,4 +1,4 @@
-"""Which checks run and when, and what is told of them."""
+"""Which checks run and when, and which results are reported."""
 
 from __future__ import annotations
 
@@ -57,25 +57,23 @@ def mood(answer: Any) -> Mood:
     return Mood(answer)
 
 
-# --- what is told ---
+# --- what is reported ---
 
 
-def test_only_changes_of_health_are_told_and_the_first_result_at_once(
-    run: Any, bed: Any, service: Any, mood: Mood
-) -> None:
+def test_first_result_and_then_only_changes_are_reported(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
         async with service(mood) as port, bed() as prober:
             prober.bind(HttpCheck(rise=2, fall=3), port)
-            await prober.until(lambda: prober.told)
+            await prober.until(lambda: prober.reported)
             await prober.idle()
-            assert prober.told[0][1:] == ("passing", "200 OK")
+            assert prober.reported[0][1:] == ("passing", "200 OK")
             mood.status = "500 Oops"
             for _ in range(2):
                 await prober.turn()
             assert prober.health == ["passing"]
             for _ in range(4):
                 await prober.turn()
-            assert prober.told[1:] == [("lease-1", "critical", "500 Oops")]
+            assert prober.reported[1:] == [("lease-1", "critical", "500 Oops")]
             mood.status = "200 OK"
             for _ in range(4):
                 await prober.turn()
@@ -85,7 +83,7 @@ def test_only_changes_of_health_are_told_and_the_first_result_at_once(
     run(scenario())
 
 
-def test_failures_while_a_service_starts_are_not_told(run: Any, bed: Any, service: Any, mood: Mood) -> None:
+def test_failures_in_the_start_period_are_not_reported(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
         mood.status = "503 Starting"
         async with service(mood) as port, bed() as prober:
@@ -94,7 +92,7 @@ def test_failures_while_a_service_starts_are_not_told(run: Any, bed: Any, servic
             await prober.idle()
             await prober.turn()
             await prober.turn()
-            assert prober.told == []
+            assert prober.reported == []
             await prober.turn()
             assert prober.health == ["critical"]
 
@@ -114,9 +112,9 @@ def test_restored_health_stays_until_rise_or_fall(run: Any, bed: Any, service: A
                 ]
             )
             await prober.turn()
-            assert prober.told == []
+            assert prober.reported == []
             await prober.turn()
-            assert prober.told == [("lease-1", "critical", "500 Oops")]
+            assert prober.reported == [("lease-1", "critical", "500 Oops")]
 
     run(scenario())
 
@@ -129,8 +127,8 @@ def test_nothing_is_checked_before_it_is_bound(run: Any, bed: Any, check: Check)
     async def scenario() -> None:
         async with bed() as prober:
             for state in ("held", "conflict", "ended"):
-                prober.tell("granted", prober.lease(check, 9, state=state))
-            prober.tell("bound", prober.lease(None, 9))
+                prober.notify("granted", prober.lease(check, 9, state=state))
+            prober.notify("bound", prober.lease(None, 9))
             assert prober.prober.check_count == 0
 
     run(scenario())
@@ -147,7 +145,7 @@ def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(
         async with service(mood) as port, bed() as prober:
             lease = prober.bind(HttpCheck(timeout=3600), port)
             await prober.until_so(lambda: mood.open)
-            prober.tell(event, lease, state=state)
+            prober.notify(event, lease, state=state)
             await prober.until_so(lambda: not mood.open)
             prober.clock.advance(100)
             prober.prober.run_due()
@@ -158,35 +156,33 @@ def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(
     run(scenario())
 
 
-def test_a_stranger_s_port_is_critical_at_once_and_checked_again_when_bound_again(
-    run: Any, bed: Any, service: Any, mood: Mood
-) -> None:
+def test_conflict_is_critical_at_once_until_bound_again(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
         async with service(mood) as port, bed() as prober:
             lease = prober.bind(HttpCheck(rise=5), port)
             await prober.until(lambda: prober.health == ["passing"])
-            lease = prober.tell("conflict", lease, state="conflict", foreign=Owner(uid=1, known_by="socket"))
-            assert prober.told[1:] == [("lease-1", "critical", FOREIGN_NOTE)]
-            lease = prober.tell("health", lease, health="critical", health_note=FOREIGN_NOTE)
-            lease = prober.tell("updated", lease, tags=("a",))
+            lease = prober.notify("conflict", lease, state="conflict", foreign=Owner(uid=1, known_by="socket"))
+            assert prober.reported[1:] == [("lease-1", "critical", FOREIGN_NOTE)]
+            lease = prober.notify("health", lease, health="critical", health_note=FOREIGN_NOTE)
+            lease = prober.notify("updated", lease, tags=("a",))
             prober.clock.advance(100)
             prober.prober.run_due()
             assert mood.visits == 1
-            assert len(prober.told) == 2
-            prober.tell("bound", lease, state="bound")
+            assert len(prober.reported) == 2
+            prober.notify("bound", lease, state="bound")
             await prober.until(lambda: prober.health == ["passing", "critical", "passing"])
 
     run(scenario())
 
 
-def test_a_check_that_is_given_while_a_stranger_holds_the_port_is_critical(run: Any, bed: Any) -> None:
+def test_check_added_during_a_conflict_is_critical(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         async with bed() as prober:
-            prober.tell("updated", prober.lease(TcpCheck(), 9, state="conflict"))
+            prober.notify("updated", prober.lease(TcpCheck(), 9, state="conflict"))
             prober.prober.restore(
                 [prober.lease(TcpCheck(), 9, state="conflict"), prober.lease(None, 9, state="conflict")]
             )
-            assert prober.told == [("lease-1", "critical", FOREIGN_NOTE), ("lease-2", "critical", FOREIGN_NOTE)]
+            assert prober.reported == [("lease-1", "critical", FOREIGN_NOTE), ("lease-2", "critical", FOREIGN_NOTE)]
 
     run(scenario())
 
@@ -196,11 +192,11 @@ def test_a_replaced_check_starts_anew_and_a_removed_one_ends(run: Any, bed: Any,
         async with service(mood) as port, bed() as prober:
             lease = prober.bind(HttpCheck(), port)
             await prober.until(lambda: prober.health == ["passing"])
-            lease = prober.tell("updated", lease, tags=("blue",))
-            lease = prober.tell("draining", lease, drain=True)
-            lease = prober.tell("updated", lease, check=HttpCheck(expect_status=(404,)), health="unknown")
+            lease = prober.notify("updated", lease, tags=("blue",))
+            lease = prober.notify("draining", lease, drain=True)
+            lease = prober.notify("updated", lease, check=HttpCheck(expect_status=(404,)), health="unknown")
             await prober.until(lambda: prober.health == ["passing", "critical"])
-            prober.tell("updated", lease, check=None, health="unknown")
+            prober.notify("updated", lease, check=None, health="unknown")
             assert prober.prober.check_count == 0
             assert mood.visits == 2
 
@@ -251,7 +247,7 @@ def test_changed_check_keeps_health_until_its_first_result(run: Any, bed: Any, s
             lease = prober.bind(HttpCheck(), port)
             await prober.until(lambda: prober.health == ["passing"])
             mood.status = "503 No"
-            prober.tell("updated", lease, health="passing", check=HttpCheck(fall=5))
+            prober.notify("updated", lease, health="passing", check=HttpCheck(fall=5))
             assert prober.health == ["passing"]
             await prober.until(lambda: prober.health == ["passing", "critical"])  # its first result counts at once
 
@@ -320,13 +316,13 @@ def test_a_hanging_service_delays_nobody(run: Any, bed: Any, service: Any, answe
             await prober.until_so(lambda: hanging.open)
             for _ in range(50):
                 prober.bind(HttpCheck(), good)
-            await prober.until(lambda: len(prober.told) == 50)
+            await prober.until(lambda: len(prober.reported) == 50)
             for turn in range(2, 5):
                 await prober.until_so(lambda: prober.prober.running_count == 1)
                 prober.clock.advance(10)
                 prober.prober.run_due()
                 await prober.until(lambda turn=turn: prober.results.count(("http", "passing")) == 50 * turn)
-            assert stuck.id not in {lease_id for lease_id, _, _ in prober.told}
+            assert stuck.id not in {lease_id for lease_id, _, _ in prober.reported}
             assert hanging.open == 1
             assert prober.results.count(("http", "skipped")) == 3  # its own turns, not those of others
 
@@ -344,13 +340,13 @@ def test_a_check_without_a_slot_waits_in_line_once_and_is_next(run: Any, bed: An
             prober.bind(HttpCheck(), good)
             gone = prober.bind(HttpCheck(), good)
             await prober.until_so(lambda: prober.prober.waiting_count == 2)
-            prober.tell("ended", gone, state="ended")
+            prober.notify("ended", gone, state="ended")
             for _ in range(3):
                 prober.clock.advance(10)
                 prober.prober.run_due()
             assert prober.results.count(("http", "skipped")) == 3 * 3
             assert lively.visits == 0
-            prober.tell("ended", stuck[0], state="ended")
+            prober.notify("ended", stuck[0], state="ended")
             await prober.until(lambda: prober.health == ["passing"])
             assert lively.visits == 1
 
@@ -376,13 +372,13 @@ def test_the_kernel_s_word_counts_at_once_and_no_traffic_is_made(run: Any, bed: 
     async def scenario() -> None:
         async with bed() as prober:
             lease = prober.bind(ListenCheck(), closed_port, protocol="udp")
-            lease = prober.tell("draining", lease, drain=True)
-            lease = prober.tell("unbound", lease, state="held")
-            lease = prober.tell("bound", lease, state="bound")
-            prober.tell("conflict", lease, state="conflict")
+            lease = prober.notify("draining", lease, drain=True)
+            lease = prober.notify("unbound", lease, state="held")
+            lease = prober.notify("bound", lease, state="bound")
+            prober.notify("conflict", lease, state="conflict")
             assert prober.health == ["passing", "critical", "passing", "critical"]
             prober.prober.restore([prober.lease(ListenCheck(), closed_port, health="passing")])
-            assert len(prober.told) == 4
+            assert len(prober.reported) == 4
 
     run(scenario())
 
@@ -396,7 +392,7 @@ def test_a_report_counts_by_rise_and_fall(run: Any, bed: Any) -> None:
             lease = prober.bind(ReportCheck(rise=2, fall=2, ttl=5), 9)
             for status in ("passing", "critical", "critical", "warning", "passing", "passing"):
                 prober.prober.reported(lease.id, status, f"I am {status}")
-            assert prober.told == [
+            assert prober.reported == [
                 (lease.id, "passing", "I am passing"),
                 (lease.id, "critical", "I am critical"),
                 (lease.id, "warning", "I am passing"),
@@ -406,19 +402,19 @@ def test_a_report_counts_by_rise_and_fall(run: Any, bed: Any) -> None:
     run(scenario())
 
 
-def test_a_report_is_taken_before_the_service_listens(run: Any, bed: Any) -> None:
+def test_report_counts_before_the_service_listens(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         async with bed() as prober:
-            lease = prober.tell("granted", prober.lease(ReportCheck(ttl=5), 9, state="held"))
+            lease = prober.notify("granted", prober.lease(ReportCheck(ttl=5), 9, state="held"))
             prober.clock.advance(100)
             prober.prober.run_due()
-            assert prober.told == []  # nothing is due before it is bound
+            assert prober.reported == []  # nothing is due before it is bound
             prober.prober.reported(lease.id, "passing", "early")
-            assert prober.told == [(lease.id, "passing", "early")]
-            prober.tell("bound", lease, state="bound", health="passing")
+            assert prober.reported == [(lease.id, "passing", "early")]
+            prober.notify("bound", lease, state="bound", health="passing")
             prober.clock.advance(5)
             prober.prober.run_due()
-            assert prober.told[1:] == [(lease.id, "critical", "no report for 5 s")]
+            assert prober.reported[1:] == [(lease.id, "critical", "no report for 5 s")]
 
     run(scenario())
 
@@ -451,7 +447,7 @@ def test_a_stopped_daemon_is_not_taken_for_silence(run: Any, bed: Any) -> None:
             prober.bind(ReportCheck(ttl=5), 9)
             prober.clock.lose(100)
             prober.prober.run_due()
-            assert prober.told == []
+            assert prober.reported == []
 
     run(scenario())
 
@@ -463,13 +459,13 @@ def test_silence_waits_for_the_start_period_and_for_a_restored_daemon(run: Any, 
             prober.prober.restore([prober.lease(ReportCheck(ttl=15), 9, health="passing")])
             prober.clock.advance(14.5)
             prober.prober.run_due()
-            assert prober.told == []
+            assert prober.reported == []
             prober.clock.advance(0.5)
             prober.prober.run_due()
-            assert [lease_id for lease_id, _, _ in prober.told] == ["lease-2"]
+            assert [lease_id for lease_id, _, _ in prober.reported] == ["lease-2"]
             prober.clock.advance(5)
             prober.prober.run_due()
-            assert [lease_id for lease_id, _, _ in prober.told] == ["lease-2", "lease-1"]
+            assert [lease_id for lease_id, _, _ in prober.reported] == ["lease-2", "lease-1"]
 
     run(scenario())
 
@@ -479,7 +475,7 @@ def test_silence_is_noticed_without_anybody_asking(run: Any, bed: Any) -> None:
         async with bed() as prober:
             lease = prober.bind(ReportCheck(ttl=0.2), 9)
             prober.clock.advance(0.25)
-            await prober.until(lambda: prober.told == [(lease.id, "critical", "no report for 0.2 s")])
+            await prober.until(lambda: prober.reported == [(lease.id, "critical", "no report for 0.2 s")])
 
     run(scenario())
 
@@ -488,8 +484,8 @@ def test_a_report_where_none_is_expected_is_nothing(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         async with bed() as prober:
             conflicting = prober.lease(ReportCheck(), 9, state="conflict")
-            prober.tell("conflict", conflicting)
-            ended = prober.tell("ended", prober.bind(ReportCheck(), 9), state="ended")
+            prober.notify("conflict", conflicting)
+            ended = prober.notify("ended", prober.bind(ReportCheck(), 9), state="ended")
             for lease_id in (conflicting.id, ended.id, prober.bind(ListenCheck(), 9).id, "nobody"):
                 prober.prober.reported(lease_id, "warning", "")
             assert prober.health == ["critical", "passing"]
@@ -508,12 +504,12 @@ def test_a_probe_over_which_the_daemon_was_stopped_says_nothing(run: Any, bed: A
             await prober.until_so(lambda: mood.open)
             await prober.until_so(lambda: not mood.open)
             await prober.until_so(lambda: not prober.prober.running_count)
-            assert prober.told == []
+            assert prober.reported == []
 
     run(scenario())
 
 
-def test_nothing_is_told_after_close_and_nothing_is_left_open(run: Any, bed: Any, service: Any, mood: Mood) -> None:
+def test_close_stops_reports_and_closes_every_connection(run: Any, bed: Any, service: Any, mood: Mood) -> None:
     async def scenario() -> None:
         mood.status = ""
         async with service(mood) as port:
@@ -523,7 +519,7 @@ def test_nothing_is_told_after_close_and_nothing_is_left_open(run: Any, bed: Any
                     prober.bind(HttpCheck(timeout=3600), port)
                 await prober.until_so(lambda: mood.open == 5)
                 prober.prober.close()
-            assert prober.told == []
+            assert prober.reported == []
             await prober.until_so(lambda: len(os.listdir("/proc/self/fd")) == during)
 
     run(scenario())

@@ -55,8 +55,8 @@ def test_a_listener_whose_backlog_is_full_runs_into_the_time_out(run: Any, bed: 
             listener.listen(0)
             first.connect(listener.getsockname())
             async with bed() as prober:
-                told = await prober.result(TcpCheck(timeout=0.2), listener.getsockname()[1])
-                assert told == ("critical", "no answer within 0.2 s")
+                report = await prober.result(TcpCheck(timeout=0.2), listener.getsockname()[1])
+                assert report == ("critical", "no answer within 0.2 s")
 
     run(scenario())
 

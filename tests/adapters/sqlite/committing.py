@@ -17,7 +17,7 @@ async def commit_until_killed(path: Path, durability: str, acknowledgements: str
     store = await SqliteStore.open(path, durability)  # type: ignore[arg-type]
     loaded = await store.load()
     revision, number = loaded.revision, len(loaded.live) + len(loaded.remembered)
-    told = os.open(acknowledgements, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    output = os.open(acknowledgements, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     ending = loaded.live[:1]
     for batch in range(batch_count):
         events = []
@@ -31,7 +31,7 @@ async def commit_until_killed(path: Path, durability: str, acknowledgements: str
             if number % 3 == 0:
                 ending.append(events[-1].lease)
         await store.commit(events)
-        os.write(told, b"%d\n" % revision)
+        os.write(output, b"%d\n" % revision)
     await store.close()
 
 

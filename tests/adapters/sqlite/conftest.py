@@ -19,7 +19,7 @@ from tests.adapters.sqlite.disk import Disk
 
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Disk:
-    """A disk that can be told to fail, and whose power can be cut."""
+    """A disk that can be made to fail, and whose power can be cut."""
     return Disk(tmp_path_factory.mktemp("shim"))
 
 

@@ -1,4 +1,4 @@
-/* A disk that can be told to fail, and that writes down what it was asked to do, in order (LD_PRELOAD).
+/* A disk that can be made to fail, and that records the calls that it received, in order (LD_PRELOAD).
 
    Files of the directory DISK_DIR are watched: the writes, truncations and syncs of the database, its log and the file
    of acknowledgements go to the journal DISK_JOURNAL; the shared memory (-shm) is memory, and not of the disk. The file

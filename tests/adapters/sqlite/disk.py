@@ -1,4 +1,4 @@
-"""A disk to test on: it fails when told to, and remembers what was synced, so that a power cut can be played through.
+"""A disk to test on: it fails on request, and remembers what was synced, so that a power cut can be played through.
 
 `disk.c` stands between a process and its files; what it wrote down is replayed here into what the disk would have held.
 """

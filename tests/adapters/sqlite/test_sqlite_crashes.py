@@ -51,21 +51,21 @@ def acknowledged(file: Path) -> int:
 @pytest.mark.parametrize("durability", ["full", "fast"])
 def test_nothing_acknowledged_is_missing_after_kill_9(tmp_path, durability):
     chance = random.Random(7)
-    path, told = tmp_path / "portd.db", tmp_path / "told"
+    path, acked = tmp_path / "portd.db", tmp_path / "acked"
     for _ in range(KILLS):
-        told.unlink(missing_ok=True)
+        acked.unlink(missing_ok=True)
         command = [
             sys.executable,
             str(Path(__file__).with_name("committing.py")),
             str(path),
             durability,
-            str(told),
+            str(acked),
             "1000000",
         ]
         with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as child:
-            wait_for(told, chance.randint(1, 100), child)
+            wait_for(acked, chance.randint(1, 100), child)
             child.kill()
-        asyncio.run(check_restart(path, durability, acknowledged(told)))
+        asyncio.run(check_restart(path, durability, acknowledged(acked)))
 
 
 async def check_restart(path, durability, least):
@@ -77,9 +77,9 @@ async def check_restart(path, durability, least):
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def wait_for(told, count, child):
+def wait_for(acked, count, child):
     deadline = time.monotonic() + 20
-    while not told.exists() or told.read_bytes().count(b"\n") < count:
+    while not acked.exists() or acked.read_bytes().count(b"\n") < count:
         assert child.poll() is None, "the child ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -95,7 +95,7 @@ def lost_by_power_cuts(disk, tmp_path, durability, kept):
     asyncio.run(make_store(path))
     platters = Platters(directory)
     child = disk.start(
-        "committing.py", str(path), durability, str(directory / "told"), "400", directory=directory, journal=journal
+        "committing.py", str(path), durability, str(directory / "acked"), "400", directory=directory, journal=journal
     )
     assert child.communicate()[0] == ""
     assert child.returncode == 0
@@ -103,17 +103,17 @@ def lost_by_power_cuts(disk, tmp_path, durability, kept):
     assert sum(entry.kind == "S" and entry.name == "portd.db" for entry in entries) >= 2, "there was no checkpoint"
     chance = random.Random(11)
     cuts = set(chance.sample(range(len(entries)), CUTS))
-    lost, told = [], 0
+    lost, newest = [], 0
     for index, entry in enumerate(entries):
-        if entry.name == "told":
-            told = int(entry.data)
+        if entry.name == "acked":
+            newest = int(entry.data)
         else:
             platters.ask(entry)
         if index in cuts:
             after = tmp_path / f"after-{index}"
             platters.cut_power(after, chance, kept)
-            (after / "told").unlink(missing_ok=True)
-            lost.append(max(0, told - newest_revision(after / "portd.db")))
+            (after / "acked").unlink(missing_ok=True)
+            lost.append(max(0, newest - newest_revision(after / "portd.db")))
     return lost
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full, refuses writes, or can't be trusted: what is refused changed nothing, and it mends itself."""
+"""A disk that is full, read-only or faulty: a refused commit changes nothing, and writing resumes by itself."""
 
 from __future__ import annotations
 

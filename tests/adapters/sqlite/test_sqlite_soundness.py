@@ -1,4 +1,4 @@
-"""A file that is damaged, newer or another program's is told apart, and left byte for byte as it is."""
+"""A damaged, newer or foreign file is recognized, and left byte for byte as it is."""
 
 from __future__ import annotations
 

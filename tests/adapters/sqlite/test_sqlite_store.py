@@ -39,12 +39,12 @@ def test_the_one_private_name_of_aiosqlite_is_still_there():
     assert list(inspect.signature(aiosqlite.Connection._execute).parameters) == ["self", "fn", "args", "kwargs"]
 
 
-def test_a_second_daemon_on_the_same_state_is_refused_with_the_pid_of_the_first_until_it_is_dead(tmp_path):
-    path, told = tmp_path / "portd.db", tmp_path / "told"
-    command = [sys.executable, str(Path(__file__).with_name("committing.py")), str(path), "full", str(told), "1000000"]
-    os.mkfifo(told)  # opening it waits until the child has the store
+def test_second_daemon_is_refused_with_the_pid_of_the_first(tmp_path):
+    path, acked = tmp_path / "portd.db", tmp_path / "acked"
+    command = [sys.executable, str(Path(__file__).with_name("committing.py")), str(path), "full", str(acked), "1000000"]
+    os.mkfifo(acked)  # opening it waits until the child has the store
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as first:
-        with told.open("rb"), pytest.raises(StateInUse, match=f"pid {first.pid}"):
+        with acked.open("rb"), pytest.raises(StateInUse, match=f"pid {first.pid}"):
             asyncio.run(SqliteStore.open(path, "full"))
         first.kill()
     asyncio.run(open_and_close(path))
@@ -93,20 +93,20 @@ def test_any_file_name_is_the_file_that_is_used(tmp_path, name):
     assert (tmp_path / name).stat().st_size > 0
 
 
-def test_each_commit_is_told_with_its_time_and_its_events(tmp_path):
-    told = []
+def test_each_commit_reports_its_time_and_events(tmp_path):
+    commits = []
 
     async def run():
-        async with opened(tmp_path / "portd.db", "full", lambda *commit: told.append(commit)) as store:
+        async with opened(tmp_path / "portd.db", "full", lambda *commit: commits.append(commit)) as store:
             await store.commit(granted([1, 2]))
             await store.commit(granted([3]))
             condition = store.condition()
             assert store.size_bytes() == condition["size_bytes"] + condition["wal_bytes"] > 0
             assert condition == condition | {"path": str(tmp_path / "portd.db"), "durability": "full", "problem": None}
-            assert condition["last_commit_ms"] == pytest.approx(told[-1][0] * 1000, abs=0.001)
+            assert condition["last_commit_ms"] == pytest.approx(commits[-1][0] * 1000, abs=0.001)
 
     asyncio.run(run())
-    assert [count for _, count in told] == [2, 1]
+    assert [count for _, count in commits] == [2, 1]
 
 
 def test_commits_get_in_between_the_steps_of_pruning(tmp_path):

@@ -223,11 +223,11 @@ async def test_revisions_grow_though_every_event_is_pruned(store):
 
 
 @on_every_store
-async def test_each_start_has_revisions_that_no_start_before_may_have_given(store):
+async def test_each_start_uses_revisions_that_no_earlier_start_gave(store):
     await store.load()
     await store.commit(granted([1, 2, 3]))
     second = (await store.load()).revision
-    third = (await store.load()).revision  # the second start committed nothing, but may have told of something
+    third = (await store.load()).revision  # the second start committed nothing, but may have published something
     assert second >= 3 + REVISION_GAP
     assert third >= second + REVISION_GAP
 
