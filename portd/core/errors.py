@@ -77,7 +77,7 @@ class NotFound(Refusal):
 class PortTaken(Refusal):
     """Another process has the port, or another owner has the instance.
 
-    `foreign` is the binding that a process without a lease has, None where something else is in the way.
+    `foreign` is the binding of a process without a lease; None for any other cause.
     """
 
     code = "port_taken"

@@ -82,8 +82,7 @@ def test_another_user_reads_everything_but_programs_and_command_lines(daemon: Da
         theirs = nobody.lease("readable-too", tags=["readable"])
         for over in ("unix", "tcp"):
             seen = {
-                lease["id"]: lease
-                for lease in nobody.call("GET", "/v1/leases?tag=readable", over=over).body["leases"]
+                lease["id"]: lease for lease in nobody.call("GET", "/v1/leases?tag=readable", over=over).body["leases"]
             }
             assert (seen[mine["id"]]["owner"]["exe"], seen[mine["id"]]["owner"]["cmdline"]) == (None, None)
             assert seen[theirs["id"]]["owner"]["cmdline"][-2:] == ["tests.e2e.puppet", str(NOBODY)]

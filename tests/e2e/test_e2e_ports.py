@@ -57,7 +57,10 @@ def test_a_refusal_names_the_process_that_has_the_port(daemon: Daemon, kind: str
         request = {"service": "x", "ttl": 60, "port": port, "exact": True}
         refused = daemon.call("POST", f"/v1/leases{'' if is_fast else '?wait=0.01'}", request)
     assert (refused.status, refused.code) == (409, "port_taken")
-    assert f"{Path('/proc/self/exe').resolve().name}[{os.getpid()}] of {pwd.getpwuid(os.geteuid()).pw_name}" in refused.body["detail"]
+    assert (
+        f"{Path('/proc/self/exe').resolve().name}[{os.getpid()}] of {pwd.getpwuid(os.geteuid()).pw_name}"
+        in refused.body["detail"]
+    )
     assert ("'adopt'" in refused.body["detail"]) is (kind == "listening")
 
 
