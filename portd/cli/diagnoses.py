@@ -96,21 +96,27 @@ def descriptors(port_count: int, limits_text: str) -> Iterator[Diagnosis]:
         )
 
 
-def capabilities(status_text: str, static_ports: Iterable[int], unprivileged_start: str) -> Iterator[Diagnosis]:
+def capabilities(
+    status_text: str, static_ports: Iterable[int], unprivileged_start: str, pool: Iterable[int] = ()
+) -> Iterator[Diagnosis]:
     """The daemon lacks a capability (capabilities(7)) that its configuration needs."""
     line = next((line for line in status_text.splitlines() if line.startswith("CapEff:")), "")
     if not line:
         return
     granted = int(line.split()[1], 16)
     start = int(unprivileged_start) if unprivileged_start.strip().isdecimal() else UNPRIVILEGED_START
-    low = sorted({port for port in static_ports if port < start})
-    if low and not granted >> CAP_NET_BIND_SERVICE & 1:
-        yield Diagnosis(
-            "problem",
-            f"the daemon may not bind ports below {start}, and {spans(low)} are static",
-            "those leases are refused.",
-            "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE",
-        )
+    if granted >> CAP_NET_BIND_SERVICE & 1:
+        return
+    for ports, role in ((static_ports, "static"), (pool, "in a pool")):
+        low = sorted({port for port in ports if port < start})
+        if low:
+            yield Diagnosis(
+                "problem",
+                f"the daemon may not bind ports below {start}, and {spans(low)} are {role}",
+                "those leases are refused.",
+                "in its unit: AmbientCapabilities=CAP_NET_BIND_SERVICE\n"
+                "or lower net.ipv4.ip_unprivileged_port_start, or configure other ports",
+            )
 
 
 # --- ports ---

@@ -99,14 +99,19 @@ def _ports(
     pool = {port for part in pools.values() for port in part}
     if status is not None:
         yield from diagnoses.stale_settings({name: len(part) for name, part in pools.items()}, status, path)
+    yield from examine_settings(settings, path)
+    yield from diagnoses.unleased(pool, ports, path)
+
+
+def examine_settings(settings: Settings, path: str) -> Iterator[Diagnosis]:
+    """Examine what is wrong with the settings on this host, whether a daemon runs or not."""
     yield from diagnoses.ephemeral(
-        pool,
+        {port for pool in settings.pools.values() for port in pool_ports(pool)},
         _static_ports(settings),
         _read("/proc/sys/net/ipv4/ip_local_port_range"),
         _read("/proc/sys/net/ipv4/ip_local_reserved_ports"),
         path,
     )
-    yield from diagnoses.unleased(pool, ports, path)
 
 
 def _daemon(settings: Settings | None, status: Mapping[str, Any]) -> Iterator[Diagnosis]:
@@ -118,6 +123,7 @@ def _daemon(settings: Settings | None, status: Mapping[str, Any]) -> Iterator[Di
         _read(f"/proc/{pid}/status"),
         _static_ports(settings) if settings is not None else (),
         _read("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
+        () if settings is None else {port for pool in settings.pools.values() for port in pool_ports(pool)},
     )
     for warning in status["warnings"]:
         yield Diagnosis("problem", warning, "the daemon reports it itself.", "see its log: journalctl -u portd")

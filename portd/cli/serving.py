@@ -20,7 +20,20 @@ def serve(values: dict[str, Any]) -> int:
         missing = f"the Python module {error.name!r} is missing or broken" if error.name else "an import failed"
         print(f"portd: {missing} ({error}): install portd again (pip install portd)", file=sys.stderr)
         return os.EX_UNAVAILABLE
-    return daemon.main(config_path=values["config"], user=values["user"], check_config=values["check_config"])
+    status = daemon.main(config_path=values["config"], user=values["user"], check_config=values["check_config"])
+    if values["check_config"] and status == os.EX_OK:
+        _warn(values["config"], is_user=values["user"])
+    return status
+
+
+def _warn(config: str | None, *, is_user: bool) -> None:
+    """Print what is right in the file and yet wrong on this host."""
+    from portd.cli import doctor
+    from portd.config import load, system_paths, user_paths
+
+    paths = user_paths() if is_user else system_paths()
+    for found in doctor.examine_settings(load(config, paths), config or paths.config):
+        print(f"portd: warning: {found.what}: {found.why} {found.fix}", file=sys.stderr)
 
 
 COMMANDS = (

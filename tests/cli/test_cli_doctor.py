@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +119,21 @@ def test_an_unbindable_static_port_is_a_problem() -> None:
     assert "CAP_NET_BIND_SERVICE" in found.fix
     assert not list(diagnoses.capabilities("CapEff:\t000001ffffffffff\n", [80], "1024\n"))
     assert not list(diagnoses.capabilities(NOTHING_GRANTED, [80], "80\n"))  # as the kernel says
+
+
+def test_a_pool_below_the_unprivileged_ports_is_a_problem() -> None:
+    found = one(diagnoses.capabilities(NOTHING_GRANTED, [], "30000\n", POOL))
+    assert "20000-29999" in found.what
+    assert not list(diagnoses.capabilities(NOTHING_GRANTED, [], "1024\n", POOL))
+
+
+@pytest.mark.parametrize(("port", "is_warned"), [(50051, True), (5432, False)])
+def test_check_config_warns_of_a_static_port_in_the_ephemeral_range(tmp_path: Path, port: int, is_warned: bool) -> None:
+    (tmp_path / "portd.toml").write_text(f"[static.grpc]\nport = {port}\n")
+    command = [sys.executable, "-m", "portd", "serve", "--check-config", "--config", str(tmp_path / "portd.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert (f"{port} (grpc)" in done.stderr) is is_warned
 
 
 def test_only_a_foreign_mdns_responder_is_a_problem() -> None:
