@@ -259,8 +259,7 @@ def _limit_stop() -> None:
 def _fault_of(group: BaseExceptionGroup[BaseException]) -> Fault | None:
     """Return the first Fault in a group, however deep, or None."""
     for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            error = _fault_of(error) or error
-        if isinstance(error, Fault):
-            return error
+        found = _fault_of(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, Fault):
+            return found
     return None

@@ -181,18 +181,7 @@ class Journal:
             self._set_problem(refusal.detail)
             raise lost from error
         else:
-            if self.problem is not None:
-                logger.info("the store works again")
-            self.problem = None
-            del self._unwritten[:observed_count]
-            for pending, made in sequenced:
-                if pending.is_abandoned:
-                    self._apply_late(pending)
-                else:
-                    for event in made:
-                        self._publish(event)
-                if pending.effects:
-                    pending.commit()
+            self._apply_batch(sequenced, observed_count)
             if events:
                 for watcher in self._durable_watchers:
                     watcher(events[-1].revision)
@@ -204,6 +193,21 @@ class Journal:
             self._apply_observations()
             for pending, _ in sequenced:  # last: an answer shows what happened meanwhile too
                 pending.settle(refusal)
+
+    def _apply_batch(self, sequenced: list[tuple[Pending, list[Event]]], observed_count: int) -> None:
+        """Apply what is durable now: requests with their effects; `observed_count` events were applied before."""
+        if self.problem is not None:
+            logger.info("the store works again")
+        self.problem = None
+        del self._unwritten[:observed_count]
+        for pending, made in sequenced:
+            if pending.is_abandoned:
+                self._apply_late(pending)
+            else:
+                for event in made:
+                    self._publish(event)
+            if pending.effects:
+                pending.commit()
 
     def _abandon(self, under_way: list[Pending]) -> None:
         """Refuse the requests that wait for a disk that hangs, and roll back those behind them, which it has not seen.

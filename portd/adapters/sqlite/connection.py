@@ -35,7 +35,9 @@ class Connection:
         A cancelled caller gives up the waiting, not the work: it is in the thread's queue before the first await.
         """
         # The one private name of aiosqlite that portd uses (0.22, pinned in pyproject.toml; a test fails when it goes).
-        result: Result = await self._thread._execute(work, self._database, *args, **kwargs)  # type: ignore[no-untyped-call]
+        result: Result = await self._thread._execute(  # type: ignore[no-untyped-call]  # noqa: SLF001
+            work, self._database, *args, **kwargs
+        )
         return result
 
     async def close(self) -> None:
