@@ -9,7 +9,7 @@ FIRSTS = range(25400, 24900, -100)
 
 
 class Block(NamedTuple):
-    """A hundred ports. `pools` are those of the daemons; `wish` and `http` are in none of them."""
+    """A hundred ports. `pools` are those of the daemons; `requested` and `http` are in none of them."""
 
     first: int
 
@@ -19,8 +19,8 @@ class Block(NamedTuple):
         return {"steady": self._range(0, 49), "mortal": self._range(50, 79), "own": self._range(80, 94)}
 
     @property
-    def wish(self) -> int:
-        """Return a port that cases wish for: outside the pools, so that a stranger on it spoils nothing."""
+    def requested(self) -> int:
+        """Return a port that cases request: outside the pools, so that a foreign process on it disturbs no case."""
         return self.first + 95
 
     @property

@@ -25,7 +25,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     """Give a case its daemon: running, without leases. Every language meets the same one."""
     made: dict[str, Stage] = {}
     block, mark = claim()
-    facts = {"wish": block.wish, "http": f"http://127.0.0.1:{block.http}"}
+    facts = {"requested": block.requested, "http": f"http://127.0.0.1:{block.http}"}
     with mark, ExitStack() as stack:
 
         def stage_of(case: Case) -> Stage:

@@ -71,7 +71,7 @@ class Driver:
         return self._wait(taken, lambda: f"the event; others came: {passed}")
 
     def has_event(self, name: str) -> bool:
-        """Tell whether such an event has come and was not waited for."""
+        """Return whether such an event has come and was not waited for."""
         with self._arrival:
             return any(event["event"] == name for event in self._events)
 

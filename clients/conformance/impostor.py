@@ -49,7 +49,7 @@ class Impostor:
         assert self._process.stdout.readline() == "posing\n"
 
     def has_received(self, text: str) -> bool:
-        """Tell whether the other user was sent that text."""
+        """Return whether the other user was sent that text."""
         received = self.temporary / "received"
         return received.exists() and text in received.read_text(errors="replace")
 

@@ -22,7 +22,7 @@ CASES = Path(__file__).parent / "cases"
 NOWHERE = "unix:///nonexistent/portd.sock"
 ENDINGS = {"eof": {0}, "term": SIGNAL_STATUSES, "kill": {-9}}
 FAULTS = re.compile("Traceback|ResourceWarning|panic:|Unhandled")
-"""What no driver may write on stderr: a fault of the client that no answer told of."""
+"""What no driver may write on stderr: a fault of the client that no answer reported."""
 STEPS = {
     "call": {"with", "expect", "error"},
     "send": {"with"},
@@ -38,7 +38,7 @@ STEPS = {
     "serve": set(),
     "impostor": set(),
     "unheard": set(),
-    "stranger": {"port"},
+    "foreign": {"port"},
     "dial": {"address"},
 }
 """The first key of each step, and those that may follow it."""
@@ -56,17 +56,17 @@ class Case(NamedTuple):
 
     @property
     def spoils_its_daemon(self) -> bool:
-        """Tell whether it ends or stops the daemon, so that it may not be everybody's."""
+        """Return whether it ends or stops the daemon, which then can't be a shared one."""
         return any("daemon" in step for step in self.steps)
 
     @property
     def needs_a_standin(self) -> bool:
-        """Tell whether the stand-in plays in it."""
+        """Return whether the stand-in plays in it."""
         return "$standin" in str((self.environment, self.steps))
 
     @property
     def needs_an_impostor(self) -> bool:
-        """Tell whether another user poses as portd in it."""
+        """Return whether another user poses as portd in it."""
         return "$impostor" in str((self.environment, self.steps))
 
 
@@ -82,7 +82,7 @@ def cases() -> dict[str, Case]:
 
 
 def read(name: str, table: Mapping[str, Any]) -> Case:
-    """Read one case; raises ValueError for a step that the suite would not understand, or not look at."""
+    """Read one case; raises ValueError for a step that the suite does not know, or would ignore."""
     for step in table["steps"]:
         verb, *rest = step
         if verb not in STEPS or not STEPS[verb].issuperset(rest) or {"expect", "error"} <= step.keys():
@@ -95,13 +95,13 @@ Stages = Callable[[Case], Stage]
 
 
 class Play:
-    """One performance of a case: a driver, the daemon, strangers, and the variables that the steps share."""
+    """One performance of a case: a driver, the daemon, foreign listeners, and the variables that the steps share."""
 
     def __init__(self, case: Case, command: Sequence[str], stage: Stage, stack: ExitStack) -> None:
         self._case = case
         self._stage = stage
         self._stack = stack
-        self._strangers: dict[int, socket.socket] = {}
+        self._foreign_listeners: dict[int, socket.socket] = {}
         self._pending = 0  # the number of a call whose answer was not read yet
         self._answer: dict[str, Any] = {}
         self._variables: dict[str, Any] = {**stage.facts, "nowhere": NOWHERE}
@@ -224,16 +224,16 @@ class Play:
 
     # --- the host ---
 
-    def _stranger(self, step: dict[str, Any]) -> None:
-        what, port = step["stranger"], filled(step["port"], self._variables)
+    def _foreign(self, step: dict[str, Any]) -> None:
+        what, port = step["foreign"], filled(step["port"], self._variables)
         if what == "leaves":
-            self._strangers.pop(port).close()
+            self._foreign_listeners.pop(port).close()
             return
-        stranger = self._stack.enter_context(socket.socket())
-        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        stranger.bind(("127.0.0.1", port))
-        stranger.listen()
-        self._strangers[port] = stranger
+        listener = self._stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        self._foreign_listeners[port] = listener
 
     def _serve(self, step: dict[str, Any]) -> None:
         port = filled(step["serve"], self._variables)

@@ -20,7 +20,7 @@ ANSWERS = {
 }
 """What is answered before the connection is closed. `silent` answers nothing and keeps it, `daemon` passes it on."""
 TURN_S = 0.05
-"""Seconds after which a connection looks whether it is still wanted."""
+"""Seconds between two checks whether a connection is still wanted."""
 
 
 class StandIn:

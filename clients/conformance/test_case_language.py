@@ -47,7 +47,7 @@ def test_what_fits_is_taken(expected: Any, actual: Any) -> None:
         ("text", None),
     ],
 )
-def test_what_does_not_fit_is_told(expected: Any, actual: Any) -> None:
+def test_a_mismatch_is_reported(expected: Any, actual: Any) -> None:
     assert mismatch(expected, actual, {"known": 7})
 
 
@@ -68,7 +68,7 @@ def test_a_variable_gets_its_value_only_where_everything_fits() -> None:
         {"call": "lease", "expect": {}, "error": {}},
     ],
 )
-def test_a_step_that_would_not_be_looked_at_is_refused(step: dict[str, Any]) -> None:
+def test_an_unknown_step_is_refused(step: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a step that is none"):
         read("a case", {"steps": [step]})
 

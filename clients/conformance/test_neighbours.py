@@ -40,7 +40,7 @@ def asked(driver: Driver, call: str, **arguments: Any) -> Any:
 
 
 def ports(event: dict[str, Any]) -> list[int]:
-    """Return the ports that a watch told."""
+    """Return the ports that a watch reported."""
     return sorted(instance["port"] for instance in event.get("instances", []))
 
 

@@ -105,7 +105,7 @@ func TestTheFallbackIsAPortOfTheKernelsChoiceAndIsLoggedOnce(t *testing.T) {
 	}
 	for _, err := range []error{l.Report(bounded(t), Passing, ""), l.Drain(bounded(t), true), l.Renew(bounded(t), 0)} {
 		if err != nil {
-			t.Errorf("with nobody to tell: %v", err)
+			t.Errorf("without a daemon: %v", err)
 		}
 	}
 	if _, err := l.Listen(bounded(t)); !errors.Is(err, syscall.EADDRINUSE) {

@@ -181,7 +181,7 @@ func understand(at *endpoint, status int, body []byte, result any) error {
 	return nil
 }
 
-// isRefusedConnection tells whether nobody was reached at all, so that the next endpoint may be tried.
+// isRefusedConnection reports whether nobody was reached at all, so that the next endpoint may be tried.
 func isRefusedConnection(err error) bool {
 	var operation *net.OpError
 	return errors.As(err, &operation) && operation.Op == "dial"

@@ -239,8 +239,8 @@ func openSockets() (left []string) {
 	return left
 }
 
-// stranger listens on a port until the test ends.
-func stranger(t *testing.T, address string, port int) {
+// occupy listens on a port until the test ends.
+func occupy(t *testing.T, address string, port int) {
 	t.Helper()
 	var made sockets
 	if err := made.bind(bounded(t), "tcp", address, port); err != nil {

@@ -140,7 +140,7 @@ func duration(seconds float64) time.Duration {
 	return time.Duration(seconds * float64(time.Second))
 }
 
-// covers tells whether the check has all that another one sets; the daemon shows checks with their defaults filled in.
+// covers reports whether the check has all that another one sets; the daemon shows checks with their defaults filled in.
 func (h HealthCheck) covers(wanted HealthCheck) bool {
 	have, want := reflect.ValueOf(h), reflect.ValueOf(wanted)
 	for i := 0; i < want.NumField(); i++ {

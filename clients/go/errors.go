@@ -1,4 +1,4 @@
-// What can go wrong, as a caller tells it apart: the daemon's refusals, and no daemon. Nothing here does any I/O.
+// The errors that a caller can distinguish: the daemon's refusals, and no daemon. Nothing here does any I/O.
 
 package portd
 
@@ -57,7 +57,7 @@ func (p *Problem) Is(target error) bool {
 	return sentinels[p.Code] == target
 }
 
-// problemOf reads a refusal. A body that is no problem document (a proxy's, say) leaves only the status to tell.
+// problemOf reads a refusal. A body that is no problem document (a proxy's, say) leaves only the status.
 func problemOf(status int, body []byte) *Problem {
 	problem := &Problem{}
 	if json.Unmarshal(body, problem) != nil || problem.Code == "" {
@@ -115,7 +115,7 @@ func (n noAnswer) Timeout() bool { return true }
 // Is makes it a time-out for whoever asks errors.Is.
 func (n noAnswer) Is(target error) bool { return target == context.DeadlineExceeded }
 
-// cause returns the innermost error: the kernel's word, without the layers that repeat the address.
+// cause returns the innermost error: the kernel's reason, without the layers that repeat the address.
 func cause(err error) error {
 	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
 		err = inner
@@ -123,7 +123,7 @@ func cause(err error) error {
 	return err
 }
 
-// isAway tells whether the daemon can't answer now, so that it is worth waiting for.
+// isAway reports whether the daemon can't answer now, so that it is worth waiting for.
 func isAway(err error) bool {
 	return errors.Is(err, ErrDaemonUnavailable) || errors.Is(err, ErrProtocol) || errors.Is(err, ErrRetryable)
 }

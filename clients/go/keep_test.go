@@ -73,7 +73,7 @@ func TestALeaseThatTheDaemonForgotIsHadAgainOnTheSamePort(t *testing.T) {
 	}
 }
 
-// takenMeanwhile lets the daemon forget everything, and a stranger take a port before it is back.
+// takenMeanwhile lets the daemon forget everything, and a foreign process bind a port before it is back.
 func takenMeanwhile(t *testing.T, d *daemon, l *Lease) {
 	t.Helper()
 	d.end(syscall.SIGTERM)
@@ -82,7 +82,7 @@ func takenMeanwhile(t *testing.T, d *daemon, l *Lease) {
 	d.start(t)
 }
 
-func TestALeaseThatHasToMoveIsListenedOnAnewWhereItTellsSo(t *testing.T) {
+func TestALeaseThatMovesReportsItsNewPort(t *testing.T) {
 	leavesNothing(t)
 	d, c := ownDaemon(t)
 	moved := make(chan *Lease, 1)
@@ -92,7 +92,7 @@ func TestALeaseThatHasToMoveIsListenedOnAnewWhereItTellsSo(t *testing.T) {
 	select {
 	case <-moved:
 	case <-time.After(deadline):
-		t.Fatal("the program is not told")
+		t.Fatal("the program is not notified")
 	}
 	listener := must[*Listener](t)(l.Listen(bounded(t)))
 	defer listener.Close()
@@ -115,7 +115,7 @@ func TestThePortOfALeaseNeverChangesForAProgramThatDidNotAskForIt(t *testing.T) 
 			t.Errorf("it is lost because %v", err)
 		}
 	case <-time.After(deadline):
-		t.Fatal("the program is not told")
+		t.Fatal("the program is not notified")
 	}
 	if l.Port() != port {
 		t.Errorf("the port went from %d to %d", port, l.Port())

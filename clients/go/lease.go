@@ -122,17 +122,17 @@ func (l *Lease) Address() string { return l.Document().Address }
 // Port returns the port to bind. It changes for leases with OnChange alone.
 func (l *Lease) Port() int { return l.Document().Port }
 
-// IsAdopted tells whether `portd run` leased it, for this process or one before it.
+// IsAdopted reports whether `portd run` leased it, for this process or one before it.
 func (l *Lease) IsAdopted() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.adopted
 }
 
-// IsFallback tells whether it is no lease, but a port of the kernel's choice.
+// IsFallback reports whether it is no lease, but a port of the kernel's choice.
 func (l *Lease) IsFallback() bool { return l.ID() == "" }
 
-// IsPassed tells whether its sockets came from portd, bound, and never free in between.
+// IsPassed reports whether its sockets came from portd, bound, and never free in between.
 func (l *Lease) IsPassed() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -204,12 +204,12 @@ func (l *Lease) Drain(ctx context.Context, on bool) error {
 	return l.change(ctx, "POST", "/drain", map[string]bool{"drain": on})
 }
 
-// Report tells the instance's health, for a lease whose check is "report".
+// Report sets the instance's health, for a lease whose check is "report".
 func (l *Lease) Report(ctx context.Context, health Health, note string) error {
 	return l.change(ctx, "PUT", "/health", map[string]string{"status": string(health), "note": note})
 }
 
-// change makes a call on the lease that answers with what it is now. A fallback has nobody to tell.
+// change makes a call that returns the changed lease. A fallback has no daemon to call.
 func (l *Lease) change(ctx context.Context, method, what string, body any) error {
 	if l.IsFallback() {
 		return nil
@@ -244,7 +244,7 @@ func (l *Lease) Close() error {
 	return nil
 }
 
-// drainOut leaves look-ups and waits, once, where DrainFor asks for it. Where nobody can be told there is nothing to wait
+// drainOut drains the lease and waits, once, where DrainFor asks for it. If no daemon answers, there is nothing to wait
 // for.
 func (l *Lease) drainOut() {
 	l.drain.Do(func() {
@@ -265,7 +265,7 @@ func (l *Lease) isClosed() bool {
 	return l.closed
 }
 
-// isOurs tells whether the lease is this process' to give back: an adopted one may be a parent's that serves on.
+// isOurs reports whether the lease is this process' to give back: an adopted one may be a parent's that serves on.
 func (l *Lease) isOurs() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -140,14 +140,14 @@ func TestAnAddressOfIPv4StaysOutOfIPv6(t *testing.T) {
 	}
 }
 
-func TestAPortThatAStrangerTakesBetweenGrantAndBindIsDeclinedUnderTheSameLease(t *testing.T) {
+func TestAPortBoundByAForeignProcessIsDeclinedUnderTheSameLease(t *testing.T) {
 	for name, c := range map[string]*Client{"by handoff": shared.client(t), "bound": overTCP(t)} {
 		t.Run(name, func(t *testing.T) {
 			leavesNothing(t)
 			l := must[*Lease](t)(c.Acquire(bounded(t), "raced", Hold("none")))
 			defer l.Close()
 			id, first := l.ID(), l.Port()
-			stranger(t, l.Address(), first)
+			occupy(t, l.Address(), first)
 			listener := must[*Listener](t)(l.Listen(bounded(t)))
 			defer listener.Close()
 			if l.ID() != id || l.Port() == first || listener.Addr().(*net.TCPAddr).Port != l.Port() {
@@ -157,15 +157,15 @@ func TestAPortThatAStrangerTakesBetweenGrantAndBindIsDeclinedUnderTheSameLease(t
 	}
 }
 
-func TestAnExactPortThatAStrangerHasIsErrPortTaken(t *testing.T) {
-	stranger(t, "127.0.0.1", firstPort+90)
+func TestAnExactPortOfAForeignProcessIsErrPortTaken(t *testing.T) {
+	occupy(t, "127.0.0.1", firstPort+90)
 	_, err := Listen(bounded(t), "refused", ExactPort(firstPort+90))
 	if problem := asProblem(t, err); !errors.Is(err, ErrPortTaken) || problem.Status != 409 || problem.Pointer != "/port" {
 		t.Errorf("%#v", problem)
 	}
 	l := must[*Lease](t)(overTCP(t).Acquire(bounded(t), "refused", ExactPort(firstPort+91), Hold("none")))
 	defer l.Close()
-	stranger(t, "127.0.0.1", firstPort+91)
+	occupy(t, "127.0.0.1", firstPort+91)
 	if _, err := l.Listen(bounded(t)); !errors.Is(err, ErrPortTaken) {
 		t.Errorf("taken after the grant it is %v", err)
 	}

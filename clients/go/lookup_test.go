@@ -137,6 +137,6 @@ func TestWhatADaemonSaidLastIsGoodWhileItIsAwayAndMarkedAsStale(t *testing.T) {
 	second := must[*Listener](t)(c.Listen(bounded(t), "remembered"))
 	defer second.Close()
 	if came, _ := next(t, updates); len(came.Instances) != 2 {
-		t.Errorf("the watch waited the absence out, and tells %+v", came)
+		t.Errorf("the watch waited for the daemon, and reports %+v", came)
 	}
 }

@@ -143,7 +143,7 @@ func checkUID(uid int) error {
 	return fmt.Errorf("user %d listens there, not root, %s or this user", uid, daemonUser)
 }
 
-// isPrivate tells whether a directory is the user's, and writable by nobody else. One that is missing is: connecting
+// isPrivate reports whether a directory is the user's, and writable by nobody else. One that is missing is: connecting
 // reports it.
 func isPrivate(directory string, uid int) bool {
 	info, err := os.Lstat(directory)

@@ -141,12 +141,12 @@ func (s *sockets) adopt(file *os.File) error {
 	return err
 }
 
-// isTaken tells whether somebody else has the port, by the kernel's word or the daemon's.
+// isTaken reports whether the port is in use, as the kernel or the daemon reports.
 func isTaken(err error) bool {
 	return errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, ErrPortTaken)
 }
 
-// refused returns what to tell when a taken port can't be declined: an exact one is just taken.
+// refused returns the error to report when a taken port can't be declined: an exact one is just taken.
 func refused(refusal, taken error) error {
 	var problem *Problem
 	if errors.As(refusal, &problem) && problem.Code == "not_declinable" {

@@ -130,7 +130,7 @@ def test_of_three_instances_that_find_each_other_a_killed_one_leaves(
         def passing() -> set[int]:
             return {one.port for one in portd_client.resolve_all("three", client=daemon.client)}
 
-        wait_for(lambda: passing() == set(ports), "all three pass their checks, by the Python client's word")
+        wait_for(lambda: passing() == set(ports), "all three pass their checks, as the Python client reports")
         for port in ports:
             with urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
                 assert answer.read() == b"ok\n"

@@ -319,7 +319,7 @@ class Limit {
   }
 }
 
-/** Iterate over a body's parts; `onPart` is told of each. */
+/** Iterate over a body's parts; `onPart` is called for each. */
 async function* parts(response, onPart = () => {}) {
   try {
     for await (const part of response) {

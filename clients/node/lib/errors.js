@@ -96,7 +96,7 @@ export function problem(document, status) {
   return new Kind(document, status);
 }
 
-/** Tell whether an error passes by itself: the daemon is away, restarts, or has too much to do. */
+/** Return whether an error passes by itself: the daemon is away, restarts, or has too much to do. */
 export function isPassing(error) {
   return error instanceof DaemonUnavailable || error instanceof ProtocolError || error instanceof Retryable;
 }

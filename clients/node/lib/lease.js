@@ -278,7 +278,7 @@ export class Lease extends EventEmitter {
     try {
       await this.#client.drain(this.id, true, { token: this.#token, timeoutS: RELEASE_TIMEOUT_S });
     } catch {
-      return; // nobody can be told, so there is nothing to wait for
+      return; // no daemon answers, so there is nothing to wait for
     }
     await sleep(this.#drainS * 1000);
   }

@@ -73,7 +73,7 @@ function checkUid(uid) {
   if (!isTrusted(uid)) throw new Error(`user ${uid} listens there, not root, ${DAEMON_USER} or this user`);
 }
 
-/** Tell whether a user may be the daemon: root, this process' own user, or `portd`. */
+/** Return whether a user may be the daemon: root, this process' own user, or `portd`. */
 export function isTrusted(uid) {
   if (uid === 0 || uid === process.geteuid()) return true;
   const accounts = readFileSync("/etc/passwd", "utf8");

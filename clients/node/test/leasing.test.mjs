@@ -17,9 +17,9 @@ const daemon = new Client();
 const absent = new Client({ url: "unix:///nonexistent/portd.sock" });
 
 async function occupied(port, host = "127.0.0.1") {
-  const stranger = createServer().listen(port, host);
-  await once(stranger, "listening");
-  return stranger;
+  const occupant = createServer().listen(port, host);
+  await once(occupant, "listening");
+  return occupant;
 }
 
 function isOver(id) {
@@ -63,10 +63,10 @@ test("a datagram socket binds the leased port, and `both` is had with a server a
   beside.close();
 });
 
-test("a port that is taken after all is declined for another, and error handlers hear nothing of it", async () => {
+test("a port that is taken after all is declined for another, without an error event", async () => {
   const one = await lease("raced", { hold: "none" });
   const { id, port } = one;
-  const stranger = await occupied(port);
+  const occupant = await occupied(port);
   const server = createServer();
   const heard = [];
   server.on("error", (error) => heard.push(error));
@@ -80,7 +80,7 @@ test("a port that is taken after all is declined for another, and error handlers
   server.emit("error", new Error("of its own"));
   assert.deepEqual([heard.length, server.listenerCount("error")], [2, 1]);
   server.close();
-  stranger.close();
+  occupant.close();
   await one.release();
 });
 
@@ -92,16 +92,16 @@ test("what else is wrong with a server rejects, and its lease is given back", as
   server.close();
 });
 
-test("an exact port that somebody has is refused with the daemon's code, status and pointer", async () => {
-  const stranger = await occupied(0);
-  const { port } = stranger.address();
+test("an exact port in use is refused with the daemon's code, status and pointer", async () => {
+  const occupant = await occupied(0);
+  const { port } = occupant.address();
   await assert.rejects(listen(createServer(), "refused", { port, exact: true }), (error) => {
     assert(error instanceof PortTaken && error instanceof Problem && error instanceof Error);
     assert.deepEqual([error.name, error.code, error.status, error.pointer], ["PortTaken", "port_taken", 409, "/port"]);
     assert.match(error.message, new RegExp(String(port)));
     return true;
   });
-  stranger.close();
+  occupant.close();
 });
 
 test("an exclusive hold is refused with the way out, and nothing stays leased", async () => {
@@ -162,11 +162,11 @@ test("without a daemon the fallback listens on a port of the kernel's choice, an
 test("a fallback's port that is taken in between is given up for another", async () => {
   const one = await lease("alone", { client: absent, fallback: "ephemeral" });
   const { port } = one;
-  const stranger = await occupied(port);
+  const occupant = await occupied(port);
   const server = createServer();
   await one.listen(server);
   assert.notEqual(one.port, port);
   assert.equal(server.address().port, one.port);
   server.close();
-  stranger.close();
+  occupant.close();
 });

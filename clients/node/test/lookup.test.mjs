@@ -79,7 +79,7 @@ test("events are an iterator that can be left", async () => {
   await held.release();
 });
 
-test("who answers but does not speak the protocol is told from who is not there", async () => {
+test("an answer that is no HTTP is a ProtocolError", async () => {
   const answers = ["", "SSH-2.0-OpenSSH\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
     "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1\r\n\r\n{"];
   for (const answer of answers) {

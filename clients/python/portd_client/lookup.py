@@ -184,7 +184,7 @@ class Watch:
 
 
 def is_gone(error: PortdError) -> bool:
-    """Tell whether the daemon does not keep what followed a revision, or it is of another store."""
+    """Return whether the daemon does not keep what followed a revision, or it is of another store."""
     return isinstance(error, Problem) and error.code == "revision_gone"
 
 

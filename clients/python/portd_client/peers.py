@@ -31,7 +31,7 @@ class UntrustedPeer(OSError):
 
 
 def is_trusted(uid: int) -> bool:
-    """Tell whether a user may be the daemon: root, this process' own user, or `portd`."""
+    """Return whether a user may be the daemon: root, this process' own user, or `portd`."""
     if uid in {0, os.geteuid()}:
         return True
     import pwd
@@ -53,7 +53,7 @@ def check_directory(endpoint: Endpoint) -> None:
 
 
 def is_private(directory: str, uid: int) -> bool:
-    """Tell whether a directory is the user's, and writable by nobody else; True where it is missing."""
+    """Return whether a directory is the user's, and writable by nobody else; True where it is missing."""
     try:
         found = os.lstat(directory)
     except OSError:
@@ -88,7 +88,7 @@ class LoopbackCheck:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a numeric address is this host's loopback."""
+    """Return whether a numeric address is this host's loopback."""
     return host == "::1" or host.removeprefix("::ffff:").startswith("127.")
 
 

@@ -61,7 +61,7 @@ class LeaseState:
 
     @property
     def is_mine(self) -> bool:
-        """Tell whether this process releases it: an adopted one may belong to a parent that serves on."""
+        """Return whether this process releases it: an adopted one may belong to a parent that serves on."""
         if not self.is_adopted:
             return bool(self.id)
         return "owner" in self.document and self.document["owner"]["pid"] == os.getpid()
@@ -137,15 +137,15 @@ class LeaseHandle:
 
     @property
     def is_adopted(self) -> bool:
-        """Tell whether `portd run` leased it, for this process or one before it."""
+        """Return whether `portd run` leased it, for this process or one before it."""
         return self._state.is_adopted
 
     @property
     def is_passed(self) -> bool:
-        """Tell whether its sockets came from portd, bound and never free in between."""
+        """Return whether its sockets came from portd, bound and never free in between."""
         return self._state.is_passed
 
     @property
     def is_fallback(self) -> bool:
-        """Tell whether no daemon answered, and the port is of the kernel's choice: nothing to renew or release."""
+        """Return whether no daemon answered, and the port is of the kernel's choice: nothing to renew or release."""
         return not self._state.id

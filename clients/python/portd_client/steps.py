@@ -117,7 +117,7 @@ def differences(document: LeaseDocument, request: LeaseRequest) -> LeaseChange:
 
 
 def _has(actual: Any, wanted: Any) -> bool:
-    """Tell whether a lease's field is what is wanted; a check is shown with its defaults filled in."""
+    """Return whether a lease's field is what is wanted; a check is shown with its defaults filled in."""
     if isinstance(wanted, bool):
         return bool(actual) is wanted
     if isinstance(wanted, dict) and isinstance(actual, dict) and "kind" in wanted:

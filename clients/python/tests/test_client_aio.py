@@ -84,7 +84,7 @@ def test_a_ttl_lease_is_renewed_and_a_forgotten_one_taken_again(own_daemon: Daem
     asyncio.run(main())
 
 
-def test_the_program_is_told_when_it_has_to_move(own_daemon: Daemon) -> None:
+def test_program_is_notified_when_its_lease_moves(own_daemon: Daemon) -> None:
     async def main() -> None:
         moved: list[int] = []
         async with aio.lease(

@@ -73,7 +73,9 @@ def test_the_first_that_answers_is_taken(daemon: Daemon, monkeypatch: pytest.Mon
     assert client.url == f"unix://{tmp_path}/portd/portd.sock"
 
 
-def test_no_instances_is_told_with_every_place_that_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_daemon_unavailable_names_every_endpoint_that_was_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(endpoints, "SYSTEM_SOCKET", str(tmp_path / "none.sock"))
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -80,7 +80,7 @@ def test_udp_and_both_give_bound_sockets(daemon: Daemon) -> None:
         stream.close()
 
 
-def test_a_port_that_a_stranger_takes_between_grant_and_bind_is_declined_for_another(daemon: Daemon) -> None:
+def test_port_bound_by_a_foreign_process_is_declined_for_another(daemon: Daemon) -> None:
     with portd_client.lease("raced", client=daemon.client, hold="none") as lease:
         first = lease.port
         with socket.create_server((lease.address, first), reuse_port=False), lease.listen() as listener:
@@ -88,9 +88,9 @@ def test_a_port_that_a_stranger_takes_between_grant_and_bind_is_declined_for_ano
             assert lease.port != first
 
 
-def test_an_exact_port_that_a_stranger_has_is_refused(daemon: Daemon) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(PortTaken) as caught:
-        portd_client.listen("refused", client=daemon.client, port=stranger.getsockname()[1], exact=True)
+def test_exact_port_in_use_is_refused(daemon: Daemon) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupant, pytest.raises(PortTaken) as caught:
+        portd_client.listen("refused", client=daemon.client, port=occupant.getsockname()[1], exact=True)
     assert caught.value.code == "port_taken"
 
 
@@ -129,7 +129,7 @@ def test_a_lease_that_the_daemon_forgot_is_taken_again_on_the_same_port(own_daem
     assert not list(own_daemon.client.leases(service="forgotten"))
 
 
-def test_the_program_is_told_when_it_has_to_move_to_another_port(own_daemon: Daemon) -> None:
+def test_program_is_notified_when_its_lease_moves(own_daemon: Daemon) -> None:
     moved: list[int] = []
     with portd_client.lease(
         "moved", client=own_daemon.client, on_change=lambda lease: moved.append(lease.port)
@@ -279,7 +279,7 @@ def test_without_a_daemon_a_lease_is_a_clear_error() -> None:
         portd_client.lease("nobody", client=portd_client.Client("unix:///nonexistent/portd.sock"))
 
 
-def test_with_the_fallback_a_program_gets_a_port_of_the_kernels_choice_and_is_told_once(
+def test_fallback_gives_an_ephemeral_port_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     absent = portd_client.Client("unix:///nonexistent/portd.sock")

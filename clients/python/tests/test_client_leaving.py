@@ -1,4 +1,4 @@
-"""How programs leave: what they hold is given back at SIGTERM, and nobody's own handler is in the way of that."""
+"""How programs leave: SIGTERM releases their leases, also where a program has a handler of its own."""
 
 from __future__ import annotations
 

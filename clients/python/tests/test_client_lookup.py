@@ -72,7 +72,7 @@ def test_what_is_drained_or_not_passing_is_never_returned(daemon: Daemon) -> Non
     assert only.port == daemon.client.lease(passing)["port"]
 
 
-def test_tags_and_endpoints_are_told_apart(daemon: Daemon) -> None:
+def test_resolve_selects_by_tag_and_endpoint(daemon: Daemon) -> None:
     grant(daemon, "sorted", tags=["green"])
     blue = grant(daemon, "sorted", tags=["blue"])
     metrics = grant(daemon, "sorted", endpoint="metrics", instance="sorted-1")

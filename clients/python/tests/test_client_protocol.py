@@ -67,7 +67,7 @@ def test_what_is_no_answer_is_an_error(data: bytes) -> None:
         answer(data, [])
 
 
-def test_something_else_that_answers_with_html_is_told_as_a_problem_without_a_code() -> None:
+def test_html_error_page_becomes_a_problem_with_unknown_code() -> None:
     with pytest.raises(Problem) as caught:
         result(502, "text/html", b"<html>Bad Gateway</html>")
     assert (caught.value.status, caught.value.code) == (502, "unknown")

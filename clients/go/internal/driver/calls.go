@@ -105,7 +105,7 @@ func (c *calls) lease(ctx context.Context, a arguments) (any, error) {
 	return shownLease(handle, held.lease), nil
 }
 
-// listen takes a lease first, unless it is told which one to listen on.
+// listen acquires a lease first, unless the arguments name one.
 func (c *calls) listen(ctx context.Context, a arguments) (any, error) {
 	handle, held, err := a.Handle, c.leases[a.Handle], error(nil)
 	if held == nil {

@@ -140,7 +140,7 @@ func (c *calls) remaining() (any, error) {
 	return object{"remaining": left}, nil
 }
 
-// count leaves out the one goroutine that minds signals, which is the driver's own wish.
+// count leaves out the goroutine that handles signals: the driver started it itself.
 func count() int {
 	stacks := make([]byte, 1<<20)
 	left := 0
