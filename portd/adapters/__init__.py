@@ -1,1 +1,1 @@
-"""The world, one technology a room. An adapter knows `core` and `seams`, and never another adapter."""
+"""The adapters to the world, one package a technology. An adapter imports `core` and `leasing.seams`, no other."""

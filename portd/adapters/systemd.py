@@ -36,7 +36,7 @@ Owned = tuple[str, socket.socket]
 
 
 def notify(*lines: str) -> None:
-    """Tell the service manager, if there is one: `READY=1`, `STATUS=…`, `STOPPING=1`, `WATCHDOG=1`."""
+    """Notify the service manager, if there is one: `READY=1`, `STATUS=…`, `STOPPING=1`, `WATCHDOG=1`."""
     _send(lines)
 
 
@@ -107,7 +107,7 @@ def turn_away(listener: socket.socket) -> None:
 
 
 async def feed_watchdog() -> None:
-    """Tell the manager's watchdog that the loop turns, twice in its period; returns at once when it has none."""
+    """Ping the manager's watchdog twice in its period, from the event loop; return at once if there is none."""
     period_us = int(os.environ.get("WATCHDOG_USEC", "0"))
     if not period_us or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
@@ -155,5 +155,5 @@ def _send(lines: Iterable[str], *descriptors: int) -> bool:
         try:
             sender.sendmsg(["\n".join(lines).encode()], rights, 0, target)
         except OSError:
-            return False  # the manager has gone: there is nobody to tell
+            return False  # the manager has exited
     return True

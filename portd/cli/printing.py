@@ -1,4 +1,4 @@
-"""How results look: tables on a terminal, tab-separated lines in a pipe, JSON when asked for.
+"""The output formats: tables on a terminal, tab-separated lines in a pipe, JSON when requested.
 
 Everything that others chose (command lines, names on the LAN, health notes) passes through `clean` or `escaped`: no
 control or bidirectional character reaches a terminal.

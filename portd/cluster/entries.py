@@ -37,8 +37,8 @@ class Change(NamedTuple):
 
 
 class HostEntry(Struct, frozen=True, omit_defaults=True):
-    """A host. `machine` identifies the daemon's database, and so tells two hosts of one name apart; `services` are the
-    numbers of published endpoints by service."""
+    """A host. `machine` identifies the daemon's database, which distinguishes two hosts of one name; `services` are
+    the numbers of published endpoints by service."""
 
     machine: str
     boot: str = ""

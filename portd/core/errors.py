@@ -173,7 +173,7 @@ class StoreUnavailable(Refusal):
 
 
 class Fault(PortdError):
-    """A fault of portd's own: the daemon must stop. The message tells its operator the way out."""
+    """A fault of portd's own: the daemon must stop. The message tells the operator what to do."""
 
 
 class StoreLost(Fault):

@@ -1,6 +1,6 @@
 """Failpoints: named steps at which a test may stop or fail the daemon, to see what is left of what was acknowledged.
 
-A step calls `failpoint` with its name, which does nothing unless `arm` was called: one look into an empty dictionary.
+A step calls `failpoint` with its name, which does nothing unless `arm` was called: one lookup in an empty dictionary.
 The daemon arms what PORTD_FAILPOINTS says, which no one but a test sets. This module must not know what an action does.
 """
 

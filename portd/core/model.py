@@ -28,7 +28,7 @@ Label = Annotated[str, Meta(pattern=LABEL_PATTERN, min_length=1, max_length=63)]
 PortNumber = Annotated[int, Meta(ge=1, le=65535)]
 
 OWN_ADDRESS = "own"
-"""The address wish that asks for a loopback address of the instance's own."""
+"""The `address` that requests a loopback address of the instance's own."""
 MAIN_ENDPOINT = "main"
 
 
@@ -40,10 +40,10 @@ class Now(Struct, frozen=True, gc=False):
 
 
 class ProcessId(Struct, frozen=True, gc=False):
-    """What tells a process from every other one that ever had its pid.
+    """What distinguishes a process from every other one that ever had its pid.
 
     `start_ticks` is field 22 of /proc/PID/stat (10 ms ticks since boot); `inode` is the pidfd's inode where pidfs
-    numbers processes (Linux 6.9 and up), else 0, and tells apart two processes that started within one tick.
+    numbers processes (Linux 6.9 and up), else 0, and distinguishes two processes that started within one tick.
     """
 
     pid: int
@@ -184,10 +184,10 @@ Check = HttpCheck | TcpCheck | GrpcCheck | ListenCheck | ReportCheck | CommandCh
 
 
 class Announcement(Struct, frozen=True, gc=False, kw_only=True):
-    """A lease's DNS-SD service on the LAN: what was asked for, and what became of it.
+    """A lease's DNS-SD service on the LAN: the request, and its result.
 
-    `name` is the wish; `published_as` is the name that won on the LAN (None while nothing is published);
-    `problem` says in one sentence why nothing is, or why the name differs.
+    `name` is the requested name; `published_as` is the name that was claimed on the LAN (None while nothing is
+    published); `problem` says in one sentence why nothing is, or why the name differs.
     """
 
     type: str

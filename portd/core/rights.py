@@ -14,11 +14,11 @@ from portd.core.model import KnownBy, Lease
 class Caller(Struct, frozen=True, gc=False, kw_only=True):
     """Who makes a request.
 
-    `uid` and `pid` are None where the kernel can't tell (another host, another pid namespace). `admin`: root, a member
-    of the admin group, or a bearer of an admin token. `token_hash` is the hash of the token that the caller showed, or
-    None; `token_name` is the name of that token where it is one of the configuration. `is_known` is False for a caller
-    whom neither the kernel nor a token of the configuration identifies. `other_network`: the caller's process is in
-    another network namespace, or that is not known: it gets no port and no socket of this host.
+    `uid` and `pid` are None where the kernel does not know them (another host, another pid namespace). `admin`: root, a
+    member of the admin group, or a bearer of an admin token. `token_hash` is the hash of the token that the caller
+    showed, or None; `token_name` is the name of that token where it is one of the configuration. `is_known` is False
+    for a caller whom neither the kernel nor a token of the configuration identifies. `other_network`: the caller's
+    process is in another network namespace, or that is not known: it gets no port and no socket of this host.
     """
 
     uid: int | None = None

@@ -175,7 +175,7 @@ class SocketTable(Protocol):
         """List every socket of a local port, whatever its state and address, portd's own holds left out."""
 
     async def holders(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Holder]:
-        """Find the process of each socket as `owners` does, with what tells whose listener it is."""
+        """Find the process of each socket as `owners` does, with the facts that `core.ownership` judges."""
 
 
 class Peer(NamedTuple):

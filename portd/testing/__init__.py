@@ -1,1 +1,1 @@
-"""The fakes that ship: what stands in for the world where a test drives the clock. Each keeps its seam's promises."""
+"""The fakes that ship: implementations of the seams that a test drives. Each keeps the contract of its seam."""

@@ -130,7 +130,7 @@ class FakeProcesses:
         return pid
 
     def watch(self, process: ProcessId, on_exit: Callable[[ProcessId], None]) -> None:
-        """Tell `on_exit` when it ends."""
+        """Call `on_exit` when it ends."""
         if not self.is_alive(process):
             raise ProcessGone(process.pid)
         self._watched[process] = on_exit

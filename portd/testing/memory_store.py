@@ -66,14 +66,14 @@ class MemoryStore:
     def _write(self, events: Sequence[Event]) -> None:
         self.commit_count += 1
         if self.failing == "unavailable":
-            raise StoreUnavailable("the disk is full (a test's word)")
+            raise StoreUnavailable("the disk is full (simulated)")
         if self.failing != "lost":
             for event in events:
                 body = encode_lease(event.lease)
                 self._bodies[event.lease.id] = body
                 self._events.append((event.revision, event.type, event.at, body))
         if self.failing in ("lost", "unknown"):
-            raise StoreLost("whether it was written is not known (a test's word)")
+            raise StoreLost("whether it was written is not known (simulated)")
 
     async def lease(self, lease_id: str) -> Lease | None:
         """Return a lease, or None."""

@@ -86,7 +86,7 @@ class Answers:
         return self.get(key, make)
 
     def apply(self, event: Event) -> None:
-        """Mark what the event may have changed, and look at it in the next turn of the loop if somebody waits."""
+        """Mark what the event may have changed, and compare it in the next turn of the loop if somebody waits."""
         for key, entry in self._entries.items():
             if key.service is None or self._affects(event, key.service):
                 entry.is_stale = True

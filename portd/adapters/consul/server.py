@@ -82,7 +82,7 @@ class ConsulServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Refuse what a web page could have sent; word refusals as Consul does."""
+        """Refuse what a web page could have sent, with Consul's text."""
         try:
             self._check_origin(request)
         except ForbiddenOrigin as refusal:

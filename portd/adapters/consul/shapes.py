@@ -235,7 +235,7 @@ def _check(node: Node, lease: Lease, check_id: str, name: str, status: str, outp
 
 
 def check_type(check: Check) -> str:
-    """Return Consul's word for the kind of a check."""
+    """Return Consul's name for the kind of a check."""
     kind: str = type(check).__struct_config__.tag  # type: ignore[assignment]
     return {"report": "ttl", "listen": "tcp", "command": "script"}.get(kind, kind)
 

@@ -171,7 +171,7 @@ class PortCalls:
         caller: Caller,
         ended: Lease | None,
     ) -> PortView:
-        """Show a port with all of its sockets, and of its leases the one in the most telling state."""
+        """Show a port with all of its sockets, and the one of its leases whose state says most."""
         leases = [lease for lease in self._queries.on_port(port) if protocol in lease.protocols]
         lease = min(leases, key=lambda each: _TELLING.index(each.state), default=None)
         return PortView(

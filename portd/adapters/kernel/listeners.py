@@ -67,7 +67,7 @@ class KernelSocketTable:
             return await asyncio.to_thread(self._find, frozenset(inodes), likely_pids)
 
     async def holders(self, inodes: Collection[int], likely_pids: Sequence[int] = ()) -> dict[int, Holder]:
-        """Find the process of each socket as `owners` does, with what tells whose listener it is. Raises OSError."""
+        """Find the process of each socket as `owners` does, with facts for `core.ownership`. Raises OSError."""
         if not inodes:
             return {}
         async with self._searching:

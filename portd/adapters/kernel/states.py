@@ -133,7 +133,7 @@ class StateWatch:
                 await self._attribution.refresh(fresh, likely)
         except OSError as error:
             if self.problem is None:
-                logger.error("the kernel's socket table can't be read, states of leases stand still: %s", error)
+                logger.error("the kernel's socket table can't be read, the states of leases are not updated: %s", error)
             self.problem = f"the kernel's socket table can't be read: {error}"
         else:
             self.problem = None

@@ -152,7 +152,7 @@ def _remembered(database: sqlite3.Connection) -> list[Lease]:
 
 
 def _newest_events(database: sqlite3.Connection) -> tuple[list[tuple[int, EventType, float, bytes]], bool]:
-    """Read the newest events within EVENTS_LOADED and EVENTS_BYTES, newest first; tell whether there are older ones."""
+    """Read the newest events within EVENTS_LOADED and EVENTS_BYTES, newest first, and whether there are older ones."""
     rows: list[tuple[int, EventType, float, bytes]] = []
     total = 0
     for row in database.execute(_EVENTS, (EVENTS_LOADED + 1,)):

@@ -17,7 +17,7 @@ from typing import Final
 from portd.core.errors import StoreDamaged
 
 APPLICATION_ID: Final = 0x706F7274
-""""port": tells portd's files from other programs' (https://www.sqlite.org/fileformat.html, section 1.3)."""
+""""port": distinguishes portd's files from other programs' (https://www.sqlite.org/fileformat.html, section 1.3)."""
 CHECK_MAX_BYTES: Final = 256 << 20
 """A larger file is not checked page by page at the start: SQLite checks about 2 GB/s."""
 ROW_BYTES: Final = 300
@@ -59,12 +59,12 @@ MIGRATIONS: Final[Sequence[str]] = (
         value INTEGER NOT NULL
     ) STRICT;
     """,
-    # 2. A grant is what happens by the thousand, so it appends to two tables and no more: `events`, where alone the
-    # body of a live lease is, and `live`, which tells what event that is. A lease that has ended is in `ended`, whole:
-    # the key is the revision of the end, so that the table grows at its end alone, and the indexes hold all that the
-    # remembered and the forgetting compare, so that neither reads a body in vain. Events up to `pruned_to` (in `meta`)
-    # are history: most are deleted, except those that hold the body of a live lease. Where that was deleted too, an
-    # event is made here from the lease; its revision lies below `pruned_to`, so that no follower ever receives it.
+    # 2. Grants come by the thousand, so a grant appends to two tables only: `events`, which alone has the body of a
+    # live lease, and `live`, which names that event. An ended lease is in `ended`, whole: its key is the revision of
+    # the end, so that the table grows only at its end, and the indexes cover the columns that loading and pruning
+    # compare, so that neither reads a body in vain. Events up to `pruned_to` (in `meta`) are history: most are deleted,
+    # except those that hold the body of a live lease. Where that was deleted too, an event is made here from the lease;
+    # its revision lies below `pruned_to`, so that no follower ever receives it.
     """
     CREATE TABLE live (
         id TEXT NOT NULL PRIMARY KEY,

@@ -242,7 +242,7 @@ class Writer:
         self.failure = why
 
     def report_damage(self, error: sqlite3.Error) -> bool:
-        """Write nothing more if a read shows that the database is damaged; tell whether it does."""
+        """Write nothing more if a read shows that the database is damaged; return whether it does."""
         if _name(error).startswith(_DAMAGE):
             self._damage = f"{self._path} is damaged ({error}): stop portd and restore a copy"
         return self._damage is not None
@@ -383,7 +383,9 @@ def _lease_rows(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row]
     last = {event.lease.id: (event.lease, row) for event, row in zip(events, rows, strict=True)}
     live, ended = [], []
     for lease, (revision, _, _, body) in last.values():
-        assert (lease.ended_at is None) == (lease.state != "ended"), "the store tells live leases by their open end"
+        assert (lease.ended_at is None) == (lease.state != "ended"), (
+            "the store recognizes live leases by their open end"
+        )
         if lease.ended_at is None:
             live.append((lease.id, lease.port, revision))
         else:
