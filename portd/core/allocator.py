@@ -147,6 +147,10 @@ class Allocator:
             return None
         return None if self.quarantines.blocking(request.instance, binding) is not None else last.port
 
+    def is_pooled(self, port: int) -> bool:
+        """Return whether a number belongs to a pool."""
+        return port in self._pool_of
+
     # --- what became of them ---
 
     def put_back(self, port: int) -> None:

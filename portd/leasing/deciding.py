@@ -357,6 +357,8 @@ class Decider:
     def _reserve(self, draft: Draft, port: int, pending: Pending, reserve: Reserve) -> Grant:
         """Reserve the lease's name and binding on a port that is held for it; no await since the candidate."""
         lease = Lease(id=draft.id, port=port, **draft.fields)
+        if not lease.port_requested and not self._allocator.is_pooled(port):  # the instance's last port, requested once
+            lease = replace(lease, port_requested=True)
         reserve(self._withdraw, lease)
         self._table.reserve(lease, pending)
         pending.changes.append(Change(lease.id, "granted", lease=lease))

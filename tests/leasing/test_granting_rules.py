@@ -76,6 +76,24 @@ async def test_shared_names_are_everybodys(world):
     assert (await world.grant(42, uid=2000, service="orders")).instance == "orders-2"
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_port_requested_once_stays_the_instances(restarts):
+    @in_world()
+    async def grant_and_release(world):
+        world.processes.start(41)
+        ports = []
+        for requested in (25432, None, None, None):
+            lease = await world.grant(41, service="orders", port=requested)
+            ports.append(lease.port)
+            assert world.allocator.misplaced(lease) is None
+            await world.service.release(lease.id, world.caller(41))
+            if restarts:
+                await world.restart()
+        assert ports == [25432] * 4
+
+    grant_and_release()
+
+
 @in_world(has_shared_names=True)
 async def test_ports_and_addresses_are_not_another_users_of_the_same_name(world):
     world.processes.start(41)
