@@ -143,6 +143,7 @@ def test_confine_keeps_further_ports_of_the_handoff_away(daemon: Daemon) -> None
     )
     free = daemon.portd("run", "unconfined", "--", sys.executable, "-c", source)
     assert free.stdout.startswith("received ["), free
+    wait_for(lambda: not list(daemon.client.leases(service="further")), "the lease of the unconfined program has ended")
     done = daemon.portd("run", "confined", "--confine", "--", sys.executable, "-c", source)
     if done.returncode and "--confine" in done.stderr:
         pytest.skip("this kernel can't confine")
