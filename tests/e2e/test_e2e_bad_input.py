@@ -58,7 +58,7 @@ BODIES: list[tuple[bytes | Any, str | None]] = [
     # ports and other numbers
     *(
         ({"service": "a", "port": port}, "/port")
-        for port in (0, -1, 65536, 10**30, 1.5, "80", True, [80], 2**63, -(2**63) - 1)
+        for port in (0, -1, 65536, 10**30, 1.5, "80-", "90-80", True, [], [0], 2**63, -(2**63) - 1)
     ),
     (b'{"service": "a", "port": 1e400}', None),
     (b'{"service": "a", "ttl": 1e400}', None),

@@ -100,6 +100,7 @@ class Host:
         self.ip("link", "set", "lo", "up")
         self.ip("address", "add", f"{self.address}/24", "dev", "eth0")
         self.ip("link", "set", "eth0", "up")
+        self._wait_linked(lan, self.port, "eth0")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -109,6 +110,12 @@ class Host:
         lan.ip("link", "set", f"{self.port}b", "master", "br0", "up")
         self.ip("address", "add", address, "dev", "eth1")
         self.ip("link", "set", "eth1", "up")
+        self._wait_linked(lan, f"{self.port}b", "eth1")
+
+    def _wait_linked(self, lan: Lan, port: str, interface: str) -> None:
+        """Wait until packets pass: the kernel notices a carrier later than `up`, and drops what is sent before."""
+        wait_for(lambda: "state forwarding" in lan.ip("-d", "-o", "link", "show", port), f"{port} forwards")
+        wait_for(lambda: "state UP" in self.ip("-o", "link", "show", interface), f"{interface} has a carrier")
 
     def ip(self, *arguments: str) -> str:
         """Run ip(8) in the host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,6 +165,12 @@ def start_daemon(host: Host, names: list[str]) -> tuple[subprocess.Popen[bytes],
     return process, int(process.stdout.readline())
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a process ignores a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"SigIgn:\s*(\w+)", status)[0], 16) >> (number - 1) & 1)
+
+
 def test_the_guardian_withdraws_the_services_of_a_killed_daemon(lan: Lan) -> None:
     here, peer = lan.host(), lan.host()
     peer.start_avahi()
@@ -171,6 +178,7 @@ def test_the_guardian_withdraws_the_services_of_a_killed_daemon(lan: Lan) -> Non
     names = [f"s{number}" for number in range(40)]
     process, guardian = start_daemon(here, names)
     wait_for(lambda: len(peer.seen(WEB)) == 40, "all are seen")
+    wait_for(lambda: ignores(guardian, signal.SIGTERM), "the guardian has started")
     os.kill(guardian, signal.SIGTERM)  # as a service manager would: it is to outlive that
     process.kill()
     process.wait()
