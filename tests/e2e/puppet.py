@@ -22,6 +22,8 @@ from typing import Any
 from tests.e2e.harness import ROOT, Connection, Daemon, Reply, read_line, tell
 
 MESSAGE_MAX_BYTES = 1 << 20
+KEPT_S = 0.5
+"""A refusal comes sooner than this; on a host that is slower, a refused connection counts as kept and fails a test."""
 
 
 class Puppet:
@@ -29,6 +31,7 @@ class Puppet:
 
     def __init__(self, daemon: Daemon, *wrapper: str, uid: int = 0) -> None:
         self._daemon = daemon
+        self.socket = daemon.socket
         self.process = subprocess.Popen(
             [*wrapper, sys.executable, "-u", "-m", "tests.e2e.puppet", str(uid)],
             cwd=ROOT,
@@ -135,6 +138,18 @@ class _Body:
         self._sockets += sockets
         return json.loads(data), [_describe(one) for one in sockets]
 
+    def count_open(self, place: str, text: str, count: int) -> int:
+        """Open connections to a unix socket and send a request on each; returns how many are kept open, not refused."""
+        opened = []
+        for _ in range(count):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(place)
+            with contextlib.suppress(OSError):
+                connection.sendall(text.encode())
+            opened.append(connection)
+        self._sockets += opened
+        return sum(_is_kept(connection) for connection in opened)
+
     def become(self, words: Sequence[str]) -> None:
         os.execvp(words[0], words)
 
@@ -146,6 +161,18 @@ def receive(connection: socket.socket) -> tuple[bytes, list[socket.socket]]:
     for _, _, raw in ancillary:
         descriptors.frombytes(raw)
     return data, [socket.socket(fileno=one) for one in descriptors]
+
+
+def _is_kept(connection: socket.socket) -> bool:
+    """Return whether a connection is neither closed nor answered with a refusal within a moment."""
+    connection.settimeout(KEPT_S)
+    try:
+        start = connection.recv(12)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return start.startswith(b"HTTP/1.1 200")
 
 
 def _describe(one: socket.socket) -> dict[str, Any]:
