@@ -75,6 +75,8 @@ def allowed(module):
         handoff = ENGINE if technology in callers else set()
         if technology == "portd.adapters.etcd":
             handoff = {"portd.cluster"}  # the shell of its state machines, as the HTTP module is of the service's
+        if technology == "portd.adapters.gateway":
+            handoff = {"portd._client"}  # a process of its own: a client of the daemon like any other
         return {
             "portd.core",
             "portd.leasing.seams",
@@ -85,6 +87,14 @@ def allowed(module):
         }, "an adapter knows core and seams, never another adapter"
     if module.startswith("portd.testing"):
         return {"portd.core", "portd.leasing.seams", "portd.testing", *ENGINE}, "the fakes stand in for adapters"
+    if module == "portd.cli.gateway":
+        return {
+            "portd.cli",
+            "portd.core",
+            "portd._client",
+            "portd.runtime",
+            "portd.adapters.gateway",
+        }, "it runs the gateway"
     if module.startswith("portd.cli") or module == "portd.__main__":
         return {
             "portd.cli",

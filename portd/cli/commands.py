@@ -31,6 +31,7 @@ GROUPS = {
         "serve": "serving",
         "status": "condition",
         "doctor": "doctor",
+        "gateway": "gateway",
         "demo": "demo",
         "install": "installing",
         "uninstall": "installing",
