@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from portd._client import calls
+from portd._client import calls, documents
 from portd._client.client import Client
 from portd._client.errors import Problem
 from portd.cli import lease_options
@@ -64,10 +64,13 @@ def adopt(values: dict[str, Any]) -> int:
     try:
         document = grant(Client(), request)
     except Problem as problem:
-        if problem.code != "invalid_request" or problem.pointer != "/port" or values["json"]:
+        if problem.code != "invalid_request" or problem.pointer != "/port":
             raise
-        _note(problem.detail)  # nobody listens there: a clear no
-        return 1
+        if values["json"]:
+            print(printing.escaped(documents.encode(problem.document).decode()), file=sys.stderr)
+        else:
+            _note(problem.detail)
+        return 1  # nobody listens there: a clear no
 
     shown = f"{document['instance']} on {printing.binding(document)}, {printing.owner(document['owner'])}"
     _show(document, printing.clean(shown), as_json=values["json"])

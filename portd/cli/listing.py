@@ -81,7 +81,7 @@ def history(values: dict[str, Any]) -> int:
         printing.table(
             ["SERVICE", "INSTANCE", "PORT", "OWNER", "FROM", "UNTIL", "BECAUSE", "LEASE"],
             [[*_row(lease), printing.local(lease["created_at"]), printing.local(lease["ended_at"]),
-              lease["ended_because"] or UNKNOWN, lease["id"]] for lease in leases],
+              lease["ended_because"] or ("moved" if lease["ended_at"] else UNKNOWN), lease["id"]] for lease in leases],
             drop=("LEASE", "SERVICE", "PORT"),
         )  # fmt: skip
     if leases:

@@ -104,7 +104,7 @@ def check_lan_type(value: str) -> str:
     """Return a type to browse for in its canonical form; raises InvalidRequest if it can't be one."""
     type_ = value.lower().removesuffix(".").removesuffix(".local")
     if not _LAN_TYPE.match(type_) or not _encodable(type_):
-        raise InvalidRequest(f"{value!r} is not a DNS-SD type: write it like _http._tcp")
+        raise InvalidRequest(f"{value!r} is not a DNS-SD type: write it like _http._tcp", pointer="/type")
     return type_
 
 

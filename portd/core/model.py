@@ -213,7 +213,8 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     owner listens on while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
 
     The fields below the line never leave the daemon: no view of a lease shows them. `kin` are processes that are known
-    to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`.
+    to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`,
+    `moved_from` the port before the last `declined`.
     What has its default is not stored: a default never changes, or the leases of older stores would change with it.
     """
 
@@ -260,11 +261,17 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     foreign: Owner | None = None
     kin: tuple[tuple[int, int], ...] = ()
     passed_from: Owner | None = None
+    moved_from: int | None = None
 
     @property
     def name(self) -> tuple[str, str, str]:
         """Return what identifies the endpoint among all: (service, instance, endpoint)."""
         return (self.service, self.instance, self.endpoint)
+
+    @property
+    def is_stint(self) -> bool:
+        """Return whether this is no lease but the time that a lease had a port before it moved to another one."""
+        return self.ended_at is not None and self.ended_because is None
 
     @property
     def user(self) -> int | str | None:

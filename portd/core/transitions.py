@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from portd.core.errors import LeaseEnded
-from portd.core.model import EventType, Lease, State
+from portd.core.model import Event, EventType, Lease, State
 
 LIVE: Final[frozenset[State]] = frozenset({"held", "bound", "conflict"})
 
@@ -50,6 +50,15 @@ class Change(NamedTuple):
     type: EventType
     fields: dict[str, Any] = {}
     lease: Lease | None = None
+
+
+def stint_of(event: Event) -> Lease | None:
+    """Return the time on the port that a lease moved away from by this event, as an ended lease without a reason; None
+    for events that move no lease."""
+    lease = event.lease
+    if event.type != "declined" or lease.moved_from is None:
+        return None
+    return msgspec.structs.replace(lease, port=lease.moved_from, state="ended", ended_at=event.at, moved_from=None)
 
 
 def is_legal(lease: Lease, move: EventType) -> bool:

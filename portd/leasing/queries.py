@@ -102,12 +102,15 @@ class LeaseQueries:
         return [*fresh.values(), *(lease for lease in await self._store.ended(service) if lease.id not in fresh)]
 
     async def history(self, port: int, protocol: Protocol | None, at: float | None, limit: int) -> list[Lease]:
-        """Return who had the port, newest first; live leases as they are now."""
+        """Return who had the port, newest first; live leases as they are now. The time that a lease had the port before
+        it moved to another one is an ended lease without a reason."""
         leases = await self._store.history(port, protocol=protocol, at=at, limit=limit)
-        return [self._in_memory(lease.id) or lease for lease in leases]
+        return [lease if lease.is_stint else self._in_memory(lease.id) or lease for lease in leases]
 
     def view(self, lease: Lease, caller: Caller, *, token: str | None = None) -> LeaseView:
         """Show a lease with its running clock to a caller."""
+        if lease.is_stint:
+            return view_lease(lease, caller)  # the clock and the check are those of the port that it has now
         renewed_at, expires_at = self._clocks.times(lease)
         last = self.last_result(lease.id)
         return view_lease(

@@ -238,7 +238,12 @@ class LeaseService:
         except BaseException:
             pending.rollback()
             raise
-        fields = {"port": moved.port, "foreign": None, **health.when_moved(lease, pending.now.at)}
+        fields = {
+            "port": moved.port,
+            "moved_from": lease.port,
+            "foreign": None,
+            **health.when_moved(lease, pending.now.at),
+        }
         pending.changes.append(Change(lease.id, "declined", fields))
         pending.on_commit(partial(self._keeper.forget, lease.id))
         return await self._submit(pending, lease.id)

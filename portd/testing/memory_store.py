@@ -8,6 +8,7 @@ from typing import Literal
 
 from portd.core.errors import StoreLost, StoreUnavailable
 from portd.core.model import Event, Lease, Protocol, decode_lease, encode_lease
+from portd.core.transitions import stint_of
 from portd.leasing.seams import REVISION_GAP, Loaded
 
 
@@ -24,6 +25,7 @@ class MemoryStore:
         self._first: int | None = None
         self._bodies: dict[str, bytes] = {}
         self._events: list[tuple[int, str, float, bytes]] = []
+        self._moved: list[tuple[float, bytes]] = []
         self._pruned_to = 0
 
     async def load(self) -> Loaded:
@@ -69,6 +71,8 @@ class MemoryStore:
             raise StoreUnavailable("the disk is full (simulated)")
         if self.failing != "lost":
             for event in events:
+                if (left := stint_of(event)) is not None:
+                    self._moved.append((self._since(left), encode_lease(left)))
                 body = encode_lease(event.lease)
                 self._bodies[event.lease.id] = body
                 self._events.append((event.revision, event.type, event.at, body))
@@ -84,14 +88,24 @@ class MemoryStore:
         self, port: int, *, protocol: Protocol | None = None, at: float | None = None, limit: int = 100
     ) -> list[Lease]:
         """Return who had the port, newest first."""
-        found = [lease for lease in map(decode_lease, reversed(self._bodies.values())) if lease.port == port]
+        leases = map(decode_lease, reversed(self._bodies.values()))
+        all_of_them = [(self._since(lease), lease) for lease in leases]
+        all_of_them += [(since, decode_lease(body)) for since, body in self._moved]
+        found = [(since, lease) for since, lease in all_of_them if lease.port == port]
         if protocol in ("tcp", "udp"):
-            found = [lease for lease in found if lease.protocol in (protocol, "both")]
+            found = [(since, lease) for since, lease in found if lease.protocol in (protocol, "both")]
         if at is not None:
             found = [
-                lease for lease in found if lease.created_at <= at and (lease.ended_at is None or lease.ended_at > at)
+                (since, lease)
+                for since, lease in found
+                if since <= at and (lease.ended_at is None or lease.ended_at > at)
             ]
-        return sorted(found, key=lambda lease: -lease.created_at)[:limit]
+        return [lease for _, lease in sorted(found, key=lambda each: (-each[0], each[1].id))][:limit]
+
+    def _since(self, lease: Lease) -> float:
+        """Return since when the lease has its port: its last move, or its grant."""
+        moves = [left.ended_at or 0.0 for _, body in self._moved if (left := decode_lease(body)).id == lease.id]
+        return max(moves, default=lease.created_at)
 
     async def ended(self, service: str | None = None, limit: int = 1000) -> list[Lease]:
         """Return ended leases, newest end first."""
@@ -100,6 +114,7 @@ class MemoryStore:
 
     async def prune(self, ended_before: float, events_kept: int) -> int:
         """Forget old leases and events."""
+        self._moved = [each for each in self._moved if (decode_lease(each[1]).ended_at or 0.0) >= ended_before]
         old = [
             lease.id
             for lease in _newest(list(map(decode_lease, self._bodies.values())))

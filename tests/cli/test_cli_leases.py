@@ -240,6 +240,8 @@ def test_adopt_of_a_port_without_a_listener_is_a_clear_no(daemon: Daemon) -> Non
         port = gone.getsockname()[1]
     done = daemon.portd("adopt", "absent", str(port))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    done = daemon.portd("adopt", "absent", str(port), "--json")
+    assert (done.returncode, json.loads(done.stderr)["code"]) == (1, "invalid_request")
 
 
 def test_transfer_makes_another_process_the_owner(daemon: Daemon) -> None:

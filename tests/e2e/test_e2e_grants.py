@@ -196,6 +196,11 @@ def test_a_declined_port_is_on_probation_and_the_lease_goes_on_elsewhere(daemon:
     assert daemon.verdict(lease["port"]) == "declined"
     assert not is_bindable(moved["port"])
     assert is_bindable(lease["port"])
+    (stint,) = daemon.get(f"/v1/ports/{lease['port']}/history?at={lease['created_at']}")["leases"]
+    assert (stint["id"], stint["port"], stint["state"]) == (lease["id"], lease["port"], "ended")
+    assert (stint["ended_because"], stint["ended_at"] > lease["created_at"]) == (None, True)
+    assert daemon.get(f"/v1/ports/{moved['port']}/history?at={lease['created_at']}")["leases"] == []
+    assert daemon.get(f"/v1/ports/{moved['port']}/history?at={stint['ended_at']}")["leases"] == [moved]
     exact = daemon.lease("moved", port=daemon.last_port, exact=True)
     assert daemon.call("POST", f"/v1/leases/{exact['id']}/decline").code == "not_declinable"
 

@@ -80,7 +80,7 @@ class HistoryQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """`at` selects one moment (RFC 3339)."""
 
     protocol: Protocol | None = None
-    at: datetime | None = None
+    at: Annotated[datetime, Meta(tz=True)] | None = None
     limit: Annotated[int, Meta(ge=1, le=1_000)] = 100
 
 
@@ -229,7 +229,7 @@ class PortCalls:
         if not any(holder.owner is not None for holder in holders):
             return None
         leases = await self._queries.history(port, None, None, ENDED_MAX)
-        ended = [lease for lease in leases if lease.state == "ended" and protocol in lease.protocols]
+        ended = [lease for lease in leases if lease.ended_because is not None and protocol in lease.protocols]
         return next((lease for lease in ended if any(is_left_over(holder, lease) for holder in holders)), None)
 
 

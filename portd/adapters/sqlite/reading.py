@@ -35,11 +35,16 @@ _USAGE: Final = "SELECT uid, bytes FROM usage"
 _LEASE: Final = """
     SELECT body FROM live JOIN events USING (revision) WHERE id = ?1
     UNION ALL SELECT body FROM ended WHERE id = ?1"""
-# All that live there, whenever they began: the tables that are written at a grant name a port and no more.
+# All that live there, whenever they began: the tables that are written at a grant name a port and no more. A lease that
+# moved to the port has it since then; `since` is null where that is its grant.
 _HISTORY: Final = """
-    SELECT body FROM live JOIN events USING (revision) WHERE port = :port
-    UNION ALL SELECT body FROM (
-        SELECT body FROM ended WHERE port = :port{where} ORDER BY created_at DESC LIMIT :limit)"""
+    SELECT (SELECT max(ended_at) FROM moved WHERE moved.id = live.id) AS since, body
+        FROM live JOIN events USING (revision) WHERE port = :port
+    UNION ALL SELECT * FROM (
+        SELECT (SELECT max(ended_at) FROM moved WHERE moved.id = ended.id) AS since, body
+            FROM ended WHERE port = :port{where} ORDER BY created_at DESC LIMIT :limit)"""
+_MOVED: Final = """
+    SELECT since, body FROM moved WHERE port = :port{where} ORDER BY since DESC LIMIT :limit"""
 _ENDED: Final = "SELECT body FROM ended{where} ORDER BY ended_at DESC LIMIT :limit"
 _SURPLUS: Final = """
     SELECT revision FROM events WHERE revision > ? AND revision <= ? AND revision NOT IN (SELECT revision FROM live)
@@ -87,22 +92,29 @@ def lease(database: sqlite3.Connection, lease_id: str) -> Lease | None:
 def history(
     database: sqlite3.Connection, port: int, protocol: Protocol | None, at: float | None, limit: int
 ) -> list[Lease]:
-    """Read who had the port, newest first; a lease of `both` protocols is found by either, and finds either."""
+    """Read who had the port, newest first; a lease of `both` protocols is found by either, and finds either.
+
+    The time that a lease was here before it moved to another port is an ended lease without a reason.
+    """
     where = ""
     if protocol == "both":
         protocol = None  # any
     if protocol is not None:
         where += " AND protocol IN (:protocol, 'both')"
     if at is not None:
-        where += " AND created_at <= :at AND ended_at > :at"
-    found = [
-        lease
-        for lease in _leases(
-            database, _HISTORY.format(where=where), {"port": port, "protocol": protocol, "at": at, "limit": limit}
-        )
-        if protocol in (None, *lease.protocols) and (at is None or lease.created_at <= at)
+        where += " AND {began} <= :at AND ended_at > :at"
+    values = {"port": port, "protocol": protocol, "at": at, "limit": limit}
+    rows = [
+        *database.execute(_HISTORY.format(where=where.format(began="created_at")), values).fetchall(),
+        *database.execute(_MOVED.format(where=where.format(began="since")), values).fetchall(),
     ]
-    return sorted(found, key=lambda lease: (lease.created_at, lease.id), reverse=True)[:limit]
+    leases = ((since, decode_lease(body)) for since, body in rows)
+    found = [(lease.created_at if since is None else since, lease) for since, lease in leases]
+    found = [
+        (since, lease) for since, lease in found if protocol in (None, *lease.protocols) and (at is None or since <= at)
+    ]
+    found.sort(key=lambda each: (each[0], each[1].id), reverse=True)
+    return [lease for _, lease in found[:limit]]
 
 
 def ended(database: sqlite3.Connection, service: str | None, limit: int) -> list[Lease]:

@@ -22,6 +22,8 @@ CHECK_MAX_BYTES: Final = 256 << 20
 """A larger file is not checked page by page at the start: SQLite checks about 2 GB/s."""
 ROW_BYTES: Final = 300
 """What an ended lease takes on the disk beside its body. Part of schema 4: never changes."""
+MOVES_MAX: Final = 500
+"""Moves of a user's leases to other ports that are kept, the newest: at most 10 MB. Part of schema 5: never changes."""
 
 MIGRATIONS: Final[Sequence[str]] = (
     # 1. `body` is the lease whole; the other columns are there to be searched, and for whoever opens the file by hand.
@@ -118,6 +120,28 @@ MIGRATIONS: Final[Sequence[str]] = (
     DROP INDEX ended_by_end;
     CREATE INDEX ended_by_end ON ended (ended_at, service);
     CREATE INDEX ended_by_user ON ended (uid, ended_at);
+    """,
+    # 5. The time that a lease had a port before it moved to another one: from `since` (its grant, or its last move) to
+    # `ended_at`. `body` is the lease as it was there. Moves are few, and a user's newest are kept.
+    f"""
+    CREATE TABLE moved (
+        revision INTEGER NOT NULL PRIMARY KEY,
+        id TEXT NOT NULL,
+        protocol TEXT NOT NULL,
+        port INTEGER NOT NULL,
+        uid INTEGER,
+        since REAL NOT NULL,
+        ended_at REAL NOT NULL,
+        body BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX moved_by_port ON moved (port, since, ended_at);
+    CREATE INDEX moved_by_lease ON moved (id, ended_at);
+    CREATE INDEX moved_by_user ON moved (uid, revision);
+    CREATE INDEX moved_by_end ON moved (ended_at);
+    CREATE TRIGGER moved_inserted AFTER INSERT ON moved BEGIN
+        DELETE FROM moved WHERE uid IS new.uid AND revision <= (
+            SELECT revision FROM moved WHERE uid IS new.uid ORDER BY revision DESC LIMIT 1 OFFSET {MOVES_MAX});
+    END;
     """,
 )
 

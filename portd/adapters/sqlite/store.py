@@ -173,6 +173,8 @@ class SqliteStore:
         last, total = await self._read(reading.last_surplus_revision, events_kept), 0
         while gone := await self._delete(self._writer.delete_ended, ended_before):
             total += gone
+        while gone := await self._delete(self._writer.delete_moved, ended_before):
+            total += gone
         total += await self._prune_history()
         await self._writing.run(self._writer.set_pruned_to, last)
         surplus = [0]

@@ -21,6 +21,7 @@ from portd.adapters.sqlite.watching import FileWatch
 from portd.core.errors import PortdError, StoreLost, StoreUnavailable
 from portd.core.failpoints import failpoint
 from portd.core.model import Event, encode_lease
+from portd.core.transitions import stint_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,12 @@ _APPEND_ENDED: Final = """
 _RESUME_ENDED: Final = "DELETE FROM ended WHERE id IN (VALUES {rows})"
 """An ended lease that passed to another process is live again, under its id; one may end twice where the disk wrote an
 end after its request was refused."""
+_APPEND_MOVED: Final = """
+    INSERT INTO moved (revision, id, protocol, port, uid, since, ended_at, body)
+    VALUES (?1, ?2, ?3, ?4, ?5, ifnull((SELECT max(ended_at) FROM moved WHERE id = ?2), ?6), ?7, ?8)"""
+_DELETE_MOVED: Final = f"""
+    DELETE FROM moved WHERE revision IN
+        (SELECT revision FROM moved WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
 _DELETE_ENDED: Final = f"""
     DELETE FROM ended WHERE revision IN
         (SELECT revision FROM ended WHERE ended_at < ? ORDER BY ended_at LIMIT {PRUNE_STEP})"""
@@ -186,6 +193,11 @@ class Writer:
         Raises as `write` does."""
         return self._run(database, _DELETE_ENDED, before)
 
+    def delete_moved(self, database: sqlite3.Connection, before: float) -> int:
+        """Delete the PRUNE_STEP oldest moves before a time (epoch seconds); returns how many these were. Raises as
+        `write` does."""
+        return self._run(database, _DELETE_MOVED, before)
+
     def delete_oldest(self, database: sqlite3.Connection) -> int:
         """Delete the PRUNE_STEP leases that ended first; returns how many these were. Raises as `write` does."""
         return self._run(database, _DELETE_OLDEST)
@@ -297,6 +309,8 @@ class Writer:
             _for_all(database, _RESUME_ENDED, [(event.lease.id,) for event in events if event.type == "passed"])
             _for_all(database, _RESUME_ENDED, [row[1:2] for row in ended])
             _for_all(database, _APPEND_ENDED, ended)
+            for moved in _moved_rows(events):
+                database.execute(_APPEND_MOVED, moved)
             if not events:
                 database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             committing = True
@@ -406,6 +420,24 @@ def _lease_rows(events: Sequence[Event], rows: Sequence[Row]) -> tuple[list[Row]
                 )
             )
     return live, ended
+
+
+def _moved_rows(events: Sequence[Event]) -> list[Row]:
+    """Make the rows of the ports that leases moved away from by these events."""
+    return [
+        (
+            event.revision,
+            left.id,
+            left.protocol,
+            left.port,
+            left.uid,
+            left.created_at,
+            left.ended_at,
+            encode_lease(left),
+        )
+        for event in events
+        if event.type == "declined" and (left := stint_of(event)) is not None
+    ]
 
 
 def _for_all(database: sqlite3.Connection, statement: str, rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from portd.adapters.sqlite import reading
 from portd.adapters.sqlite import store as store_module
+from portd.adapters.sqlite.schema import MOVES_MAX
 from portd.adapters.sqlite.store import History
 from portd.core.errors import StoreUnavailable
 from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
@@ -128,3 +129,12 @@ async def test_a_disk_that_portd_filled_is_emptied_by_releasing(small_disk):
         for number in range(1, 21):
             await store.commit([an_event(count + number, ended(a_lease(number), 1_700_000_000.0), "ended")])
         assert len((await store.load()).live) == count - 20
+
+
+async def test_moves_kept_are_bounded_for_each_user(tmp_path):
+    async with opened(tmp_path / "portd.db") as store:
+        lease = a_lease(1, port=81, moved_from=80, uid=7)
+        await store.commit([an_event(1, replace(lease, uid=8), "declined")])
+        await store.commit([an_event(n, lease, "declined") for n in range(2, MOVES_MAX + 102)])
+        kept = await store.history(80, limit=2 * MOVES_MAX)
+    assert [sum(lease.uid == uid for lease in kept) for uid in (7, 8)] == [MOVES_MAX, 1]

@@ -190,6 +190,7 @@ def test_a_half_made_database_is_made_anew(tmp_path):
 STATEMENTS = {
     "lease": reading._LEASE,
     "history": reading._HISTORY.format(where=" AND created_at <= :at AND ended_at > :at"),
+    "moved": reading._MOVED.format(where=" AND since <= :at AND ended_at > :at"),
     "ended": reading._ENDED.format(where=" WHERE service = :service"),
     "events": reading._EVENTS,
     "surplus": reading._SURPLUS,
@@ -198,6 +199,7 @@ STATEMENTS = {
     "delete ended": writing._DELETE_ENDED,
     "delete oldest": writing._DELETE_OLDEST,
     "delete oldest of user": writing._DELETE_OLDEST_OF_USER,
+    "delete moved": writing._DELETE_MOVED,
     "delete events": writing._DELETE_EVENTS.format(rows="(?)"),
     "end": writing._END_LIVE.format(rows="(?)"),
 }
@@ -210,7 +212,7 @@ def test_what_is_asked_while_the_daemon_runs_neither_reads_history_in_vain_nor_s
         explained = database.execute("EXPLAIN QUERY PLAN " + re.sub(r"\?|:\w+", "1", statement.replace("?1", "?")))
         plan = " ".join(row[3] for row in explained)
     assert "SEARCH" in plan or "INDEX" in plan, plan
-    assert not re.search(r"SCAN (ended|events)(?! USING (COVERING )?INDEX)", plan), plan
+    assert not re.search(r"SCAN (ended|events|moved)(?! USING (COVERING )?INDEX)", plan), plan
     assert "TEMP B-TREE" not in plan, plan
 
 

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from portd.adapters.sqlite.store import SqliteStore
 from portd.leasing.seams import REVISION_GAP, LeaseStore
@@ -172,6 +173,31 @@ async def test_history_of_one_moment_counts_from_the_grant_until_just_before_the
     assert await at(49.9) == ["lease-000010"]
     assert await at(50) == ["lease-000050"]
     assert await at(1e6) == ["lease-000050"]
+
+
+@on_every_store
+async def test_history_has_the_time_before_a_lease_moved(store):
+    """Granted at second 1 on port 80, at 10 to port 81, at 20 back to 80, at 30 to 82, and ended there at 40."""
+    moving = a_lease(1, port=80)
+    moves = [(10, 80, 81), (20, 81, 80), (30, 80, 82)]
+    await store.commit([an_event(1, moving)])
+    await store.commit(
+        [an_event(second, replace(moving, port=to, moved_from=left), "declined") for second, left, to in moves]
+    )
+    await store.commit([an_event(40, ended(replace(moving, port=82, moved_from=80), 1_700_000_040.0), "ended")])
+
+    async def on(port, second=None):
+        found = await store.history(port, at=None if second is None else 1_700_000_000.0 + second)
+        return [(lease.port, lease.ended_at - 1_700_000_000.0, lease.ended_because) for lease in found]
+
+    assert await on(80) == [(80, 30, None), (80, 10, None)]
+    assert await on(81) == [(81, 20, None)]
+    assert await on(82) == [(82, 40, "released")]
+    assert await on(80, 15) == await on(82, 29) == []
+    assert await on(80, 25) == [(80, 30, None)]
+    assert await on(82, 30) == [(82, 40, "released")]
+    await store.prune(1_700_000_025.0, 10)
+    assert (await on(81), await on(80)) == ([], [(80, 30, None)])
 
 
 @on_every_store
