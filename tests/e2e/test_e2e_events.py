@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -139,7 +140,7 @@ class Poll(threading.Thread):
     def __init__(self, daemon: Daemon, service: str, after: int, wait_s: float) -> None:
         super().__init__()
         self._daemon = daemon
-        self._path = f"/v1/services/{service}?after={after}&wait={wait_s}"
+        self._path = f"/v1/services/{service}?held=true&after={after}&wait={wait_s}"
         self.reply: Reply | None = None
         self.start()
 
@@ -155,13 +156,26 @@ class Poll(threading.Thread):
         return self.reply.body
 
 
+@pytest.fixture
+def quiet() -> Iterator[int]:
+    """The pid of a process that listens nowhere: what this one listens on "elsewhere" changes its leases, and wakes."""
+    with owner() as process:
+        yield process.pid
+
+
 def polls_wait(daemon: Daemon, count: int) -> None:
     """Wait until so many connections are open beside the one that asks."""
-    wait_for(lambda: daemon.get("/v1/status")["counts"]["connections"] == count + 1, "the polls wait")
+    with daemon.connect() as asking:  # one for all: the daemon counts a closed one until it has noticed
+
+        def connections() -> int:
+            found: int = asking.call("GET", "/v1/status").body["counts"]["connections"]
+            return found
+
+        wait_for(lambda: connections() == count + 1, "the polls wait")
 
 
-def test_a_poll_is_woken_by_its_own_service_alone(own_daemon: Daemon) -> None:
-    first = own_daemon.lease("mine", ttl=60)
+def test_a_poll_is_woken_by_its_own_service_alone(own_daemon: Daemon, quiet: int) -> None:
+    first = own_daemon.lease("mine", pid=quiet)
     poll = Poll(own_daemon, "mine", first["revision"], 60)
     polls_wait(own_daemon, 1)
     churn(own_daemon, "other", 5)
@@ -177,7 +191,7 @@ def test_a_poll_that_is_behind_or_ahead_is_answered_at_once(daemon: Daemon) -> N
     lease = daemon.lease("behind", ttl=60)
     began = time.monotonic()
     for after in (0, lease["revision"] - 1, 2**53):
-        reply = daemon.call("GET", f"/v1/services/behind?after={after}&wait=600")
+        reply = daemon.call("GET", f"/v1/services/behind?held=true&after={after}&wait=600")
         assert (reply.status, len(reply.body["instances"])) == (200, 1)
         assert reply.revision < 2**53
     assert time.monotonic() - began < 60, "none of them waited"
@@ -193,12 +207,12 @@ def test_a_poll_across_a_restart_sees_what_happened_meanwhile(own_daemon: Daemon
         lease = own_daemon.lease("restarted", pid=process.pid)
         own_daemon.kill()
     own_daemon.start()
-    answer = own_daemon.get(f"/v1/services/restarted?after={lease['revision']}&wait=60")
+    answer = own_daemon.get(f"/v1/services/restarted?held=true&after={lease['revision']}&wait=60")
     assert answer["instances"] == []
 
 
-def test_many_polls_for_one_service_are_all_answered(own_daemon: Daemon) -> None:
-    revision = own_daemon.lease("many", ttl=60)["revision"]
+def test_many_polls_for_one_service_are_all_answered(own_daemon: Daemon, quiet: int) -> None:
+    revision = own_daemon.lease("many", pid=quiet)["revision"]
     polls = [Poll(own_daemon, "many", revision, 60) for _ in range(50)]
     polls_wait(own_daemon, 50)
     own_daemon.lease("many", ttl=60)
@@ -208,8 +222,8 @@ def test_many_polls_for_one_service_are_all_answered(own_daemon: Daemon) -> None
 # --- the end ---
 
 
-def test_a_stop_answers_polls_ends_streams_and_takes_at_most_two_seconds(own_daemon: Daemon) -> None:
-    lease = own_daemon.lease("stopping", ttl=60)
+def test_a_stop_answers_polls_ends_streams_and_takes_at_most_two_seconds(own_daemon: Daemon, quiet: int) -> None:
+    lease = own_daemon.lease("stopping", pid=quiet)
     with Stream(own_daemon) as stream, own_daemon.connect() as idle:
         idle.call("GET", "/healthz")
         poll = Poll(own_daemon, "stopping", lease["revision"], 600)

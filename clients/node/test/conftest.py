@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from clients.conformance.bed import Daemon
+from tests.support.npm import npm
 
 PACKAGE = Path(__file__).parents[1]
-INSTALL_TIMEOUT_S = 240.0
-"""Seconds that npm may take for four packages."""
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +47,3 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=directory,
     )
     return directory
-
-
-def npm(*words: str, cwd: Path) -> str:
-    """Run npm, and return what it writes."""
-    ran = subprocess.run(
-        ["npm", *words], cwd=cwd, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout

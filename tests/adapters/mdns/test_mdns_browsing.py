@@ -17,6 +17,7 @@ from portd.core.announcing import LanService
 from portd.core.errors import InvalidRequest
 from tests.adapters.mdns.bed import Lan, wait_for
 from tests.adapters.mdns.station import Observer, Station, lease
+from tests.support.npm import npm
 
 pytestmark = pytest.mark.netns
 WEB = "_http._tcp"
@@ -186,12 +187,7 @@ def bonjour(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with npm's bonjour-service in it."""
     directory = tmp_path_factory.mktemp("bonjour")
     (directory / "peer.js").write_text(BONJOUR)
-    subprocess.run(
-        ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(directory), "bonjour-service@1"],
-        check=True,
-        timeout=60,
-        cwd=directory,
-    )
+    npm("install", "--no-audit", "--no-fund", "--prefix", str(directory), "bonjour-service@1", cwd=directory)
     return directory
 
 
