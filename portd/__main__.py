@@ -1,4 +1,4 @@
-"""Command-line entry point: finds the command, and turns every outcome into an exit status and one line.
+"""Command-line entry point: finds the command, and maps every outcome to an exit status and one line.
 
 0 done, 1 a clear "no", 2 wrong usage, 3 no daemon answers. Nothing heavy is imported here, nor by the modules that
 `portd lease` and `portd run` need: other programs wait for them to start.

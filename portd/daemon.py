@@ -1,7 +1,7 @@
-"""The daemon: the order of start and stop, signals, and how an end becomes one line and an exit status.
+"""The daemon: the order of start and stop, signals, and how a failure becomes one line and an exit status.
 
 Start: the store with its lock, what it remembers, holds and owners, then the listeners. Stop: the listeners first, then
-requests under way, the store last. Leases stay for the next start. What the parts are is `wiring`'s business.
+requests under way, the store last. Leases stay for the next start. `wiring` builds the parts.
 """
 
 from __future__ import annotations

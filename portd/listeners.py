@@ -1,6 +1,6 @@
 """The sockets that portd listens on: those that the service manager has passed, and those that it opens itself.
 
-This module must not know what is spoken on them.
+This module must not know their protocols.
 """
 
 from __future__ import annotations

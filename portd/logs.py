@@ -1,4 +1,4 @@
-"""Logging: one line for each event of interest, in the form that its reader needs, with fields to search by.
+"""Logging: one line for each event of interest, in the format of the reader, with fields to search by.
 
 For the journal a record is sent by the journal's own protocol, so that `journalctl PORT=20000` finds it; elsewhere
 lines go to stderr. A client's error is logged at info, portd's own at error. What other users choose (paths of

@@ -1,4 +1,4 @@
-"""Pruning: how often the store deletes old events and ended leases. What is old enough is the store's to find."""
+"""Pruning: how often the store deletes old events and ended leases. The store finds what is old enough."""
 
 from __future__ import annotations
 

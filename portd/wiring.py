@@ -1,4 +1,4 @@
-"""Wiring: builds the parts and connects them. The only module that knows everybody; it decides nothing else.
+"""Wiring: builds the parts and connects them. The only module that imports all parts; it decides nothing else.
 
 `build` makes the parts from the settings and what the store remembers, `reconfigure` applies what can change while they
 run. A new part is added here, and to the order of start and stop in `daemon.py`.

@@ -1,13 +1,13 @@
-"""What passes between portd and the service manager: readiness, the watchdog, sockets that it has opened already, and
-holds that it keeps from one run to the next.
+"""The service manager's protocols: readiness, the watchdog, passed sockets, and holds that its descriptor store keeps
+from one run to the next.
 
-The protocols are sd_notify(3) and sd_listen_fds(3); they are a few lines each, and no library is needed for them. This
-room must not know what a hold is for.
+The protocols are sd_notify(3) and sd_listen_fds(3); they are a few lines each, so no library is needed. This module
+must not know what a hold is for.
 
 The manager's descriptor store compares each descriptor with all that it has: ten thousand would stop PID 1 for a while.
-So holds are stored in parcels: a socket pair whose one end is closed, and in whose other end's queue a message waits
-that carries hundreds of them (SCM_RIGHTS, unix(7)). The message also says whose they are, in the lease's own words;
-a FDNAME= is one for all descriptors, and short.
+So holds are stored in parcels: one end of a socket pair, in whose queue a message waits that carries hundreds of them
+(SCM_RIGHTS, unix(7)); the other end is closed. The message also names their leases: FDNAME= is one short string for all
+descriptors.
 """
 
 from __future__ import annotations

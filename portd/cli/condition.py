@@ -1,4 +1,4 @@
-"""The daemon's condition: status."""
+"""The command `portd status`: the daemon's condition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has which port, and how well: ls, who, history, checks."""
+"""The commands ls, who, history and checks: which process has which port, and its health."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the leases that X means in `portd release X`: a lease id, an instance name, or a port."""
+"""Finds the leases that X names in `portd release X`: a lease id, an instance name, or a port."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What this host knows of the others: their entries, as of a revision of the cluster.
 
-The view never shrinks because the cluster can't be reached: it ages, and says so. After a read of everything the
-difference applies. Where the cluster has another past than the one that the view knows (it was wiped, or restored from
-a backup), entries that are missing stay for one ttl: their hosts are about to publish them again. Time comes in as an
-argument (seconds of any steady clock). This module must not know what keeps the entries.
+The view never shrinks because the cluster can't be reached: it becomes stale, and reports its age. After a read of
+everything the difference applies. Where the cluster has another past than the one that the view knows (it was wiped, or
+restored from a backup), entries that are missing stay for one ttl: their hosts are about to publish them again. Time
+comes in as an argument (seconds of any steady clock). This module must not know what keeps the entries.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a caller may request: the types that validate a request, and from which the OpenAPI document is made.
+"""The types that validate a request, and from which the OpenAPI document is made.
 
-Bounds stand here once; what depends on the configuration or on other leases is decided by the engine.
+Each bound is here once; what depends on the configuration or on other leases is decided by the engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LeaseTable: every live lease, found by whatever it is asked for by.
+"""LeaseTable: every live lease, with an index for each query.
 
 A grant on its way is *reserved* first: its name and binding are in the indexes from the moment of the decision, before
 anything is durable, so two grants can't collide in between. Applying its event makes it live. A reservation carries the

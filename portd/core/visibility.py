@@ -1,7 +1,7 @@
 """Who is given to callers, and at which address: one rule for HTTP, DNS, mDNS, Prometheus, the gateway and the cluster.
 
 An instance counts for itself: nothing that another one does or lacks takes it out. Its endpoints are one thing: a
-drained one, or a critical check of `main`, takes all of them out. This module must not know how callers ask.
+drained one, or a critical check of `main`, takes all of them out. This module must not know the protocols of callers.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Decider:
                 return moved
         raise no_port(self._allocator, self._table, draft.ports, search, pending.now.tick, self.policy)
 
-    def check_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> Check | None:
+    def validate_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> Check | None:
         """Return the check as it will be made; raises InvalidRequest for one that can't be made for this user."""
         if check is None:
             return None
@@ -277,7 +277,7 @@ class Decider:
         owner = Owner(uid=caller.uid, known_by=caller.known_by) if process is None else process.owner
         token_name = caller.token_name if owner.uid is None else None
         user: User = owner.uid if token_name is None else f"token:{token_name}"
-        check = None if request.check is UNSET else self.check_check(request.check, request.protocol, owner.uid)
+        check = None if request.check is UNSET else self.validate_check(request.check, request.protocol, owner.uid)
         table, service, endpoint = self._table, request.service, request.endpoint
         shared = dict.fromkeys(lease.instance for lease in made if lease.service == service) if made else ()
         instance = request.instance or table.free_instance(service, endpoint, shared)
@@ -418,7 +418,7 @@ class Decider:
             address = request.address if request.address == OWN_ADDRESS else _normal_address(request.address)
             check_same(lease, request, address)
         if request.check is not UNSET:
-            self.check_check(request.check, lease.protocol, lease.uid)
+            self.validate_check(request.check, lease.protocol, lease.uid)
         fields |= replaced_fields(lease, request, pending.now.at)
         if fields:
             pending.changes.append(Change(lease.id, "updated", fields))

@@ -1,6 +1,6 @@
 """What portd observes: exits, listeners, check results, announcements, and what the start finds out.
 
-An observation is true already: it goes to the journal at once, and nobody is asked. This module also does what must
+An observation is true already: it goes to the journal at once, without a decision. This module also does what must
 follow every event, whoever caused it: an ended lease gives back its hold, its port and its owner's watch.
 """
 

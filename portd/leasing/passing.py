@@ -1,4 +1,4 @@
-"""What becomes of a lease when its owner exits: it ends, or passes to a process of its own that still listens.
+"""What happens to a lease when its owner exits: it ends, or passes to a process of its own that still listens.
 
 Who that is, the kernel adapter finds out (`FindSuccessors`) and reports (`observe_exit`). An ended lease whose owner
 exited before anything listened may be reported once more, within the cooldown: then it is taken up again under its id.

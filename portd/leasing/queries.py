@@ -1,4 +1,4 @@
-"""LeaseQueries: what can be asked about leases, ports and pools. Nothing here changes anything."""
+"""LeaseQueries: the queries about leases, ports and pools. Nothing here changes anything."""
 
 from __future__ import annotations
 

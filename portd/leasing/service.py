@@ -1,7 +1,7 @@
-"""LeaseService: the commands on leases. Each decides, commits, and answers with what is then.
+"""LeaseService: the commands on leases. Each decides, commits, and returns the lease as it is then.
 
-It knows the world through the seams alone, and its callers not at all: HTTP, handoff and tests call it alike. What
-portd observes by itself is in `observing`, what can be asked is in `queries`.
+It knows the world through the seams alone, and its callers not at all: HTTP, handoff and tests call it alike.
+Observations are in `observing`, queries in `queries`.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ class LeaseService:
         """Replace tags, metadata, check or announcement: each that is given, whole."""
         lease = await self._authorized(lease_id, caller)
         if patch.check is not UNSET:
-            self._decider.check_check(patch.check, lease.protocol, lease.uid)
+            self._decider.validate_check(patch.check, lease.protocol, lease.uid)
         fields = replaced_fields(lease, patch, self._clock.now().at)
         if not fields:
             return lease

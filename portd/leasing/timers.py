@@ -1,7 +1,7 @@
 """What is due: leases that expire, quarantined ports to poll, holds that could not be restored.
 
 One timer serves all three, set to the earliest. Times are ticks of the lease clock, which stands still while the daemon
-does, so a timer that fires early finds nothing due and is set anew.
+does, so a timer that fires early finds nothing due and is set again.
 """
 
 from __future__ import annotations

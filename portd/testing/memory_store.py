@@ -21,7 +21,7 @@ class MemoryStore:
         self.gate = asyncio.Event()
         self.gate.set()
         self.commit_count = 0
-        self._late: set[asyncio.Task[None]] = set()
+        self._delayed: set[asyncio.Task[None]] = set()
         self._first: int | None = None
         self._bodies: dict[str, bytes] = {}
         self._events: list[tuple[int, str, float, bytes]] = []
@@ -53,15 +53,15 @@ class MemoryStore:
 
     async def commit(self, events: Sequence[Event]) -> None:
         """Keep the events, unless set to fail; `unknown` keeps them and fails all the same, as a lost sync does."""
-        if self.gate.is_set() and not self._late:
+        if self.gate.is_set() and not self._delayed:
             self._write(events)
             return
-        late = asyncio.ensure_future(self._write_late(events))
-        self._late.add(late)
-        late.add_done_callback(self._late.discard)
+        late = asyncio.ensure_future(self._write_delayed(events))
+        self._delayed.add(late)
+        late.add_done_callback(self._delayed.discard)
         await asyncio.shield(late)  # the disk goes on without its caller
 
-    async def _write_late(self, events: Sequence[Event]) -> None:
+    async def _write_delayed(self, events: Sequence[Event]) -> None:
         await self.gate.wait()
         self._write(events)
 

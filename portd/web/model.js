@@ -1,4 +1,4 @@
-// What the page knows: leases, ports and status, and how it hears of changes. Knows nothing of the document.
+// What the page knows: leases, ports and status, and the events that change them. Knows nothing of the document.
 
 const EVENTS_KEPT = 200;
 const PORTS_EVERY_MS = 5000;
@@ -22,7 +22,7 @@ export async function call(method, path, body) {
   return { document, headers: answer.headers };
 }
 
-/** How an instance looks to a caller: one word, which is also a colour. */
+/** An instance's condition for a caller: one word, which is also a colour. */
 export function condition(lease) {
   if (lease.state === "conflict") return "conflict";
   if (lease.drain) return "draining";

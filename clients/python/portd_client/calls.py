@@ -1,4 +1,4 @@
-"""The daemon's API as requests: what each call of version 1 looks like, and nothing about how it travels.
+"""The daemon's API as requests: the request of each call of version 1, without any transport.
 
 `Client.call(request)` and `AsyncClient.call(request)` make any of them and return its typed answer.
 """

@@ -1,7 +1,7 @@
 """Looking other services up: one instance at a time, or all changes as they come.
 
-The last answer is kept for a while, so that a daemon that restarts takes nobody's neighbours away; what comes from
-memory says so (`is_stale`).
+The last answer is kept for a while, so that a restart of the daemon hides no instance; a kept answer is marked
+(`is_stale`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is at the other end: root, the user `portd`, or this process' own user; everybody else is refused.
+"""Authentication of the daemon: root, the user `portd`, or this process' own user; every other user is refused.
 
 A socket below the temporary directory, or port 7783 of a host without a daemon, can be anybody's. The kernel names the
 user: SO_PEERCRED for unix sockets (unix(7)), /proc/net/tcp for listeners on loopback. Another host is authenticated by

@@ -1,8 +1,8 @@
 """The session with etcd: one member for the heartbeat, the writes and the watch, and on to the next one together.
 
-A member that is paused or has lost the others hears nothing and reports nothing, so a silent watch proves nothing: the
-heartbeat asks the same member for a linearizable read every second, and when it fails everything moves on. What is
-published and what is known is decided by `portd.cluster`; this module must not know what the keys mean.
+A member that is paused or partitioned receives nothing and reports nothing, so a silent watch proves nothing: the
+heartbeat requests a linearizable read of the same member every second, and when it fails, all move to the next member.
+What is published and what is known is decided by `portd.cluster`; this module must not know what the keys mean.
 """
 
 from __future__ import annotations

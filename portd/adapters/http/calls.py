@@ -1,4 +1,4 @@
-"""A call: what a route is, what its handler gets and gives. Routes are data, so that the dispatcher and the OpenAPI
+"""Calls and routes: what a handler receives and returns. Routes are data, so that the dispatcher and the OpenAPI
 document read the same table."""
 
 from __future__ import annotations

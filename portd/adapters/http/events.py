@@ -1,8 +1,8 @@
 """Server-sent events (WHATWG HTML, section 9.2): every change of a lease, as it happens.
 
-An event is rendered once for all followers who see the same, whatever their number, and written to each one's
-transport together with those that came with it. A follower that does not read is cut off as soon as its buffer is full:
-it resumes from the last id that it saw, and the daemon buffers nothing without bound.
+An event is rendered once for all followers that see the same, whatever their number, and written to each transport
+together with the other events of the same turn of the loop. A follower that does not read is cut off as soon as its
+buffer is full: it resumes from the last id that it saw, and the daemon buffers nothing without bound.
 """
 
 from __future__ import annotations

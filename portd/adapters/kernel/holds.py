@@ -2,8 +2,8 @@
 
 The kernel's rules (socket(7); each is tried in the tests): a bound socket without SO_REUSEADDR keeps everybody off.
 With it, whoever sets it too may bind and listen, of any user, and all others stay off, the kernel's own choice of ports
-as well. The option takes effect on a bound socket at once, so one descriptor is a lock and an open hold in
-turn. It is kept, never made anew: a second bind fails once the owner listens.
+as well. The option takes effect on a bound socket at once, so one descriptor is a lock and an open hold in turn. It is
+kept, never bound again: a second bind fails once the owner listens.
 
 A port is first bound *without* the option: that alone proves that nobody has it. A number that portd chooses is free at
 every address of the host: a bind of dual-stack `::` finds all of them. This module must not know owners.

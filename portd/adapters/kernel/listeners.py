@@ -1,8 +1,8 @@
 """Who listens on this host: the socket table joined with the processes that have the sockets open.
 
-The kernel knows the socket of a descriptor and not the descriptors of a socket: who has it is found by looking through
-/proc/PID/fd, 0.1 ms a process. So guesses go first (the lease's owner, its children, who had it the last time), and a
-guess is believed only when the socket is found there.
+The kernel knows the socket of a descriptor and not the descriptors of a socket: its process is found by reading
+/proc/PID/fd, 0.1 ms a process. So likely processes go first (the lease's owner, its children, the last process that had
+it); a process counts only when the socket is found in it.
 """
 
 from __future__ import annotations

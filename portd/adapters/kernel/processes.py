@@ -1,4 +1,4 @@
-"""The processes of this host: who they are, and the moment that they are gone, by pidfd (pidfd_open(2)).
+"""The processes of this host: their identity, and the moment of their exit, by pidfd (pidfd_open(2)).
 
 A process is distinguished from a later one with its pid by its start time, and by the inode of its pidfd where the
 kernel numbers them (pidfs, Linux 6.9). The pidfd is opened first, then /proc is read, then the pidfd is polled for

@@ -4,8 +4,8 @@ The kernel notifies nobody when a socket begins to listen, so the table of liste
 costs by the number of listeners on this host, 1.4 µs each, and not by the number of leases; only a new socket is
 attributed to a process, which is the expensive part. Whose listener it is, is judged by `core.ownership`.
 
-Judging is synchronous and always on a table that was read this moment: nobody is reported as a foreign process for
-what was true before somebody else's lease began.
+Judging is synchronous and always on a table that was read this moment: no process is reported as foreign because of
+what was true before another lease began.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How names become this host's on the LAN, and stay it: a state machine (RFC 6762 sections 8 to 10).
+"""How this host claims names on the LAN and defends them: a state machine (RFC 6762 sections 8 to 10).
 
 Pure: no socket, no timer, no random source of its own. The responder passes in the time, the interfaces and what other
 hosts send; `tick` returns what to send, and `deadline` when to call it again. `STEPS` is the timer's column of the
