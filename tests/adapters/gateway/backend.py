@@ -68,7 +68,7 @@ async def chat(request: web.Request) -> web.WebSocketResponse:
     await socket.prepare(request)
     async for message in socket:
         if message.type is WSMsgType.TEXT and message.data == "bye":
-            await socket.close(code=4321, message=b"told so")
+            await socket.close(code=4321, message=b"on request")
         elif message.type is WSMsgType.TEXT:
             await socket.send_str(message.data)
         elif message.type is WSMsgType.BINARY:

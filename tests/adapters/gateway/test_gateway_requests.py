@@ -170,7 +170,7 @@ def test_websockets_pass_messages_subprotocols_and_closes(gateway: Gateway) -> N
             assert len((await chat.receive()).data) == 2_000_000
             await chat.send_str("bye")
             message = await chat.receive()
-            assert (message.type, message.data, message.extra) == (WSMsgType.CLOSE, 4321, "told so")
+            assert (message.type, message.data, message.extra) == (WSMsgType.CLOSE, 4321, "on request")
 
     run(asyncio.wait_for(converse(), TIMEOUT_S))
 
