@@ -85,7 +85,7 @@ def test_a_listener_is_switched_off_by_an_empty_string() -> None:
     assert http_addresses(parse("[listen]\nhttp = ['127.0.0.1:1', '[::1]:2']"), paths) == [("127.0.0.1", 1), ("::1", 2)]
 
 
-def test_a_file_that_is_named_must_be_there_and_the_default_one_need_not(tmp_path) -> None:
+def test_named_file_must_exist_and_the_default_may_not(tmp_path) -> None:
     nowhere = str(tmp_path / "portd.toml")
     paths = Paths("", "", (), "", nowhere, 0o600)
     assert load(None, paths) == Settings()

@@ -44,9 +44,7 @@ def ports(event: dict[str, Any]) -> list[int]:
     return sorted(instance["port"] for instance in event.get("instances", []))
 
 
-def test_services_of_every_language_are_found_by_all_and_seen_to_leave(
-    stages: Stages, workshop: Path, stack: ExitStack
-) -> None:
+def test_every_language_finds_services_of_all_others(stages: Stages, workshop: Path, stack: ExitStack) -> None:
     stage = stages(Case("neighbours", []))
     services = {
         f"in-{language}": [start(language, stage, workshop, stack) for _ in range(INSTANCES)] for language in SPOKEN

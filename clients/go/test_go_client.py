@@ -115,7 +115,7 @@ def port_of(program: subprocess.Popen[str]) -> int:
     [[], ["run", "three", "--check", "http:/healthz", "--socket", "--"]],
     ids=["by themselves", "under portd run"],
 )
-def test_of_three_instances_that_find_each_other_a_killed_one_leaves(
+def test_of_three_instances_that_find_each_other_killed_one_leaves(
     daemon: Daemon, build: Callable[..., str], run: list[str]
 ) -> None:
     binary = build("three", service_source("three"))

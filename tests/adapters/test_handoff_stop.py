@@ -86,7 +86,7 @@ async def test_who_is_connected_when_a_stop_begins_may_ask_yet(world):
 
 
 @in_world()
-async def test_a_stop_waits_for_nobody_who_says_nothing_and_for_no_disk_that_hangs(world):
+async def test_stop_waits_for_no_silent_client_or_hanging_disk(world):
     door = Door(world)
     world.store.gate.clear()
     with door.passed, await door.knock() as silent, await door.knock() as asking:

@@ -131,7 +131,7 @@ def test_a_script_keeps_its_lease_until_it_ends(daemon: Daemon, path: str, idiom
     wait_for(lambda: daemon.client.lease(lease["id"])["state"] == "ended", "the lease ends with its script")
 
 
-def test_a_shell_started_by_a_program_leaves_the_lease_to_it(daemon: Daemon, path: str) -> None:
+def test_shell_started_by_program_leaves_lease_to_it(daemon: Daemon, path: str) -> None:
     for at, command in enumerate(["portd lease NAME", "portd lease NAME; true", "portd lease NAME | tail -n 1"]):
         name = f"hub-{at}"
         done = subprocess.run(

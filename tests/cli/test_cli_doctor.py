@@ -128,7 +128,7 @@ def test_a_pool_below_the_unprivileged_ports_is_a_problem() -> None:
 
 
 @pytest.mark.parametrize(("port", "is_warned"), [(50051, True), (5432, False)])
-def test_check_config_warns_of_a_static_port_in_the_ephemeral_range(tmp_path: Path, port: int, is_warned: bool) -> None:
+def test_check_config_warns_of_static_port_in_ephemeral_range(tmp_path: Path, port: int, is_warned: bool) -> None:
     (tmp_path / "portd.toml").write_text(f"[static.grpc]\nport = {port}\n")
     command = [sys.executable, "-m", "portd", "serve", "--check-config", "--config", str(tmp_path / "portd.toml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -161,7 +161,7 @@ def test_only_a_foreign_mdns_responder_is_a_problem() -> None:
         ("", "dnsmasq: in /etc/dnsmasq.d"),
     ],
 )
-def test_a_resolver_that_does_not_find_portd_gets_its_own_lines(program: str, fix: str) -> None:
+def test_resolver_that_does_not_find_portd_gets_its_own_lines(program: str, fix: str) -> None:
     assert fix in one(diagnoses.resolver(False, "ns.portd.internal", DNS, program)).fix
     assert not list(diagnoses.resolver(True, "ns.portd.internal", DNS, program))
 

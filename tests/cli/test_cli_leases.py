@@ -100,7 +100,7 @@ def test_a_taken_exact_port_is_a_clear_no(daemon: Daemon) -> None:
     assert json.loads(as_json.stderr)["code"] == "port_taken"
 
 
-def test_renew_restarts_the_clock_of_a_ttl_lease_and_refuses_others(daemon: Daemon) -> None:
+def test_renew_restarts_clock_of_ttl_lease_and_refuses_others(daemon: Daemon) -> None:
     with_clock = json.loads(daemon.portd("lease", "clock", "--ttl", "30", "--json").stdout)
     renewed = json.loads(daemon.portd("renew", with_clock["id"], "--ttl", "60", "--json").stdout)
     assert renewed["expires_at"] > with_clock["expires_at"]
@@ -205,7 +205,7 @@ def test_every_command_explains_itself(daemon: Daemon) -> None:
     assert daemon.portd("--version").stdout.startswith("portd ")
 
 
-def test_a_lease_costs_no_import_of_what_it_does_not_need(daemon: Daemon) -> None:
+def test_lease_costs_no_import_of_what_it_does_not_need(daemon: Daemon) -> None:
     source = (
         "import sys; from portd.__main__ import main; status = main(['lease', 'light', '--ttl', '60']);"
         "print(sorted({'re', 'json', 'socket', 'typing', 'argparse', 'asyncio', 'enum', 'aiohttp', 'msgspec'}"
@@ -235,7 +235,7 @@ def test_adopt_leases_a_port_for_the_process_that_listens(daemon: Daemon) -> Non
         assert daemon.portd("release", f":{port}").returncode == 0
 
 
-def test_adopt_of_a_port_without_a_listener_is_a_clear_no(daemon: Daemon) -> None:
+def test_adopt_of_port_without_listener_is_clear_no(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     done = daemon.portd("adopt", "absent", str(port))

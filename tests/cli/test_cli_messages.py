@@ -97,7 +97,7 @@ def test_a_command_that_cannot_run_is_explained(daemon: Daemon, command: list[st
     assert help in done.stderr
 
 
-def test_a_problem_of_the_daemon_names_the_option_that_was_typed(daemon: Daemon) -> None:
+def test_problem_of_daemon_names_option_that_was_typed(daemon: Daemon) -> None:
     done = daemon.portd("lease", "web", "--ttl", "1", "--address", "192.0.2.77")
     assert done.returncode == USAGE
     assert done.stderr.startswith("portd: --address: ")
@@ -128,7 +128,7 @@ def test_a_name_of_two_services_instances_is_not_guessed(daemon: Daemon) -> None
     assert daemon.portd("release", "twin").returncode == 0
 
 
-def test_a_service_name_in_place_of_an_instance_lists_its_instances(daemon: Daemon) -> None:
+def test_service_name_in_place_of_instance_lists_its_instances(daemon: Daemon) -> None:
     daemon.portd("lease", "plural", "--ttl", "60")
     done = daemon.portd("release", "plural")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

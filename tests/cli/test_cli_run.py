@@ -55,7 +55,7 @@ def test_the_command_gets_its_lease_by_environment_and_placeholders(daemon: Daem
     assert got["words"] == [f"--bind=127.0.0.1:{environ['PORT']}", f"{environ['PORT_METRICS']},{port}", "{other}"]
 
 
-def test_all_endpoints_are_of_one_instance_and_end_with_the_command(daemon: Daemon) -> None:
+def test_all_endpoints_are_of_one_instance_and_end_with_command(daemon: Daemon) -> None:
     running = daemon.start_portd("run", "ends", "--endpoint", "metrics", "--", "cat")
     leases = wait_for(lambda: list(daemon.client.leases(service="ends")), "the leases are there")
     try:
@@ -95,7 +95,7 @@ def test_the_exit_status_is_the_commands(daemon: Daemon) -> None:
     assert daemon.portd("run", "status", "--", "sh", "-c", "exit 7").returncode == 7
 
 
-def test_a_command_that_cannot_run_leaves_one_line_and_no_lease(daemon: Daemon) -> None:
+def test_command_that_cannot_run_leaves_one_line_and_no_lease(daemon: Daemon) -> None:
     done = daemon.portd("run", "missing", "--", "/nonexistent/program")
     assert (done.returncode, done.stderr.count("\n")) == (127, 1)
     assert "/nonexistent/program" in done.stderr
@@ -109,7 +109,7 @@ def test_own_address_is_given_as_host(daemon: Daemon) -> None:
     assert got["env"]["HOST"].startswith("127.77.")
 
 
-def test_confine_lets_the_command_bind_its_leased_ports_and_no_others(daemon: Daemon) -> None:
+def test_confine_lets_command_bind_its_leased_ports_and_no_others(daemon: Daemon) -> None:
     source = (
         "import errno, os, socket\n"
         "def bind(port):\n"
@@ -166,7 +166,7 @@ def test_confinement_that_the_kernel_lacks_is_an_error(daemon: Daemon, monkeypat
         confining.confine([24000])
 
 
-def test_sockets_are_passed_from_descriptor_3_on_listening_and_by_name(daemon: Daemon) -> None:
+def test_sockets_are_passed_from_descriptor_3_with_names(daemon: Daemon) -> None:
     if not (daemon.directory / "handoff.sock").exists():
         pytest.skip("this daemon hands no sockets over")
     source = (

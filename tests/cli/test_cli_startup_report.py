@@ -98,7 +98,7 @@ def wait_until_shown(terminal: Terminal, text: str) -> None:
     wait_for(lambda: terminal.shows(text), f"the terminal shows {text!r}")
 
 
-def test_a_terminal_shows_instance_and_url_and_who_has_the_port(daemon: Daemon) -> None:
+def test_terminal_shows_instance_and_url_and_who_has_port(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         port = foreign.getsockname()[1]
         with on_terminal(daemon, "run", "asked", "--port", str(port), "--", "cat") as terminal:
@@ -112,7 +112,7 @@ def test_a_terminal_shows_that_a_command_exited_without_listening(daemon: Daemon
         wait_until_shown(terminal, "mute-1 exited without listening on port")
 
 
-def test_a_service_that_listens_where_it_should_is_not_commented_on(daemon: Daemon) -> None:
+def test_service_that_listens_where_it_should_is_not_commented_on(daemon: Daemon) -> None:
     words = ("run", "fine", "--", sys.executable, "-m", "http.server", "{port}", "--bind", "{host}")
     with on_terminal(daemon, *words) as terminal:
         wait_for(lambda: [one["state"] for one in daemon.client.leases(service="fine")] == ["bound"], "it is bound")

@@ -91,7 +91,7 @@ def test_the_longest_unused_port_is_the_first_candidate():
     assert others == [20003, 20004, 20005, 20006, 20007, 20008, 20009, 20001, 20000]
 
 
-def test_an_instance_gets_its_last_port_back_at_once_and_others_do_not():
+def test_only_its_instance_gets_a_port_back_at_once():
     allocator = make()
     granted = grant(allocator, request())
     end(allocator, granted)
@@ -100,7 +100,7 @@ def test_an_instance_gets_its_last_port_back_at_once_and_others_do_not():
     assert grant(allocator, request()).port == granted.port
 
 
-def test_a_cooling_port_is_free_again_after_its_time_and_once_unbound():
+def test_cooling_port_is_free_after_its_time_once_unbound():
     allocator = make(range(20000, 20002))
     end(allocator, grant(allocator, request()))
     assert first(allocator, request("billing")) == 20001
@@ -113,7 +113,7 @@ def test_a_cooling_port_is_free_again_after_its_time_and_once_unbound():
     assert allocator.count("default").free == 2
 
 
-def test_a_pool_without_a_free_port_gives_the_longest_cooling_ones():
+def test_pool_without_free_port_gives_longest_cooling_ones():
     allocator = make(range(20000, 20003))
     for granted in [grant(allocator, request("orders", f"orders-{n}")) for n in range(3)]:
         end(allocator, granted, tick=float(granted.port - 20000))
@@ -137,7 +137,7 @@ def test_an_exact_cooling_port_is_no_candidate_for_others():
     assert first(allocator, request(ports=(granted.port,), exact=True)) == granted.port
 
 
-def test_a_user_at_its_share_gets_its_own_cooling_ports_only():
+def test_user_at_its_share_gets_its_own_cooling_ports_only():
     allocator = make()
     end(allocator, grant(allocator, request("orders", "orders-1")))
     end(allocator, grant(allocator, request("other", user=2000)))
@@ -145,7 +145,7 @@ def test_a_user_at_its_share_gets_its_own_cooling_ports_only():
     assert [binding.port for binding in allocator.candidates(at_share)] == [20000]
 
 
-def test_a_declined_port_comes_back_after_it_was_seen_free_several_times_in_a_row():
+def test_declined_port_returns_after_several_free_polls_in_a_row():
     allocator = make(range(20000, 20001))
     allocator.decline(Binding("tcp", LOOPBACK, 20000), tick=0.0)
     assert allocator.count("default").declined == 1
@@ -157,7 +157,7 @@ def test_a_declined_port_comes_back_after_it_was_seen_free_several_times_in_a_ro
     assert first(allocator, request()) == 20000
 
 
-def test_what_a_user_declines_counts_to_its_share_until_it_is_over():
+def test_declined_ports_count_toward_their_users_share():
     allocator = make()
     allocator.decline(Binding("tcp", LOOPBACK, 20000), 0.0, 1000)
     allocator.decline(Binding("tcp", LOOPBACK, 20001), 0.0)
@@ -182,7 +182,7 @@ def test_a_static_port_is_for_its_endpoint_alone():
     assert first(allocator, request("orders", ports=(20003,), exact=True)) == 20003
 
 
-def test_a_port_that_is_put_back_is_the_next_one_again():
+def test_port_that_is_put_back_is_next_one_again():
     allocator = make()
     granted = grant(allocator, request())
     assert first(allocator, request("other")) == 20001
@@ -191,7 +191,7 @@ def test_a_port_that_is_put_back_is_the_next_one_again():
     assert first(allocator, request("billing")) == granted.port
 
 
-def test_own_addresses_are_one_for_each_instance_and_the_same_again():
+def test_own_addresses_are_one_for_each_instance_and_same_again():
     own = make().own
     one = own.pick(("db", "db-1", 1000))
     assert one == own.pick(("db", "db-1", 1000)) == "127.77.0.1"
@@ -202,7 +202,7 @@ def test_own_addresses_are_one_for_each_instance_and_the_same_again():
     assert own.pick(("db", "db-1", 1000)) == one
 
 
-def test_own_addresses_come_from_the_longest_idle_instance_when_none_is_fresh():
+def test_own_address_reuse_starts_with_the_longest_idle():
     own = make(block="127.77.0.0/30").own
     addresses = []
     for name in ("a-1", "a-2"):
@@ -214,7 +214,7 @@ def test_own_addresses_come_from_the_longest_idle_instance_when_none_is_fresh():
     assert own.pick(("a", "a-3", 1000)) == addresses[0]
 
 
-def test_a_remembered_own_address_outside_the_block_is_not_given_again():
+def test_remembered_own_address_outside_block_is_not_given_again():
     own = make(block="127.77.0.0/30").own
     own.remember("127.99.0.1", ("a", "a-1", 1000))
     assert own.pick(("a", "a-1", 1000)) == "127.77.0.1"
@@ -268,7 +268,7 @@ def count_calls(run):
     return calls
 
 
-def test_a_candidate_costs_the_same_in_a_full_and_in_an_empty_pool():
+def test_candidate_costs_same_in_full_and_in_empty_pool():
     empty, full = make(range(10000, 20000)), make(range(10000, 20000))
     for number in range(9990):
         grant(full, request("filler", f"filler-{number}"))

@@ -87,7 +87,7 @@ def test_a_subtype_is_parsed_apart_from_its_base() -> None:
     assert announcing.parse_type("_http._tcp") == ("_http._tcp", None)
 
 
-def test_a_name_is_kept_in_nfc_with_its_dots_and_blanks() -> None:
+def test_name_is_kept_in_nfc_with_its_dots_and_blanks() -> None:
     assert announcing.check_name("Dr. Cafe\u0301 №1") == "Dr. Caf\u00e9 №1"
     assert announcing.check_name("ü" * 31 + "x") == "ü" * 31 + "x"
 

@@ -9,7 +9,7 @@ from portd.core.expiry import Deadlines
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 100)))), st.integers(0, 100))
-def test_every_key_comes_up_once_by_its_last_deadline_in_order(steps, tick):
+def test_each_key_is_due_once_at_its_last_deadline(steps, tick):
     deadlines: Deadlines[int] = Deadlines()
     expected: dict[int, int] = {}
     for key, due in steps:

@@ -111,7 +111,7 @@ def test_failures_of_the_start_period_leave_the_check_unknown() -> None:
 
 
 @pytest.mark.parametrize("result", ["passing", "warning"])
-def test_what_works_in_the_start_period_counts_at_once_and_ends_it(result: Result) -> None:
+def test_first_pass_ends_the_start_period(result: Result) -> None:
     check = TcpCheck(start_period=100, fall=2)
     tally = count(count(Tally(0.0), check, "critical", 1.0), check, result, 2.0)
     assert tally.health == result
@@ -165,7 +165,7 @@ def test_silence_is_due_exactly_a_ttl_after_the_last_report(
     assert silent_at(resumed(since, "passing"), check, since + later) == since + later + ttl
 
 
-def test_silence_is_critical_at_once_and_ends_a_row_of_passes() -> None:
+def test_silence_is_critical_at_once_and_ends_row_of_passes() -> None:
     check = ReportCheck(rise=2, fall=3)
     tally = silence(count(Tally(0.0), check, "passing", 1.0))
     assert tally.health == "critical"
@@ -190,7 +190,7 @@ def test_a_thousand_checks_are_spread_over_their_interval() -> None:
 
 
 @given(lease_ids, intervals, st.floats(0, 1e7))
-def test_the_next_turn_is_later_than_now_by_an_interval_at_most(lease_id: str, interval: float, tick: float) -> None:
+def test_next_turn_is_later_than_now_by_interval_at_most(lease_id: str, interval: float, tick: float) -> None:
     turn = next_turn(lease_id, interval, tick)
     assert tick < turn <= tick + interval * (1 + 1e-6) + 1e-6
 

@@ -107,7 +107,7 @@ def test_credential_counts_for_any_user_with_its_token():
     ("uid", "started_at", "expected"),
     [(1000, GRANTED_AT + 1, "uid"), (1000, GRANTED_AT - 1, None), (1001, GRANTED_AT + 1, None)],
 )
-def test_uid_of_the_lease_counts_for_processes_started_after_the_grant(uid, started_at, expected):
+def test_uid_of_lease_counts_for_processes_started_after_grant(uid, started_at, expected):
     assert rule_of(make_holder(uid=uid, started_at=started_at)) == expected
 
 

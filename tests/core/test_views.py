@@ -58,7 +58,7 @@ def test_others_still_see_what_a_check_does():
     assert view_lease(msgspec.structs.replace(LEASE, check=TcpCheck()), Caller()).check == TcpCheck()
 
 
-def test_process_that_changed_its_user_is_shown_by_its_own_uid():
+def test_process_that_changed_user_is_shown_by_its_uid():
     lease = msgspec.structs.replace(LEASE, owner=THEIRS)
     assert view_lease(lease, Caller(uid=1000)).owner.cmdline is None
     assert view_lease(lease, Caller(uid=1000)).check == CHECK

@@ -323,7 +323,7 @@ def raw(daemon: Daemon, data: bytes) -> Reply:
     ],
     ids=lambda data: repr(data[:40]),
 )
-def test_what_is_no_http_gets_a_problem_too_and_its_connection_ends(daemon: Daemon, data: bytes) -> None:
+def test_bytes_that_are_no_http_get_a_problem_document(daemon: Daemon, data: bytes) -> None:
     reply = raw(daemon, data)
     assert 400 <= reply.status < 500, reply
     assert reply.code, reply

@@ -37,7 +37,7 @@ def nobody(daemon: Daemon) -> Iterator[Puppet]:
 
 
 @pytest.mark.parametrize("over", ["unix", "tcp"])
-def test_another_user_changes_nothing_of_mine_and_with_the_token_everything(
+def test_another_user_changes_nothing_of_mine_and_with_token_everything(
     daemon: Daemon, nobody: Puppet, over: str
 ) -> None:
     lease = daemon.lease("mine", ttl=60, check={"kind": "report"})
@@ -96,7 +96,7 @@ def test_another_user_reads_everything_but_programs_and_command_lines(daemon: Da
             assert '"1000"' not in json.dumps(nobody.call("GET", path).body), path
 
 
-def test_another_user_leases_for_itself_over_tcp_too_and_not_for_my_process(daemon: Daemon, nobody: Puppet) -> None:
+def test_user_over_tcp_leases_only_for_its_own_processes(daemon: Daemon, nobody: Puppet) -> None:
     with owner() as process:
         for over, known_by in (("unix", "peercred"), ("tcp", "socket")):
             lease = nobody.lease("theirs", over=over)
@@ -110,7 +110,7 @@ def test_another_user_leases_for_itself_over_tcp_too_and_not_for_my_process(daem
             assert (refused.status, refused.code, refused.body["pointer"]) == (403, "not_owner", "/pid")
 
 
-def test_a_privileged_port_is_refused_to_another_user_unless_on_an_own_address(daemon: Daemon, nobody: Puppet) -> None:
+def test_privileged_port_is_refused_except_on_an_own_address(daemon: Daemon, nobody: Puppet) -> None:
     refused = nobody.call("POST", "/v1/leases", {"service": "low", "port": 443, "exact": True})
     assert (refused.status, refused.code, refused.body["pointer"]) == (409, "port_reserved", "/port")
     assert nobody.lease("low", port=443, exact=True, address="own")["port"] == 443
@@ -227,7 +227,7 @@ def network() -> Iterator[str]:
 
 
 @pytest.mark.netns
-def test_a_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Daemon, network: str) -> None:
+def test_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Daemon, network: str) -> None:
     with Puppet(daemon, "ip", "netns", "exec", network) as foreign:
         refused = foreign.call("POST", "/v1/leases", {"service": "foreign"})
         assert (refused.status, refused.code) == (422, "other_network")
@@ -242,7 +242,7 @@ def test_a_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Dae
 
 
 @pytest.mark.netns
-def test_a_process_of_another_network_gets_no_port_and_no_socket(daemon: Daemon, network: str) -> None:
+def test_process_of_another_network_gets_no_port_and_no_socket(daemon: Daemon, network: str) -> None:
     with owner() as outside, Puppet(daemon, "ip", "netns", "exec", network) as foreign:
         lease = daemon.lease("mine", pid=outside.pid)
         wishes = (
@@ -290,7 +290,7 @@ def test_root_of_a_user_namespace_is_no_admin(daemon: Daemon, nobody: Puppet) ->
     assert daemon.call("DELETE", f"/v1/leases/{lease['id']}").status == 204
 
 
-def test_a_pid_from_a_lower_pid_namespace_is_that_namespaces_own(daemon: Daemon) -> None:
+def test_pid_from_lower_pid_namespace_is_that_namespaces_own(daemon: Daemon) -> None:
     with Puppet(daemon, "unshare", "-p", "-f", "--kill-child", "--mount-proc") as inner:
         lease = inner.lease("inner", pid=1)
         assert lease["owner"]["cmdline"][-2:] == ["tests.e2e.puppet", "0"]

@@ -32,7 +32,7 @@ def test_a_ttl_lease_ends_at_its_time_and_not_before(daemon: Daemon) -> None:
             assert is_bindable(lease["port"])
 
 
-def test_a_lease_that_is_renewed_in_time_goes_on_and_then_ends(daemon: Daemon) -> None:
+def test_renewed_lease_goes_on_until_its_ttl(daemon: Daemon) -> None:
     lease = daemon.lease("renewed", ttl=0.6)
     for _ in range(5):
         now = daemon.call("POST", f"/v1/leases/{lease['id']}/renew").body
@@ -75,7 +75,7 @@ def test_a_daemon_that_stood_still_gives_the_time_back(own_daemon: Daemon) -> No
     assert any("was suspended for" in warning for warning in own_daemon.get("/v1/status")["warnings"])
 
 
-def test_a_port_cools_for_others_and_not_for_its_own_instance(make_daemon: MakeDaemon) -> None:
+def test_port_cools_for_others_and_not_for_its_own_instance(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(port_count=2)
     daemon.configure("[leases]\ncooldown = 1")
     daemon.start()
@@ -121,7 +121,7 @@ def test_sighup_takes_up_what_can_change_and_says_what_cant(make_daemon: MakeDae
         stream.until(lambda event: event.type == "ended")
 
 
-def test_sighup_with_a_mistake_in_the_file_changes_nothing_and_names_the_line(make_daemon: MakeDaemon) -> None:
+def test_sighup_with_mistake_in_file_changes_nothing_and_names_line(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     daemon.errors.append("the configuration is not reloaded")
     daemon.configure("[leases]\nquota_per_uid = 1\ncooldwn = 3")
@@ -132,7 +132,7 @@ def test_sighup_with_a_mistake_in_the_file_changes_nothing_and_names_the_line(ma
         daemon.lease("goes-on", ttl=60)
 
 
-def test_sigterm_and_sigint_end_it_with_0_and_no_socket_answers(make_daemon: MakeDaemon) -> None:
+def test_sigterm_and_sigint_stop_the_daemon_with_0(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     for number in (signal.SIGTERM, signal.SIGINT):
         daemon.start()

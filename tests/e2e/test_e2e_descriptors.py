@@ -9,7 +9,7 @@ from portd.adapters.kernel.descriptors import PREGROWN
 from tests.e2e.conftest import MakeDaemon
 
 
-def test_the_hard_limit_is_taken_and_the_kernels_table_has_room_from_the_start(make_daemon: MakeDaemon) -> None:
+def test_file_limit_is_raised_and_the_descriptor_table_grown(make_daemon: MakeDaemon) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     daemon = make_daemon().start()
     assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (hard, hard)

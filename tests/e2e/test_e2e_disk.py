@@ -77,7 +77,7 @@ def until_refused(daemon: Daemon) -> None:
     wait_for(refused, "the store takes no more")
 
 
-def test_a_full_disk_refuses_grants_changes_nothing_and_recovers_by_itself(on_disk: Daemon, disk: Path) -> None:
+def test_full_disk_refuses_grants_changes_nothing_and_recovers_by_itself(on_disk: Daemon, disk: Path) -> None:
     with owner() as process, owner() as mortal:
         lease = on_disk.lease("before", pid=process.pid)
         doomed = on_disk.lease("doomed", pid=mortal.pid)
@@ -123,9 +123,7 @@ def test_a_followers_stream_goes_on_while_the_disk_is_full(on_disk: Daemon, disk
             assert event.data["lease"]["id"] == lease["id"]
 
 
-def test_a_store_that_becomes_read_only_refuses_grants_and_recovers_by_itself(
-    make_daemon: MakeDaemon, place: Path
-) -> None:
+def test_store_that_becomes_read_only_refuses_grants_and_recovers(make_daemon: MakeDaemon, place: Path) -> None:
     """A file that may not grow (RLIMIT_FSIZE, set from outside by prlimit(2)) takes no writes, not even root's."""
     daemon = make_daemon(prelude="import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)")
     daemon.errors.append("the store")
@@ -161,7 +159,7 @@ def test_read_only_store_is_reported_at_start_and_recovers(on_disk: Daemon, disk
     assert lease["id"] in on_disk.leases()
 
 
-def test_much_that_happens_is_forgotten_soon_and_does_not_fill_the_disk(make_daemon: MakeDaemon) -> None:
+def test_many_events_are_pruned_before_the_disk_fills(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(
         prelude="import portd.pruning as p; p.EVENTS_KEPT = 20; p.PRUNE_EVENTS = 100; p.POLL_S = 0.02"
     ).start()

@@ -31,7 +31,7 @@ def cuts(place: Path) -> Iterator[PowerCuts]:
         yield disk
 
 
-def test_what_was_acknowledged_survives_kill_9_and_nothing_is_there_twice(place: Path) -> None:
+def test_acknowledged_grants_survive_kill_9_exactly_once(place: Path) -> None:
     counts = torture(15, place / "daemon")
     assert {name: counts[name] for name in FAULTS} == dict.fromkeys(FAULTS, 0)
     assert counts["granted"] > 150, "the load was too light to prove anything"
@@ -98,7 +98,7 @@ def test_after_a_crash_everything_is_as_it_was(own_daemon: Daemon) -> None:
         assert ended.type == "ended", "the exit of an owner from before the crash is noticed"
 
 
-def test_an_owner_that_listens_through_a_crash_stays_bound_and_its_hold_comes_back_when_it_stops(
+def test_lease_stays_bound_through_a_crash_and_is_held_later(
     own_daemon: Daemon,
 ) -> None:
     with Puppet(own_daemon) as puppet:
@@ -180,7 +180,7 @@ def test_a_damaged_database_is_refused_and_left_as_it_is(make_daemon: MakeDaemon
     assert len(daemon.leases()) == 50
 
 
-def test_a_database_of_a_newer_portd_is_refused_and_left_as_it_is(make_daemon: MakeDaemon) -> None:
+def test_newer_database_is_refused_and_unchanged(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     daemon.stop()
     with contextlib.closing(sqlite3.connect(daemon.store)) as database:
@@ -189,7 +189,7 @@ def test_a_database_of_a_newer_portd_is_refused_and_left_as_it_is(make_daemon: M
     refuses_to_start(daemon, str(daemon.store), "newer")
 
 
-def test_a_database_of_somebody_else_is_refused_and_left_as_it_is(make_daemon: MakeDaemon) -> None:
+def test_foreign_database_is_refused_and_unchanged(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     with contextlib.closing(sqlite3.connect(daemon.store)) as database:
         database.execute("CREATE TABLE poems (line TEXT)")
@@ -229,9 +229,7 @@ def test_sockets_that_a_dead_daemon_left_are_taken_over(own_daemon: Daemon) -> N
         handoff.connect(str(own_daemon.handoff))
 
 
-def test_a_stopped_daemons_state_can_be_copied_and_goes_on_elsewhere(
-    make_daemon: MakeDaemon, own_daemon: Daemon
-) -> None:
+def test_stopped_daemons_state_can_be_copied_and_goes_on_elsewhere(make_daemon: MakeDaemon, own_daemon: Daemon) -> None:
     leases = {own_daemon.lease("moved", ttl=3600)["id"] for _ in range(10)}
     own_daemon.stop()
     other = make_daemon()

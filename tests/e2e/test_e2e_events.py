@@ -27,7 +27,7 @@ def churn(daemon: Daemon, service: str, count: int) -> int:
     return daemon.call("GET", "/v1/leases?limit=1").revision
 
 
-def test_every_change_is_an_event_in_order_with_the_lease_as_it_was(daemon: Daemon) -> None:
+def test_every_change_is_an_event_with_its_lease(daemon: Daemon) -> None:
     with Stream(daemon, "?service=changes") as stream, owner() as process:
         lease = daemon.lease("changes", pid=process.pid, check={"kind": "report"})
         path = f"/v1/leases/{lease['id']}"
@@ -98,7 +98,7 @@ def test_a_filtered_stream_carries_its_service_alone(daemon: Daemon) -> None:
     assert {event.data["service"] for event in events} == {"wanted"}
 
 
-def test_a_revision_that_is_not_kept_or_from_the_future_is_gone(make_daemon: MakeDaemon) -> None:
+def test_revision_that_is_not_kept_or_from_future_is_gone(make_daemon: MakeDaemon) -> None:
     short = "import portd.leasing.feed as feed, portd.pruning as pruning; feed.EVENTS_KEPT = pruning.EVENTS_KEPT = 10"
     daemon = make_daemon(prelude=short).start()
     now = churn(daemon, "old", 10)
@@ -187,7 +187,7 @@ def test_a_poll_is_woken_by_its_own_service_alone(own_daemon: Daemon, quiet: int
     assert {instance["id"] for instance in answer["instances"]} == {first["id"], second["id"]}
 
 
-def test_a_poll_that_is_behind_or_ahead_is_answered_at_once(daemon: Daemon) -> None:
+def test_poll_that_is_behind_or_ahead_is_answered_at_once(daemon: Daemon) -> None:
     lease = daemon.lease("behind", ttl=60)
     began = time.monotonic()
     for after in (0, lease["revision"] - 1, 2**53):
@@ -197,7 +197,7 @@ def test_a_poll_that_is_behind_or_ahead_is_answered_at_once(daemon: Daemon) -> N
     assert time.monotonic() - began < 60, "none of them waited"
 
 
-def test_a_poll_in_vain_is_answered_when_its_time_is_over(daemon: Daemon) -> None:
+def test_poll_in_vain_is_answered_when_its_time_is_over(daemon: Daemon) -> None:
     reply = daemon.call("GET", f"/v1/services/nothing?after={daemon.call('GET', '/v1/leases').revision}&wait=0.2")
     assert (reply.status, reply.body["instances"]) == (200, [])
 
@@ -222,7 +222,7 @@ def test_many_polls_for_one_service_are_all_answered(own_daemon: Daemon, quiet: 
 # --- the end ---
 
 
-def test_a_stop_answers_polls_ends_streams_and_takes_at_most_two_seconds(own_daemon: Daemon, quiet: int) -> None:
+def test_stop_ends_polls_and_streams_within_two_seconds(own_daemon: Daemon, quiet: int) -> None:
     lease = own_daemon.lease("stopping", pid=quiet)
     with Stream(own_daemon) as stream, own_daemon.connect() as idle:
         idle.call("GET", "/healthz")

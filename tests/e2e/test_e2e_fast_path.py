@@ -104,7 +104,7 @@ def test_both_paths_give_the_same_answers(daemon: Daemon, over: str) -> None:
     assert pairs[:11] == [(False, True)] * 11
 
 
-def test_a_client_that_wants_the_end_of_its_connection_gets_it_and_no_other_does(daemon: Daemon) -> None:
+def test_connection_close_closes_only_its_own_connection(daemon: Daemon) -> None:
     with cleared(daemon), dialed(daemon, "unix") as connection:
         for head in ("", "Connection: keep-alive\r\n", "Connection: Keep-Alive\r\n", "Connection: close\r\n"):
             assert ask(connection, request({"service": "plain"}, head)).status == 201
@@ -153,7 +153,7 @@ def test_pipelined_grants_are_answered_in_order(daemon: Daemon, over: str, count
 
 
 @pytest.mark.parametrize("over", ["unix", "tcp"])
-def test_grants_listings_and_nonsense_in_one_line_are_answered_in_order(daemon: Daemon, over: str) -> None:
+def test_pipelined_requests_of_every_kind_are_answered_in_order(daemon: Daemon, over: str) -> None:
     listing = b"GET /v1/leases?service=mixed HTTP/1.1\r\nHost: localhost\r\n\r\n"
     grant, wrong = request({"service": "mixed"}), request({"service": "Mixed"})
     with dialed(daemon, over) as connection:
@@ -192,7 +192,7 @@ def test_a_grant_that_arrives_in_pieces_is_the_same_grant(daemon: Daemon, over: 
         "Transfer-Encoding: chunked\r\n",
     ],
 )
-def test_a_head_with_more_in_it_is_not_taken_for_the_one_that_was_seen_before(daemon: Daemon, head: str) -> None:
+def test_longer_head_is_not_mistaken_for_a_known_one(daemon: Daemon, head: str) -> None:
     with dialed(daemon, "tcp") as connection:
         for _ in range(2):
             connection.sendall(request({"service": "before"}))
@@ -218,7 +218,7 @@ def test_a_connection_that_asks_for_its_end_ends(daemon: Daemon) -> None:
         assert connection.recv(1) == b""
 
 
-def test_a_client_that_goes_after_asking_still_leases_for_its_process(daemon: Daemon) -> None:
+def test_client_that_goes_after_asking_still_leases_for_its_process(daemon: Daemon) -> None:
     with cleared(daemon):
         with contextlib.closing(dial(daemon.socket)) as connection:
             ask(connection, request({"service": "stays", "ttl": 60}))

@@ -95,7 +95,7 @@ def test_a_grant_says_all_that_the_contract_promises(daemon: Daemon) -> None:
     assert daemon.first_port <= lease["port"] <= daemon.last_port
 
 
-def test_a_wish_is_met_or_another_port_is_given_and_exact_takes_no_other(daemon: Daemon) -> None:
+def test_requested_port_is_granted_or_replaced_unless_exact(daemon: Daemon) -> None:
     wish = daemon.first_port + 50
     assert daemon.lease("wish", port=wish)["port"] == wish
     assert daemon.lease("wish", port=wish)["port"] != wish
@@ -144,9 +144,7 @@ def test_an_array_is_granted_whole_or_not_at_all(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_one_number_is_two_leases_only_where_the_kernel_keeps_them_apart(
-    daemon: Daemon, first: str, second: str
-) -> None:
+def test_port_number_is_shared_only_where_bindings_do_not_conflict(daemon: Daemon, first: str, second: str) -> None:
     port = daemon.first_port + 51 + PAIRS.index((first, second))  # one that is not cooling after another pair
     lease = daemon.lease("overlap", address=first, port=port, exact=True)
     reply = daemon.call(
@@ -163,7 +161,7 @@ def test_one_number_is_two_leases_only_where_the_kernel_keeps_them_apart(
     assert refused(daemon, both)[:2] == (409, "port_taken")
 
 
-def test_endpoints_of_an_instance_share_its_own_address_and_no_other_has_it(daemon: Daemon) -> None:
+def test_own_address_is_shared_by_one_instances_endpoints_alone(daemon: Daemon) -> None:
     main = daemon.lease("own", address="own", port=80)
     admin = daemon.lease("own", instance=main["instance"], endpoint="admin", address="own", port=8080)
     other = daemon.lease("own", address="own", port=80)
@@ -188,7 +186,7 @@ def test_a_static_port_is_one_services_for_good(make_daemon: MakeDaemon) -> None
     assert (declined.status, declined.code) == (409, "not_declinable")
 
 
-def test_a_declined_port_is_on_probation_and_the_lease_goes_on_elsewhere(daemon: Daemon) -> None:
+def test_declined_port_is_on_probation_and_lease_goes_on_elsewhere(daemon: Daemon) -> None:
     lease = daemon.lease("moved")
     moved = daemon.call("POST", f"/v1/leases/{lease['id']}/decline").body
     assert (moved["id"], moved["state"]) == (lease["id"], "held")

@@ -30,7 +30,7 @@ def binding_of(lease: Any, kind: str = "tcp", *, listens: bool = True) -> dict[s
 
 
 @pytest.mark.parametrize("hold", ["shared", "exclusive", "none"])
-def test_the_socket_of_a_lease_is_passed_and_it_is_bound(daemon: Daemon, puppet: Puppet, hold: str) -> None:
+def test_socket_of_lease_is_passed_and_it_is_bound(daemon: Daemon, puppet: Puppet, hold: str) -> None:
     lease = puppet.lease("passed", hold=hold)
     answer, sockets = puppet.hand_over({"lease": lease["id"], "listen": True})
     assert sockets == [binding_of(lease)]
@@ -73,7 +73,7 @@ def test_every_protocol_and_address_comes_by_handoff(
     daemon.wait_state(answer["lease"]["id"], "bound")
 
 
-def test_without_listen_it_is_bound_only_and_the_owner_listens_later(daemon: Daemon, puppet: Puppet) -> None:
+def test_without_listen_it_is_bound_only_and_owner_listens_later(daemon: Daemon, puppet: Puppet) -> None:
     lease = puppet.lease("later", hold="exclusive")
     _, sockets = puppet.hand_over({"lease": lease["id"]})
     assert sockets == [binding_of(lease, listens=False)]
@@ -117,7 +117,7 @@ def test_a_handoff_after_a_crash_of_the_daemon(make_daemon: MakeDaemon) -> None:
         daemon.wait_state(lease["id"], "bound")
 
 
-def test_a_user_without_privileges_gets_a_privileged_port_that_is_its_own(make_daemon: MakeDaemon) -> None:
+def test_user_without_privileges_gets_privileged_port_that_is_its_own(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     low = next(port for port in range(900, 1000) if is_bindable(port))
     daemon.configure(f'[static.low]\nport = {low}\n[services.low]\nusers = ["{NOBODY}"]')

@@ -27,7 +27,7 @@ def test_static_ports_are_given_to_their_endpoints(make_daemon: MakeDaemon) -> N
     assert daemon.lease("other", ttl=60)["port"] not in ports.values()
 
 
-def test_at_the_file_limit_grants_are_refused_and_the_rest_goes_on(make_daemon: MakeDaemon) -> None:
+def test_at_file_limit_grants_are_refused_and_rest_goes_on(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(port_count=400).start("prlimit", "--nofile=256:256")
     with daemon.connect() as connection:
         count = 0

@@ -26,9 +26,7 @@ def redis(host: str, *words: str) -> str:
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
-def test_two_redis_servers_have_the_same_port_and_neither_is_in_the_others_way(
-    make_daemon: MakeDaemon, tmp_path: Path
-) -> None:
+def test_two_redis_servers_use_the_same_port(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     daemon = make_daemon().start()
     command = [
         sys.executable,
@@ -61,7 +59,7 @@ def test_two_redis_servers_have_the_same_port_and_neither_is_in_the_others_way(
         assert [redis(address, "get", "whose") for address in bound] == bound
 
 
-def test_ten_instances_of_ten_services_each_have_the_port_that_they_like(own_daemon: Daemon) -> None:
+def test_instances_of_ten_services_each_get_their_requested_port(own_daemon: Daemon) -> None:
     listeners = []
     try:
         for service, instance in itertools.product(range(10), range(10)):

@@ -23,7 +23,7 @@ def ended(daemon: Daemon, lease_id: str) -> str:
     return because
 
 
-def test_the_lease_of_a_killed_process_ends_its_port_is_free_and_the_event_arrives(own_daemon: Daemon) -> None:
+def test_killed_owner_ends_the_lease_and_frees_the_port(own_daemon: Daemon) -> None:
     with Stream(own_daemon) as stream, Puppet(own_daemon) as puppet:
         lease = puppet.lease("killed")
         puppet.end()
@@ -34,7 +34,7 @@ def test_the_lease_of_a_killed_process_ends_its_port_is_free_and_the_event_arriv
     assert own_daemon.verdict(lease["port"]) == "cooling"
 
 
-def test_the_caller_is_the_owner_over_unix_and_over_loopback_tcp(daemon: Daemon) -> None:
+def test_caller_is_owner_over_unix_and_over_loopback_tcp(daemon: Daemon) -> None:
     with Puppet(daemon) as puppet:
         for over, known_by in (("unix", "peercred"), ("tcp", "socket")):
             lease = puppet.lease("caller", over=over)
@@ -63,7 +63,7 @@ def test_pid_of_no_live_process_is_refused(daemon: Daemon) -> None:
     assert daemon.get("/v1/leases?service=dead")["leases"] == []
 
 
-def test_processes_that_die_while_they_are_given_leases_leave_none_behind(daemon: Daemon) -> None:
+def test_owners_that_exit_during_their_grant_leave_no_lease(daemon: Daemon) -> None:
     for _ in range(15):
         with owner() as process, daemon.connect() as connection:
             connection.connect()
@@ -73,7 +73,7 @@ def test_processes_that_die_while_they_are_given_leases_leave_none_behind(daemon
     wait_for(lambda: daemon.get("/v1/leases?service=dying")["leases"] == [], "the leases of the dead end")
 
 
-def test_a_second_process_with_the_pid_of_a_dead_owner_does_not_inherit_its_lease(daemon: Daemon) -> None:
+def test_reused_pid_does_not_inherit_a_lease(daemon: Daemon) -> None:
     """The owner dies while the daemon does, and its pid is given again (by ns_last_pid, proc(5))."""
     pid = None
     for _ in range(50):
@@ -107,7 +107,7 @@ def _with_pid(pid: int) -> subprocess.Popen[bytes] | None:
     return None
 
 
-def test_exec_keeps_the_lease_and_what_the_owner_became_is_shown_when_it_listens(daemon: Daemon) -> None:
+def test_exec_keeps_the_lease_and_shows_the_new_program(daemon: Daemon) -> None:
     with Puppet(daemon) as puppet:
         lease = puppet.lease("exec")
         puppet.become(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(lease["port"]))
@@ -117,7 +117,7 @@ def test_exec_keeps_the_lease_and_what_the_owner_became_is_shown_when_it_listens
     assert ended(daemon, lease["id"]) == "owner_exited"
 
 
-def test_a_lease_passes_to_the_child_that_still_listens_and_ends_with_it(make_daemon: MakeDaemon) -> None:
+def test_lease_passes_to_a_listening_child_until_it_exits(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(port_count=2)
     daemon.configure("[leases]\ncooldown = 0")
     daemon.start()
@@ -145,7 +145,7 @@ def test_the_child_that_listens_is_its_parents(daemon: Daemon) -> None:
         assert daemon.wait_state(lease["id"], "bound")["owner"]["pid"] == parent.pid
 
 
-def test_foreign_process_on_a_leased_port_is_named_until_it_exits(daemon: Daemon) -> None:
+def test_foreign_process_on_leased_port_is_named_until_it_exits(daemon: Daemon) -> None:
     with owner() as process, Stream(daemon, "?service=visited") as stream, Puppet(daemon) as foreign:
         lease = daemon.lease("visited", pid=process.pid)
         assert foreign.listen(lease["port"]) is None
@@ -173,7 +173,7 @@ def test_a_lease_is_held_then_bound_then_held(daemon: Daemon) -> None:
             assert daemon.verdict(lease["port"]) == "held"
 
 
-def test_a_held_port_is_kept_from_all_that_do_not_bind_as_servers_do(daemon: Daemon) -> None:
+def test_held_port_is_refused_to_bind_without_reuseaddr(daemon: Daemon) -> None:
     with owner() as process:
         shared = daemon.lease("kept", pid=process.pid)
         exclusive = daemon.lease("kept", pid=process.pid, hold="exclusive")
@@ -199,11 +199,11 @@ def test_a_port_that_somebody_listens_on_is_never_granted(make_daemon: MakeDaemo
         assert daemon.verdict(daemon.first_port) in ("unmanaged", "declined")
 
 
-def test_a_thousand_owners_that_exit_together_leave_no_lease_and_no_port_behind() -> None:
+def test_a_thousand_simultaneous_exits_free_every_lease_and_port() -> None:
     print(f"exit to free, 1000 owners: {exit_to_free(1000):.1f} ms")
 
 
-def test_a_second_request_of_the_same_live_owner_gets_the_lease_that_it_has(daemon: Daemon) -> None:
+def test_second_request_of_an_owner_gets_the_same_lease(daemon: Daemon) -> None:
     with Puppet(daemon) as puppet, Puppet(daemon) as other:
         first = puppet.lease("twice", instance="twice-a")
         again = puppet.call("POST", "/v1/leases", {"service": "twice", "instance": "twice-a"})
@@ -214,7 +214,7 @@ def test_a_second_request_of_the_same_live_owner_gets_the_lease_that_it_has(daem
         assert str(puppet.pid) in refused.body["detail"]
 
 
-def test_a_sticky_instance_gets_its_port_back_across_its_own_and_the_daemons_restarts(own_daemon: Daemon) -> None:
+def test_instance_keeps_its_port_across_all_restarts(own_daemon: Daemon) -> None:
     with Puppet(own_daemon) as puppet:
         port = puppet.lease("sticky", instance="sticky-a")["port"]
     for number in (signal.SIGTERM, signal.SIGKILL):

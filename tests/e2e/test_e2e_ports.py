@@ -72,14 +72,14 @@ def test_a_refusal_hides_the_program_of_another_user(daemon: Daemon) -> None:
     assert "adopt" not in detail
 
 
-def test_a_port_that_is_bound_and_not_listened_on_is_taken(daemon: Daemon) -> None:
+def test_port_that_is_bound_and_not_listened_on_is_taken(daemon: Daemon) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         view = who(daemon, bound.getsockname()[1])
         assert (view["verdict"], sockets_of(view)) == ("taken", [("127.0.0.1", "bound", os.getpid())])
 
 
-def test_a_udp_port_is_shown_whether_it_is_connected_or_not(daemon: Daemon) -> None:
+def test_udp_port_is_shown_whether_it_is_connected_or_not(daemon: Daemon) -> None:
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,

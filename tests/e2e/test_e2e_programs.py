@@ -138,7 +138,7 @@ def test_nginx_in_the_background_keeps_its_lease(programs: Programs, tmp_path: P
     assert is_in_force(lease)
 
 
-def test_a_server_in_a_session_of_its_own_outlives_its_shell(programs: Programs) -> None:
+def test_server_in_session_of_its_own_outlives_its_shell(programs: Programs) -> None:
     need("setsid")
     shell = programs.run("tail", "sh", "-c", f"setsid {sys.executable} -m http.server $PORT --bind 127.0.0.1 & exit")
     assert shell.wait(20) == 0
@@ -159,7 +159,7 @@ def test_a_script_that_leases_and_starts_a_daemon_is_bound(programs: Programs) -
 # --- as another user ---
 
 
-def test_memcached_that_changes_its_user_ends_its_lease_with_its_exit(programs: Programs) -> None:
+def test_memcached_lease_ends_with_its_exit_after_setuid(programs: Programs) -> None:
     memcached = need("memcached")
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
@@ -203,7 +203,7 @@ def test_a_program_that_ignores_its_port_is_shown_elsewhere(programs: Programs) 
 # --- who runs ---
 
 
-def test_the_owner_of_a_held_lease_is_the_program_that_runs_now(programs: Programs) -> None:
+def test_owner_of_held_lease_is_program_that_runs_now(programs: Programs) -> None:
     programs.run("napping", "sleep", "1000")
     lease = programs.lease_of("napping", "held")
     wait_for(lambda: programs.daemon.show(lease["id"])["owner"]["cmdline"] == ["sleep", "1000"], "the exec is seen")
@@ -223,7 +223,7 @@ def test_a_second_server_by_reuseport_is_a_conflict_and_named(programs: Programs
     assert event.data["lease"]["listening"] == ["127.0.0.1"]
 
 
-def test_a_descendant_stays_one_when_its_parent_and_the_daemon_are_gone(programs: Programs, tmp_path: Path) -> None:
+def test_descendant_stays_one_when_its_parent_and_daemon_are_gone(programs: Programs, tmp_path: Path) -> None:
     middle = f"{sys.executable} -m http.server $PORT --bind 127.0.0.1 & echo $$ >{tmp_path}/pid; wait"
     programs.run("deep", "sh", "-c", f"sh -c '{middle}'; sleep 1000; :")
     lease = programs.lease_of("deep")

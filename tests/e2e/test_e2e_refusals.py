@@ -123,7 +123,7 @@ def test_a_taken_port_is_named(make_daemon: MakeDaemon) -> None:
     assert code == os.EX_UNAVAILABLE
 
 
-def test_a_second_daemon_on_the_same_socket_is_refused_in_one_line(make_daemon: MakeDaemon, own_daemon: Daemon) -> None:
+def test_second_daemon_on_same_socket_is_refused_in_one_line(make_daemon: MakeDaemon, own_daemon: Daemon) -> None:
     second = make_daemon()
     second.configure("", socket=f'"{own_daemon.socket}"', http=f'"127.0.0.1:{free_tcp_port()}"')
     code, line = refused(second)
@@ -167,7 +167,7 @@ def test_user_without_directories_gets_a_one_line_error(place: Path, environ: di
     assert done.returncode == os.EX_CANTCREAT
 
 
-def test_a_name_server_that_does_not_answer_delays_neither_start_nor_stop(make_daemon: MakeDaemon) -> None:
+def test_silent_name_server_delays_neither_start_nor_stop(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(prelude="import socket, time; socket.getfqdn = lambda *_: time.sleep(60)")
     began = time.monotonic()
     daemon.start()

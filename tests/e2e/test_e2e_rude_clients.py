@@ -80,7 +80,7 @@ def drip(connection: socket.socket, data: bytes, pause_s: float) -> None:
 
 
 @pytest.mark.parametrize("over", ["unix", "tcp"])
-def test_silent_and_slow_clients_are_cut_off_while_others_are_served(impatient: Daemon, over: str) -> None:
+def test_silent_and_slow_clients_are_cut_off(impatient: Daemon, over: str) -> None:
     place: Path | tuple[str, int] = impatient.socket if over == "unix" else impatient.tcp
     body = json.dumps({"service": "slow"}).encode()
     with contextlib.ExitStack() as stack, others_are_served(impatient):
@@ -109,7 +109,7 @@ def test_silent_and_slow_clients_are_cut_off_while_others_are_served(impatient: 
     assert impatient.get("/v1/leases?service=slow")["leases"] == []
 
 
-def test_a_client_that_does_not_read_its_answers_is_cut_off(impatient: Daemon) -> None:
+def test_client_that_does_not_read_its_answers_is_cut_off(impatient: Daemon) -> None:
     metadata = {f"key{n}": "x" * 500 for n in range(30)}
     for _ in range(8):
         impatient.call("POST", "/v1/leases", [{"service": "big", "ttl": 600, "metadata": metadata}] * 8)
@@ -122,7 +122,7 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(impatient: Daemon) -
         wait_for(lambda: impatient.get("/v1/status")["counts"]["connections"] <= 3, "the deaf are cut off")
 
 
-def test_a_client_that_leases_on_and_on_without_reading_is_cut_off(impatient: Daemon) -> None:
+def test_client_that_leases_without_reading_is_cut_off(impatient: Daemon) -> None:
     body = json.dumps({"service": "deaf", "instance": "deaf-1"}).encode()
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with (
@@ -142,7 +142,7 @@ def small_window(daemon: Daemon) -> socket.socket:
     return connection
 
 
-def test_a_follower_that_does_not_read_is_dropped_and_the_others_miss_nothing(impatient: Daemon) -> None:
+def test_follower_that_never_reads_is_dropped_alone(impatient: Daemon) -> None:
     seen: list[int] = []
     with contextlib.ExitStack() as stack, Stream(impatient) as good:
         reading = threading.Thread(
@@ -208,7 +208,7 @@ def length(head: bytes) -> int:
     return int(found[1])
 
 
-def test_more_connections_than_the_bound_are_closed_and_there_is_room_again_afterwards(make_daemon: MakeDaemon) -> None:
+def test_connections_beyond_the_bound_are_closed_until_some_end(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(prelude="import portd.adapters.http.front as front; front.CONNECTIONS_MAX = 50").start()
     with contextlib.ExitStack() as stack:
         for _ in range(50):
@@ -251,7 +251,7 @@ writing.Writer.write = lambda *args: (time.sleep(0.3), write(*args))[1]
     assert daemon.get("/v1/status")["pools"]["default"]["free"] == 100 - len(granted)
 
 
-def test_clients_that_hang_up_at_any_point_leave_no_trace_but_whole_leases(daemon: Daemon) -> None:
+def test_disconnects_at_any_point_leave_only_whole_leases(daemon: Daemon) -> None:
     body = json.dumps({"service": "hung-up", "ttl": 60}).encode()
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     for cut in (*range(0, len(request), 7), len(request)):

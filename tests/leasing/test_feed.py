@@ -39,7 +39,7 @@ async def test_followers_see_observations_at_once_while_the_store_fails(world):
 
 
 @in_world()
-async def test_an_owner_that_died_during_a_restart_is_in_the_replay(world):
+async def test_owner_that_died_during_restart_is_in_replay(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     await world.settle()

@@ -29,7 +29,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @in_world()
-async def test_a_name_belongs_to_the_user_of_its_oldest_lease_and_cools_down(world):
+async def test_name_belongs_to_its_oldest_leases_user_and_cools(world):
     world.processes.start(41)
     world.processes.start(42, uid=2000)
     lease = await world.grant(41, service="orders")
@@ -95,7 +95,7 @@ def test_a_port_requested_once_stays_the_instances(restarts):
 
 
 @in_world(has_shared_names=True)
-async def test_ports_and_addresses_are_not_another_users_of_the_same_name(world):
+async def test_ports_and_addresses_are_not_another_users_of_same_name(world):
     world.processes.start(41)
     world.processes.start(42, uid=2000)
     lease = await world.grant(41, service="orders", address="own", port=5432)
@@ -140,7 +140,7 @@ def test_asking_again_for_something_else_is_lease_differs(field):
 
 
 @in_world()
-async def test_asking_again_for_a_port_that_was_not_free_is_no_difference(world):
+async def test_repeated_request_for_a_busy_port_changes_nothing(world):
     world.processes.start(41)
     world.foreign.add(Binding("tcp", LOOPBACK, 3000))
     request = {"service": "orders", "instance": "orders-1", "port": 3000}
@@ -246,7 +246,7 @@ async def test_an_offset_needs_a_first_request_without_one(world):
 @in_world(
     statics=[StaticPort("zk", 2181, "tcp", LOOPBACK), StaticPort("zk", 2888, "tcp", LOOPBACK, "peer")],
 )
-async def test_static_ports_are_held_until_their_service_comes_and_after_it_went(world):
+async def test_static_ports_are_held_while_their_service_is_absent(world):
     world.processes.start(41)
     assert {binding.port for binding, _ in world.holds.held.values()} == {2181, 2888}
     with pytest.raises(PortReserved):
@@ -274,7 +274,7 @@ async def test_a_low_static_port_is_for_listed_users_and_admins(world):
 
 
 @in_world(quota_per_uid=3)
-async def test_a_user_that_grants_and_releases_uses_no_more_than_its_share(world):
+async def test_grants_and_releases_use_no_more_than_the_share(world):
     world.processes.start(41)
     ports = set()
     for number in range(20):
@@ -311,7 +311,7 @@ async def test_tags_and_metadata_together_are_bounded(world):
 
 
 @in_world()
-async def test_a_wait_for_an_exact_port_ends_when_it_is_released(world):
+async def test_wait_for_exact_port_ends_when_it_is_released(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders", port=8080)
     request = LeaseRequest(service="orders", instance="orders-1", port=8080, exact=True, endpoint="next")
@@ -361,7 +361,7 @@ async def test_a_renewal_that_the_disk_refuses_leaves_the_old_deadline(world):
 
 
 @in_world()
-async def test_an_expiry_that_the_disk_refuses_ends_nothing_and_is_tried_again(world):
+async def test_expiry_that_disk_refuses_ends_nothing_and_is_tried_again(world):
     lease = await world.grant(service="orders", ttl=10.0)
     world.store.failing = "unavailable"
     world.pass_time(10.0)

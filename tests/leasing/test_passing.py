@@ -27,7 +27,7 @@ def types(world):
 
 
 @in_world()
-async def test_a_lease_passes_to_its_own_listener_and_ends_with_it(world):
+async def test_lease_passes_to_its_own_listener_and_ends_with_it(world):
     world.listening[PORT] = 42
     lease = await start_and_exit(world)
     passed = world.table.get(lease.id)
@@ -80,7 +80,7 @@ def test_what_was_granted_meanwhile_is_not_taken_back(fields):
 
 
 @in_world()
-async def test_an_owner_that_died_during_a_restart_passes_its_lease_on(world):
+async def test_owner_that_died_during_restart_passes_its_lease_on(world):
     world.processes.start(41)
     world.processes.start(42)
     lease = await world.grant(41, service="orders", port=PORT)
@@ -91,7 +91,7 @@ async def test_an_owner_that_died_during_a_restart_passes_its_lease_on(world):
 
 
 @in_world()
-async def test_a_transfer_makes_the_lease_last_as_long_as_the_new_owner(world):
+async def test_transfer_makes_lease_last_as_long_as_new_owner(world):
     world.processes.start(41)
     world.processes.start(42)
     lease = await world.grant(41, service="orders")
@@ -130,7 +130,7 @@ async def test_a_transfer_that_the_disk_refuses_leaves_the_owner(world):
 
 
 @in_world()
-async def test_a_transfer_is_refused_to_other_users_and_for_their_processes(world):
+async def test_transfer_is_refused_to_other_users_and_for_their_processes(world):
     world.processes.start(41)
     world.processes.start(42, uid=1001)
     lease = await world.grant(41, service="orders")
@@ -151,7 +151,7 @@ async def adopt(world, pid=41, uid=1000, *, admin=False, **fields):
 
 
 @in_world()
-async def test_an_adopted_process_is_bound_at_once_and_ends_its_lease(world):
+async def test_adopted_process_is_bound_at_once_and_ends_its_lease(world):
     world.processes.start(41)
     world.listening[PORT] = 41
     lease = await adopt(world, port=PORT)
@@ -162,7 +162,7 @@ async def test_an_adopted_process_is_bound_at_once_and_ends_its_lease(world):
 
 
 @in_world()
-async def test_a_port_outside_the_pools_and_in_cooldown_can_be_adopted(world):
+async def test_port_outside_pools_and_in_cooldown_can_be_adopted(world):
     world.processes.start(41)
     world.processes.start(42)
     released = await world.grant(42, service="other", port=PORT)
@@ -183,7 +183,7 @@ async def test_another_users_process_is_adopted_by_admins_alone(world):
 
 
 @in_world()
-async def test_an_adoption_needs_a_listener_on_a_port_that_nobody_leases(world):
+async def test_adoption_needs_listener_on_port_that_nobody_leases(world):
     world.processes.start(41)
     for fields in ({}, {"port": PORT}, {"port": PORT, "pid": 41}):
         with pytest.raises(InvalidRequest):

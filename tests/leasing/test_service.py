@@ -37,7 +37,7 @@ async def test_a_lease_belongs_to_its_caller_and_ends_with_it(world):
 
 
 @in_world()
-async def test_the_same_owner_that_asks_again_gets_the_lease_it_has_and_no_token(world):
+async def test_repeated_request_gets_the_same_lease_without_its_token(world):
     world.processes.start(41)
     request = LeaseRequest(service="orders", instance="orders-1")
     first, second = await asyncio.gather(*(world.ask([request], pid=41) for _ in range(2)))
@@ -149,7 +149,7 @@ async def test_a_static_port_is_its_services_for_good(world):
         StaticPort("any", 8081, "both", LOOPBACK),
     ]
 )
-async def test_a_static_port_has_its_own_protocol_unless_another_is_asked_for(world):
+async def test_static_port_has_its_protocol_unless_another_is_requested(world):
     world.processes.start(41)
 
     async def given(**wish):
@@ -192,7 +192,7 @@ async def test_endpoints_of_an_instance_share_its_own_address(world):
 
 
 @in_world()
-async def test_a_declined_lease_moves_to_another_port_under_the_same_id(world):
+async def test_declined_lease_moves_to_another_port_under_same_id(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     world.foreign.add(Binding("tcp", LOOPBACK, lease.port))
@@ -206,7 +206,7 @@ async def test_a_declined_lease_moves_to_another_port_under_the_same_id(world):
 
 
 @in_world(ports=[20000])
-async def test_a_decline_without_another_port_leaves_the_lease_as_it_was(world):
+async def test_decline_without_another_port_leaves_lease_as_it_was(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     with pytest.raises(PoolExhausted):
@@ -239,7 +239,7 @@ async def test_state_and_health_are_events_and_conflicts_name_the_process(world)
 
 
 @in_world()
-async def test_a_watcher_sees_events_in_order_even_when_one_of_them_observes(world):
+async def test_watchers_see_events_in_order_while_one_observes(world):
     seen = []
 
     def reacting(event):

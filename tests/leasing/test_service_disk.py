@@ -38,7 +38,7 @@ async def test_full_disk_refuses_grants_changes_nothing_and_recovers(world):
 
 
 @in_world()
-async def test_an_exit_is_true_while_the_disk_is_full_and_written_when_it_can_be(world):
+async def test_exit_applies_on_a_full_disk_and_is_written_later(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     world.store.failing = "unavailable"
@@ -53,7 +53,7 @@ async def test_an_exit_is_true_while_the_disk_is_full_and_written_when_it_can_be
 
 
 @in_world()
-async def test_a_lost_commit_stops_the_journal_and_nothing_of_it_is_answered(world):
+async def test_lost_commit_stops_journal_and_nothing_of_it_is_answered(world):
     world.processes.start(41)
     world.store.failing = "unknown"
     with pytest.raises(StoreUnavailable):
@@ -141,7 +141,7 @@ async def test_a_cooldown_goes_on_over_a_restart(world):
 
 
 @in_world()
-async def test_a_new_boot_ends_process_leases_and_the_instance_gets_its_port_again(world):
+async def test_reboot_ends_process_leases_and_keeps_instances_ports(world):
     world.processes.start(41)
     first = await world.grant(41, service="first")
     lease = await world.grant(41, service="orders")
@@ -170,7 +170,7 @@ async def test_revisions_grow_over_restarts_and_are_never_given_twice(world):
 
 
 @in_world()
-async def test_a_disk_that_hangs_is_answered_and_what_it_wrote_late_is_taken_back(world):
+async def test_hanging_disk_is_reported_and_its_late_write_undone(world):
     world.processes.start(41)
     world.journal.patience_s = 0.01
     world.store.gate.clear()
@@ -188,7 +188,7 @@ async def test_a_disk_that_hangs_is_answered_and_what_it_wrote_late_is_taken_bac
 
 
 @in_world()
-async def test_an_exit_is_noticed_while_a_grant_hangs_on_the_disk(world):
+async def test_exit_is_noticed_while_grant_hangs_on_disk(world):
     world.processes.start(41)
     world.processes.start(42)
     known = await world.grant(42, service="billing")
@@ -206,7 +206,7 @@ async def test_an_exit_is_noticed_while_a_grant_hangs_on_the_disk(world):
 
 
 @in_world()
-async def test_a_release_that_hung_and_an_exit_meanwhile_end_the_lease_once(world):
+async def test_release_that_hung_and_exit_meanwhile_end_lease_once(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     world.journal.patience_s = 0.01

@@ -65,7 +65,7 @@ async def test_a_local_caller_without_a_peer_gets_no_lease(world):
 
 
 @in_world()
-async def test_a_process_that_dies_between_request_and_grant_leaves_no_lease(world):
+async def test_process_that_dies_between_request_and_grant_leaves_no_lease(world):
     world.processes.start(41)
     world.store.gate.clear()
     grant = asyncio.create_task(world.grant(41, service="orders"))
@@ -81,7 +81,7 @@ async def test_a_process_that_dies_between_request_and_grant_leaves_no_lease(wor
 
 
 @in_world()
-async def test_a_lease_that_has_ended_is_listed_as_such_before_the_disk_has_it_and_once(world):
+async def test_ended_lease_is_listed_once_before_it_is_durable(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     world.processes.end(41)
@@ -117,7 +117,7 @@ async def test_a_lease_for_another_users_process_is_refused(world):
 
 
 @in_world()
-async def test_a_users_new_process_takes_over_the_ttl_lease_of_the_one_that_died(world):
+async def test_new_process_of_a_user_takes_over_its_ttl_lease(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders", instance="orders-1", ttl=30.0)
     world.processes.end(41)
@@ -155,7 +155,7 @@ async def test_only_the_owner_a_token_and_admins_change_a_lease(world):
 
 
 @in_world()
-async def test_releasing_again_does_nothing_and_an_unknown_id_is_not_found(world):
+async def test_releasing_again_does_nothing_and_unknown_id_is_not_found(world):
     world.processes.start(41)
     lease = await world.grant(41, service="orders")
     await world.service.release(lease.id, world.caller(41))
@@ -217,7 +217,7 @@ async def test_a_process_lease_has_no_clock(world):
 
 
 @in_world()
-async def test_a_lease_survives_its_owner_changing_user_and_is_released_by_who_leased_it(world):
+async def test_lease_survives_its_owners_change_of_user(world):
     """memcached -u, mosquitto, setpriv, su and every setuid program change their user after the grant."""
     world.processes.start(41)
     lease = await world.grant(41, service="cache")
@@ -230,7 +230,7 @@ async def test_a_lease_survives_its_owner_changing_user_and_is_released_by_who_l
 
 
 @in_world()
-async def test_the_exit_of_an_owner_that_changed_user_ends_its_lease(world):
+async def test_exit_of_owner_that_changed_user_ends_its_lease(world):
     world.processes.start(41)
     lease = await world.grant(41, service="cache")
     world.service.observe_state(lease.id, "bound", world.processes.change(41, uid=65534))

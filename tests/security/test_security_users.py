@@ -42,7 +42,7 @@ def test_a_setuid_program_gives_its_starter_no_right_of_roots(
     assert guarded.get("/v1/status")["counts"]["leases"] == 1
 
 
-def test_a_lease_of_a_process_that_changed_its_user_is_released_once(
+def test_lease_of_process_that_changed_its_user_is_released_once(
     guarded: Daemon, make_user: MakeUser, setuid_sleep: str
 ) -> None:
     for number in range(3):

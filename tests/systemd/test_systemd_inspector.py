@@ -97,7 +97,7 @@ def test_only_the_daemons_user_opens_the_inspectors_socket(inspected):
     assert "PermissionError" in err
 
 
-def test_a_daemon_that_was_taken_over_reads_nothing_of_other_users(inspected):
+def test_daemon_that_was_taken_over_reads_nothing_of_other_users(inspected):
     box = inspected
     box.run(
         "for home in /root /home/alice; do echo private >$home/private; chmod 600 $home/private; done; "

@@ -27,12 +27,12 @@ def is_there(box, place):
 
 
 @pytest.mark.parametrize("unit", ["portd.service", "user/portd.service"])
-def test_the_unit_as_shipped_starts_the_program_that_install_puts_in_its_place(unit):
+def test_shipped_unit_starts_the_installed_program(unit):
     assert "ExecStart=/opt/portd/bin/portd serve" in (UNITS / unit).read_text()
 
 
 @pytest.mark.parametrize("unit", ["portd.service", "portd-inspector.service"])
-def test_the_exposure_of_a_unit_is_at_most_one_and_a_half(unit):
+def test_exposure_of_unit_is_at_most_one_and_half(unit):
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", UNITS / unit],
         capture_output=True,
@@ -53,7 +53,7 @@ def test_systemd_finds_nothing_wrong_in_the_installed_units(box):
         assert box.ask(f"systemd-analyze verify --man=no {unit}") == (0, "", "")
 
 
-def test_systemd_finds_nothing_wrong_in_the_drop_in_for_a_leased_port(box):
+def test_systemd_finds_nothing_wrong_in_drop_in_for_leased_port(box):
     text = (UNITS / "bind-only-leased-port.conf").read_text()  # the checkout itself may not be seen from in there
     box.run(
         "mkdir -p /run/systemd/system/portd-run@orders.service.d && "
@@ -79,7 +79,7 @@ def test_installing_again_changes_nothing_and_disturbs_nobody(box):
         assert f"{place} is up to date" in said
 
 
-def test_a_unit_that_somebody_changed_is_put_right_and_taken_up(box):
+def test_unit_that_somebody_changed_is_put_right_and_taken_up(box):
     pid = box.show("MainPID")
     box.run("sed -i s/^WatchdogSec=.*/WatchdogSec=99/ /etc/systemd/system/portd.service")
     said = box.run("portd install")

@@ -55,7 +55,7 @@ def test_every_file_is_as_the_package_says(box):
     assert box.run("grep -rIl /tmp/ /usr/lib/portd/bin /usr/lib/portd/pyvenv.cfg || true") == ""
 
 
-def test_an_upgrade_under_load_keeps_leases_and_configuration_and_loses_no_request_and_no_held_port(box):
+def test_package_upgrade_under_load_loses_nothing(box):
     box.run("printf '[leases]\\ncooldown = 1\\n' >/etc/portd/portd.toml")
     held = [box.api("/v1/leases", {"service": "held", "instance": f"held-{n}", "ttl": 600})["port"] for n in range(60)]
     before, pid = leases(box), box.show("MainPID")
@@ -71,7 +71,7 @@ def test_an_upgrade_under_load_keeps_leases_and_configuration_and_loses_no_reque
     assert box.run("cat /etc/portd/portd.toml") == "[leases]\ncooldown = 1\n"
 
 
-def test_a_removed_package_stops_and_leaves_leases_and_configuration_for_the_next_install(box):
+def test_removed_package_keeps_leases_and_configuration(box):
     before = box.api("/v1/leases", {"service": "orders", "ttl": 600})
     box.run("dpkg --remove portd")
     assert (
@@ -89,7 +89,7 @@ def test_a_disabled_portd_stays_so_through_an_upgrade(box):
     assert box.ask("systemctl is-active portd.service portd.socket")[1].split() == ["inactive", "inactive"]
 
 
-def test_a_unit_that_an_administrator_has_edited_stays_through_an_upgrade(box):
+def test_unit_that_administrator_has_edited_stays_through_upgrade(box):
     box.run(
         "sed s/^WatchdogSec=.*/WatchdogSec=99/ /usr/lib/systemd/system/portd.service "
         ">/etc/systemd/system/portd.service && dpkg --install /opt/portd-2.deb"

@@ -52,7 +52,7 @@ def test_crash_is_followed_by_a_restart_with_every_lease(box):
     restarted(box, pid)
 
 
-def test_a_daemon_whose_loop_hangs_is_killed_by_the_watchdog_and_started_anew(box):
+def test_watchdog_restarts_a_daemon_whose_loop_hangs(box):
     box.run(
         "mkdir -p /run/systemd/system/portd.service.d && printf '[Service]\\nWatchdogSec=1\\nTimeoutAbortSec=1\\n' "
         ">/run/systemd/system/portd.service.d/hang.conf && systemctl daemon-reload && systemctl restart portd"
@@ -90,7 +90,7 @@ def test_restarts_under_load_lose_no_handoff(box):
     assert len(set(handed["granted"])) == 300
 
 
-def test_a_socket_that_the_configuration_turns_off_is_not_served_though_systemd_opens_it(box):
+def test_disabled_socket_is_not_served_though_systemd_opens_it(box):
     box.run(
         "cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[listen]\\nhttp = \"\"\\n' "
         ">/etc/portd/portd.toml && systemctl restart portd.service"
@@ -103,11 +103,11 @@ def test_a_socket_that_the_configuration_turns_off_is_not_served_though_systemd_
     assert box.ask("curl -sS -m 20 http://127.0.0.1:7783/healthz")[0] == 0
 
 
-def test_a_port_that_nobody_holds_is_grabbed_at_once_so_the_tests_above_can_fail(box):
+def test_unheld_port_is_grabbed_at_once(box):
     assert set(box.load("grab", 0.1, 31999).result()["grabbed"]) == {31999}
 
 
-def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
+def test_hold_of_lease_that_ended_meanwhile_does_not_come_back(box):
     owner = box.start("exec portd run brief -- sleep 1000")
     kept = wait_for(lambda: box.leases("brief"), "it has its port")[0]
     box.run(f"systemctl restart --no-block portd.service; kill {kept['owner']['pid']}")
@@ -116,7 +116,7 @@ def test_a_hold_of_a_lease_that_ended_meanwhile_does_not_come_back(box):
     assert kept["port"] in box.load("grab", 0.1, kept["port"]).result()["grabbed"]
 
 
-def test_reload_takes_up_what_can_change_and_names_what_can_not(box):
+def test_reload_applies_what_can_change_and_names_the_rest(box):
     pid = box.show("MainPID")
     box.run(
         "cp /etc/portd/portd.toml /etc/portd/before.toml && printf '[leases]\\nmax_ttl = 700\\n[pools.default]\\n"
@@ -142,7 +142,7 @@ def test_a_broken_configuration_stops_the_tries_and_says_where(box):
     assert "/etc/portd/portd.toml:1: rubbish" in box.run("journalctl -b -u portd.service --no-pager -o cat")
 
 
-def test_a_stop_ends_long_polls_cleanly_within_two_seconds_and_keeps_every_lease(box):
+def test_stop_ends_long_polls_within_two_seconds(box):
     before = lease(box)
     revision = box.api("/v1/services/orders")["revision"]
     poll = box.start(
@@ -236,7 +236,7 @@ def test_a_journal_that_hangs_stops_nobody(box):
     assert box.show("MainPID") == pid
 
 
-def test_a_service_of_the_template_comes_back_on_its_port_after_a_crash(box):
+def test_service_of_template_comes_back_on_its_port_after_crash(box):
     box.run(
         "mkdir -p /etc/portd/run && echo 'COMMAND=/usr/bin/python3 -m http.server --bind {host} {port}' "
         ">/etc/portd/run/web.env && systemctl start portd-run@web.service"
@@ -306,7 +306,7 @@ def rebooting(make_box):
         ("pull_the_plug", {"host_rebooted"}),
     ],
 )
-def test_after_a_reboot_process_leases_have_ended_and_instances_get_their_ports_back(rebooting, going_down, because):
+def test_reboot_ends_process_leases_and_keeps_instances_ports(rebooting, going_down, because):
     box = rebooting
     ports = {name: wait_for(lambda name=name: bound_port(box, name), f"{name} listens") for name in ("web", "api")}
     ids = {one["id"] for name in ports for one in box.leases(name)}

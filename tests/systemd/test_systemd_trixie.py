@@ -96,7 +96,7 @@ def test_portd_runs_under_the_python_of_debian_13(box):
     assert box.run("portd lease job --ttl 9").strip().isdigit()
 
 
-def test_a_service_with_the_drop_in_binds_its_leased_port_and_no_other(box):
+def test_service_with_drop_in_binds_only_its_leased_port(box):
     drop_in = "/etc/systemd/system/portd-run@orders.service.d"
     assert set(binds(box).values()) == {"bound"}  # without it: any
     text = (TREE / "systemd/bind-only-leased-port.conf").read_text()
@@ -117,7 +117,7 @@ def test_resolved_asks_portd_for_names_in_its_zone(box):
     assert "not found" in box.ask("resolvectl query nosuch.portd.internal")[2]
 
 
-def test_resolved_goes_on_asking_the_links_own_server_for_other_names(box):
+def test_resolved_goes_on_asking_links_own_server_for_other_names(box):
     box.run("systemd-run --unit link-server python3 /opt/link.py && resolvectl dns lan 192.0.2.1")
     wait_for(lambda: "192.0.2.1:53" in box.run("ss -Hlun"), "the LAN's server listens")
     found = [box.run("resolvectl query --legend=no --cache=no example.org").split()[1] for _ in range(10)]
@@ -125,7 +125,7 @@ def test_resolved_goes_on_asking_the_links_own_server_for_other_names(box):
     assert found == ["192.0.2.7"] * 10
 
 
-def test_a_resolver_that_has_servers_for_the_whole_host_is_left_alone(box):
+def test_resolver_that_has_servers_for_whole_host_is_left_alone(box):
     place = "/etc/systemd/resolved.conf.d/lan.conf"
     box.run(f"printf '[Resolve]\\nDNS=192.0.2.1\\n' >{place}")
     status, out, err = box.ask("portd install --resolved")

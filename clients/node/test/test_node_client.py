@@ -237,9 +237,7 @@ server.close();
 
 
 @pytest.mark.parametrize("hold", ["shared", "exclusive"])
-def test_the_socket_that_portd_run_passed_is_listened_on_and_children_do_not_get_it(
-    daemon: Daemon, project: Path, hold: str
-) -> None:
+def test_socket_passed_by_portd_run_is_not_inherited(daemon: Daemon, project: Path, hold: str) -> None:
     words = put(project, "passed.mjs", PASSED)
     written = daemon.portd("run", "passed", "--socket", "--hold", hold, "--", *words)
     assert json.loads(written.stdout) == [True, True, True, False], written.stderr
@@ -260,7 +258,7 @@ try {
 """
 
 
-def test_what_a_parent_listens_on_a_child_does_not_give_back(daemon: Daemon, project: Path) -> None:
+def test_what_parent_listens_on_child_does_not_give_back(daemon: Daemon, project: Path) -> None:
     program = daemon.start_portd("run", "family", "--", *put(project, "family.mjs", FORKED))
     written, _ = program.communicate(timeout=DEADLINE_S)
     port, code = written.split()
@@ -287,7 +285,7 @@ def test_the_workers_of_a_cluster_share_what_portd_run_leased(daemon: Daemon, op
         end(program)
 
 
-def test_the_workers_of_a_cluster_on_its_own_are_an_instance_each(daemon: Daemon) -> None:
+def test_workers_of_cluster_on_its_own_are_instance_each(daemon: Daemon) -> None:
     program = daemon.start_program(["node", str(PACKAGE / "test/crew.mjs")])
     try:
         leases = wait_for(

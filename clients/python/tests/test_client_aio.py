@@ -66,7 +66,7 @@ def test_a_taken_port_is_declined_for_another(daemon: Daemon) -> None:
     asyncio.run(main())
 
 
-def test_a_ttl_lease_is_renewed_and_a_forgotten_one_taken_again(own_daemon: Daemon) -> None:
+def test_ttl_lease_is_renewed_and_forgotten_one_taken_again(own_daemon: Daemon) -> None:
     async def main() -> None:
         client = aio.AsyncClient(own_daemon.url)
         async with aio.lease("kept", client=client, ttl=0.6) as lease:
@@ -102,7 +102,7 @@ def test_program_is_notified_when_its_lease_moves(own_daemon: Daemon) -> None:
     asyncio.run(main())
 
 
-def test_no_daemon_is_an_error_or_with_the_fallback_a_port_of_the_kernels_choice() -> None:
+def test_absent_daemon_is_an_error_or_an_ephemeral_port() -> None:
     async def main() -> None:
         absent = aio.AsyncClient("unix:///nonexistent/portd.sock")
         with pytest.raises(DaemonUnavailable, match="portd serve"):
@@ -126,7 +126,7 @@ def test_a_problem_is_raised_with_its_code(daemon: Daemon) -> None:
     asyncio.run(main())
 
 
-def test_a_daemon_that_does_not_answer_in_time_is_not_waited_for_longer() -> None:
+def test_daemon_that_hangs_is_a_timeout() -> None:
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             client = aio.AsyncClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
@@ -136,7 +136,7 @@ def test_a_daemon_that_does_not_answer_in_time_is_not_waited_for_longer() -> Non
     asyncio.run(main())
 
 
-def test_a_daemon_that_hangs_up_in_the_middle_of_an_answer_is_an_error_of_the_protocol() -> None:
+def test_truncated_answer_is_a_protocol_error() -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")

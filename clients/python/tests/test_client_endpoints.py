@@ -21,7 +21,7 @@ def test_portd_url_is_the_only_place_where_it_is_set() -> None:
         assert [place.url for place in endpoints.candidates({"PORTD_URL": url}, 1000)] == [url]
 
 
-def test_without_it_the_users_socket_comes_before_the_systems_and_loopback() -> None:
+def test_without_it_users_socket_comes_before_systems_and_loopback() -> None:
     assert [place.url for place in endpoints.candidates({"XDG_RUNTIME_DIR": "/run/user/7"}, 7)] == [
         "unix:///run/user/7/portd/portd.sock",
         "unix:///run/portd/portd.sock",
@@ -91,7 +91,7 @@ def test_daemon_unavailable_names_every_endpoint_that_was_tried(
     ]
 
 
-def test_something_else_that_listens_there_is_not_taken_for_a_daemon() -> None:
+def test_something_else_that_listens_there_is_not_taken_for_daemon() -> None:
     source = (
         "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
         "c, _ = s.accept(); c.recv(9); c.sendall(b'220 mail ready\\r\\n\\r\\n'); c.close()"
@@ -104,12 +104,12 @@ def test_something_else_that_listens_there_is_not_taken_for_a_daemon() -> None:
         other.wait(DEADLINE_S)
 
 
-def test_a_daemon_that_does_not_answer_in_time_is_not_waited_for_longer() -> None:
+def test_daemon_that_hangs_is_a_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DaemonUnavailable, match=r"0\.2 s"):
         next(Client(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2).leases(), None)
 
 
-def test_importing_the_client_and_asking_for_a_port_imports_nothing_heavy(daemon: Daemon) -> None:
+def test_importing_client_and_asking_for_port_imports_nothing_heavy(daemon: Daemon) -> None:
     source = (
         "import sys, portd_client; portd_client.Client().grant({'service': 'light', 'ttl': 60});"
         "print(sorted({'re', 'json', 'socket', 'typing', 'enum', 'asyncio', 'threading', 'ssl', 'logging'}"

@@ -94,7 +94,7 @@ def test_exact_port_in_use_is_refused(daemon: Daemon) -> None:
     assert caught.value.code == "port_taken"
 
 
-def test_a_ttl_lease_is_renewed_for_as_long_as_it_is_held(daemon: Daemon) -> None:
+def test_ttl_lease_is_renewed_while_it_is_held(daemon: Daemon) -> None:
     with portd_client.lease("renewed", client=daemon.client, ttl=0.6) as lease:
         granted = daemon.client.lease(lease.id)["expires_at"]
         assert granted is not None
@@ -108,7 +108,7 @@ def test_a_ttl_lease_is_renewed_for_as_long_as_it_is_held(daemon: Daemon) -> Non
     assert daemon.client.lease(lease.id)["ended_because"] == "released"
 
 
-def test_it_outlives_a_restart_of_the_daemon_under_the_same_id(own_daemon: Daemon) -> None:
+def test_it_outlives_restart_of_daemon_under_same_id(own_daemon: Daemon) -> None:
     with portd_client.listen("restarted", client=own_daemon.client, ttl=30) as listener:
         own_daemon.stop(signal.SIGKILL)
         own_daemon.start()
@@ -119,7 +119,7 @@ def test_it_outlives_a_restart_of_the_daemon_under_the_same_id(own_daemon: Daemo
 
 
 @pytest.mark.parametrize("ttl", [None, 0.5])
-def test_a_lease_that_the_daemon_forgot_is_taken_again_on_the_same_port(own_daemon: Daemon, ttl: float | None) -> None:
+def test_lease_that_daemon_forgot_is_taken_again_on_same_port(own_daemon: Daemon, ttl: float | None) -> None:
     with portd_client.lease("forgotten", client=own_daemon.client, ttl=ttl, tags=["blue"]) as lease:
         first, port = lease.id, lease.port
         _lose_memory(own_daemon)
@@ -174,7 +174,7 @@ def test_lost_lease_of_a_program_that_listens_is_leased_back(own_daemon: Daemon,
         assert own_daemon.client.lease(lease.id)["tags"] == ["blue"]
 
 
-def test_closing_the_socket_that_a_program_moved_away_from_keeps_the_lease(daemon: Daemon) -> None:
+def test_closing_socket_that_program_moved_away_from_keeps_lease(daemon: Daemon) -> None:
     with portd_client.listen("moves-on", client=daemon.client) as old:
         old.lease.decline()
         with old.lease.listen() as new:
@@ -183,7 +183,7 @@ def test_closing_the_socket_that_a_program_moved_away_from_keeps_the_lease(daemo
         assert daemon.client.lease(new.lease.id)["ended_because"] == "released"
 
 
-def test_release_gives_back_once_and_a_forked_child_gives_back_nothing(daemon: Daemon) -> None:
+def test_release_gives_back_once_and_forked_child_gives_back_nothing(daemon: Daemon) -> None:
     lease = portd_client.lease("forked", client=daemon.client)
     child = os.fork()
     if not child:
@@ -267,7 +267,7 @@ def test_what_portd_run_leased_for_another_service_is_left_alone(daemon: Daemon)
     assert daemon.client.lease(lease_id)["service"] == "offspring"
 
 
-def test_the_environment_is_taken_at_its_word_while_the_daemon_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_taken_at_its_word_while_daemon_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PORTD_LEASE": "abc", "PORTD_TOKEN": "t", "HOST": "127.0.0.1", "PORT": "24999"}.items():
         monkeypatch.setenv(name, value)
     with portd_client.lease("away", client=portd_client.Client("unix:///nonexistent/portd.sock")) as lease:

@@ -64,7 +64,7 @@ def program(service: str, *, before: str = "pass", inside: str = "pass", run: st
 
 
 @pytest.mark.parametrize("run", [PLAIN, UVLOOP], ids=["asyncio", "uvloop"])
-def test_an_asyncio_program_gives_its_lease_back_at_sigterm_and_dies_of_it(daemon: Daemon, run: str) -> None:
+def test_asyncio_program_releases_its_lease_at_sigterm_and_ends(daemon: Daemon, run: str) -> None:
     with running(daemon, program("leaves", run=run)) as (running_program, lease_id):
         running_program.send_signal(signal.SIGTERM)
         assert running_program.communicate(timeout=DEADLINE_S)[0] == ""
@@ -91,7 +91,7 @@ def test_a_program_that_minds_sigterm_itself_keeps_its_own_handler(daemon: Daemo
         assert daemon.client.lease(lease_id)["state"] != "ended"
 
 
-def test_what_drains_at_sigterm_is_not_found_and_still_serves_and_a_second_one_does_not_wait(daemon: Daemon) -> None:
+def test_sigterm_drains_while_serving_and_a_second_one_ends(daemon: Daemon) -> None:
     with running(daemon, program("drains", drain_s=600)) as (running_program, lease_id):
         running_program.send_signal(signal.SIGTERM)
         wait_for(lambda: daemon.client.lease(lease_id)["drain"], "it is drained")

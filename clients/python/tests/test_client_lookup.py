@@ -83,9 +83,7 @@ def test_resolve_selects_by_tag_and_endpoint(daemon: Daemon) -> None:
     )
 
 
-def test_while_the_daemon_is_away_its_last_answer_is_given_and_says_so(
-    own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_answer_is_given_as_stale_without_a_daemon(own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     grant(own_daemon, "remembered")
     fresh = portd_client.resolve("remembered", client=own_daemon.client)
     own_daemon.stop()
@@ -110,7 +108,7 @@ def follow(answers: Iterator[list[portd_client.Instance]]) -> list[list[int]]:
     return seen
 
 
-def test_watch_tells_every_change_of_its_service_and_of_no_other(daemon: Daemon) -> None:
+def test_watch_reports_every_change_of_its_service_alone(daemon: Daemon) -> None:
     answers = portd_client.watch("watched", client=daemon.client)
     assert next(answers) == []
     first = grant(daemon, "watched")

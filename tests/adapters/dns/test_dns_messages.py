@@ -106,7 +106,7 @@ def test_nodata_and_nxdomain_differ_and_both_carry_the_soa(name, rdtype, rcode):
     assert (soa.rdtype, soa.ttl, soa[0].minimum) == (dns.rdatatype.SOA, 3, 3)
 
 
-def test_a_service_without_a_serving_instance_exists_and_answers_with_nothing():
+def test_service_without_serving_instance_exists_and_answers_with_nothing():
     asked = Asked(lease(check=CHECK, health="critical"))
     assert asked.ask("orders", "A").rcode() == dns.rcode.NOERROR
     assert not asked.ask("orders", "A").answer
@@ -114,7 +114,7 @@ def test_a_service_without_a_serving_instance_exists_and_answers_with_nothing():
     assert asked.ask("orders", "A").answer
 
 
-def test_the_serial_grows_with_the_revision_in_positive_and_negative_answers():
+def test_serial_grows_with_revision_in_positive_and_negative_answers():
     asked = Asked(lease())
     for revision in (1, 2, 70000, 2**32 + 5):
         asked.zone.renumber(revision)
@@ -215,7 +215,7 @@ def test_answers_and_scraps_are_not_answered():
 
 
 @pytest.mark.parametrize("name", ["orders", "nobody", "example.com."])
-def test_opt_comes_back_only_where_it_was_sent_and_with_its_do_bit(name):
+def test_opt_is_returned_with_its_do_bit_where_sent(name):
     asked = Asked(lease())
     assert asked.ask(name, "A").edns == -1
     for flags in (0, dns.flags.DO):
@@ -254,7 +254,7 @@ def test_two_opts_or_a_wrong_length_are_malformed():
     offered=st.one_of(st.none(), st.integers(0, 20000)),
     name=st.sampled_from(["orders", "_orders._tcp"]),
 )
-def test_an_answer_keeps_to_the_size_and_says_when_it_was_cut(count, offered, name):
+def test_answer_keeps_to_size_and_says_when_it_was_cut(count, offered, name):
     asked = Asked(*many(count))
     edns = {} if offered is None else {"use_edns": 0, "payload": offered}
     rdtype = "A" if name == "orders" else "SRV"
@@ -276,7 +276,7 @@ def test_an_answer_keeps_to_the_size_and_says_when_it_was_cut(count, offered, na
     assert opt == 0 or answer.edns == 0
 
 
-def test_over_tcp_an_answer_is_whole_and_what_can_not_be_pointed_to_is_written_out():
+def test_tcp_answer_is_whole_and_compresses_only_reachable_names():
     asked = Asked(*many(700))
     wire = asked.wire(ask_for("_orders._tcp", "SRV"), TCP)
     answer = dns.message.from_wire(wire)

@@ -69,7 +69,7 @@ def test_a_cut_answer_leads_to_tcp_and_the_whole(station):
 
 
 @pytest.mark.parametrize(("listen", "asked"), [("0.0.0.0", "127.0.0.2"), ("::", "127.0.0.2"), ("::", "::1")])
-def test_on_all_addresses_it_answers_from_the_one_that_was_asked(listen, asked):
+def test_on_all_addresses_it_answers_from_one_that_was_asked(listen, asked):
     with Station((listen, 0)) as station:
         station.apply(lease(address="10.1.2.3"))
         with socket.socket(socket.AF_INET6 if ":" in asked else socket.AF_INET, socket.SOCK_DGRAM) as client:
@@ -106,7 +106,7 @@ with Station((listen, 0)) as station:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can add an address")
 @pytest.mark.parametrize("listen", ["0.0.0.0", "::", "192.0.2.7"])
-def test_callers_get_the_address_of_the_interface_that_they_asked_on(listen):
+def test_callers_get_address_of_interface_that_they_asked_on(listen):
     setup = 'ip link set lo up && ip addr add 192.0.2.7/24 dev lo && ip addr add 192.0.2.8/24 dev lo && exec "$@"'
     callers = ["192.0.2.7"] if listen == "192.0.2.7" else ["127.0.0.1", "192.0.2.7"]
     command = ["unshare", "-n", "sh", "-c", setup, "sh", sys.executable, "-c", CALLERS, listen, *callers]
@@ -119,7 +119,7 @@ def test_callers_get_the_address_of_the_interface_that_they_asked_on(listen):
     assert run.stdout.splitlines() == [" ".join([asked, *expected[asked]]) for asked in callers for _ in range(2)]
 
 
-def test_what_was_restored_is_there_and_the_serial_does_not_fall_back():
+def test_restored_leases_are_answered_and_serial_never_decreases():
     server = DnsServer([("127.0.0.1", 0)])
     server.restore([lease(revision=7), lease(number=2, revision=9)], revision=12)
     answer = dns.message.from_wire(server._responder.respond(ask_for("", "SOA").to_wire(), tcp.LIMITS))
@@ -162,7 +162,7 @@ def test_failing_query_gets_servfail_and_is_logged_once(caplog):
     assert len(caplog.records) == 1
 
 
-def test_an_event_that_can_not_be_shown_raises_nothing_and_the_next_is_followed(caplog):
+def test_event_that_cannot_be_shown_does_not_stop_the_next(caplog):
     with Station() as station, caplog.at_level(logging.ERROR):
         station.apply(lease(address="nowhere"))
         assert station.udp("orders", "A").rcode() == dns.rcode.NXDOMAIN
@@ -251,7 +251,7 @@ def test_who_does_not_speak_dns_is_cut_off(station, rude):
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_who_asks_and_does_not_read_fills_no_memory_and_gets_every_answer_later(loop):
+def test_slow_reader_fills_no_memory_and_gets_every_answer(loop):
     count = 400
     with Station(loop=loop) as station:
         station.apply(*(lease(number=number) for number in range(1, 601)))
@@ -270,7 +270,7 @@ def test_who_asks_and_does_not_read_fills_no_memory_and_gets_every_answer_later(
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_who_asks_without_end_and_does_not_read_is_stopped_by_the_kernels_buffers(loop):
+def test_client_that_never_reads_is_stopped_by_kernel_buffers(loop):
     limit = 48 << 20  # several times what the kernel keeps for both ends (tcp_rmem, tcp_wmem: 6 and 4 MiB)
     with Station(loop=loop) as station:
         station.apply(*(lease(number=number) for number in range(1, 601)))
@@ -305,7 +305,7 @@ def test_one_connection_too_many_ends_the_longest_idle_one(monkeypatch):
 
 
 @pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
-def test_an_idle_connection_is_closed_a_trickle_does_not_keep_it(new_loop):
+def test_idle_connection_is_closed_trickle_does_not_keep_it(new_loop):
     async def run():
         bound = socket.create_server(("127.0.0.1", 0))
         bound.setblocking(False)

@@ -251,7 +251,7 @@ def test_an_unknown_address_changes_nothing():
     check(Responder(zone), [lease(port=1)], names_around(lease()))
 
 
-def test_names_too_long_for_an_underscore_are_left_out_and_the_others_answer():
+def test_names_too_long_for_an_underscore_are_left_out():
     long = "x" * 63
     zone = Zone(ZONE, 0, HOSTS)
     each = lease(long, instance=long, endpoint=long)
@@ -266,7 +266,7 @@ def test_names_too_long_for_an_underscore_are_left_out_and_the_others_answer():
     assert zone.service_count == 0
 
 
-def test_a_string_too_long_for_txt_is_left_out_not_cut():
+def test_string_too_long_for_txt_is_left_out_not_cut():
     zone = Zone(ZONE, 0, HOSTS)
     zone.apply(lease(metadata={"k": "v" * 300, "short": "yes"}))
     answer = dns.message.from_wire(Responder(zone).respond(ask_for("orders", "TXT").to_wire(), WHOLE))
@@ -274,12 +274,12 @@ def test_a_string_too_long_for_txt_is_left_out_not_cut():
 
 
 @pytest.mark.parametrize("name", ["", ".", "a..b", "x" * 64, f"{'x' * 40}.{'y' * 40}."])
-def test_what_can_not_be_a_zone_is_refused_with_the_reason(name):
+def test_what_can_not_be_zone_is_refused_with_reason(name):
     with pytest.raises(ValueError, match="dns zone"):
         Zone(name, 0, HOSTS)
 
 
-def test_a_zone_is_named_with_or_without_its_dot_in_any_case():
+def test_zone_name_ignores_case_and_trailing_dot():
     assert Zone("Portd.Internal", 0, HOSTS).wire == Zone(ZONE, 0, HOSTS).wire
 
 
@@ -292,7 +292,7 @@ def pointers(zone, address):
     return answer.rcode(), {record.to_text() for rrset in answer.answer for record in rrset}
 
 
-def test_leased_address_leads_back_to_its_instance_while_it_is_leased():
+def test_reverse_name_of_a_leased_address_names_its_instance():
     zone = Zone(ZONE, 0, HOSTS)
     zone.apply(lease(address="127.77.0.9", state="held"))
     zone.apply(lease(number=2, address="127.77.0.9", endpoint="metrics"))

@@ -151,7 +151,7 @@ def test_proxy_of_the_page_follows_the_instances(tmp_path: Path, proxy) -> None:
 
 
 @needs("nginx")
-def test_nginx_of_the_page_finds_a_service_on_its_own_address(tmp_path: Path) -> None:
+def test_nginx_of_page_finds_service_on_its_own_address(tmp_path: Path) -> None:
     port = free_port()
     with ExitStack() as stack:
         backend = Backend(1, address="127.77.0.9", port=8080)

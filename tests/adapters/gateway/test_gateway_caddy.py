@@ -79,7 +79,7 @@ def caddy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caddy]:
     made.close()
 
 
-def test_a_page_comes_over_http2_with_a_certificate_of_its_name(caddy: Caddy) -> None:
+def test_page_comes_over_http2_with_certificate_of_its_name(caddy: Caddy) -> None:
     with backend(caddy.daemon, "page", "--instance", "page-a", "--endpoint", "admin"):
         assert caddy.curl("page.localhost").endswith(" 200 2")
         assert caddy.curl("page-a.page.localhost").endswith(" 200 2")

@@ -53,7 +53,7 @@ def test_root_is_an_admin_but_not_of_another_user_namespace():
     assert not made.caller(end_of(made), {}).admin
 
 
-def test_root_over_tcp_is_an_admin_once_its_process_is_found():
+def test_root_over_tcp_is_admin_once_its_process_is_found():
     made = authenticator(Peer(0, None, frozenset(), "socket", inode=5, other_users=True), pid=7)
     end = end_of(made, LOOPBACK)
     assert not made.caller(end, {}).admin
@@ -214,7 +214,7 @@ def test_page_of_the_daemons_own_origin_passes():
     made.check_origin(end_of(made, LOOPBACK), headers)
 
 
-def test_host_means_nothing_over_a_unix_socket_and_an_origin_is_refused():
+def test_host_means_nothing_over_unix_socket_and_origin_is_refused():
     made = authenticator()
     made.check_origin(end_of(made), {"Host": "whatever"})
     with pytest.raises(ForbiddenOrigin):

@@ -112,7 +112,7 @@ def test_body_of_another_media_type_is_refused():
     assert read(FakeRequest(content_type="application/merge-patch+json")) == Body()
 
 
-def test_body_beyond_the_bound_is_refused_before_and_while_it_is_read():
+def test_body_beyond_the_bound_is_refused_early():
     for request in (
         FakeRequest(length=10**9),
         FakeRequest(error=web.HTTPRequestEntityTooLarge(max_size=1, actual_size=2)),

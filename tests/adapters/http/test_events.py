@@ -56,7 +56,7 @@ async def read_events(response, count):
 
 
 @in_world()
-async def test_a_follower_gets_the_past_and_then_what_happens_each_event_once(world):
+async def test_follower_gets_past_and_then_what_happens_each_event_once(world):
     for number in range(3):
         await world.grant(service="orders", instance=f"orders-{number}", ttl=60)
     async with serving(world, "past") as (session, _), session.get("/v1/events?after=0") as response:
@@ -79,7 +79,7 @@ async def test_a_follower_of_one_service_gets_no_other(world):
 
 
 @in_world()
-async def test_a_follower_resumes_after_its_last_event_with_or_without_the_store(world):
+async def test_follower_resumes_after_its_last_event_with_or_without_store(world):
     for _ in range(3):
         await world.grant(service="orders", ttl=60)
     async with serving(world, "resume") as (session, _):
@@ -89,7 +89,7 @@ async def test_a_follower_resumes_after_its_last_event_with_or_without_the_store
 
 
 @in_world()
-async def test_a_revision_of_another_store_or_of_the_future_is_gone(world):
+async def test_revision_of_another_store_or_of_future_is_gone(world):
     async with serving(world, "gone") as (session, _):
         for after in (f"{'f' * 16}:0", "1000"):
             async with session.get("/v1/events", params={"after": after}) as response:
@@ -101,7 +101,7 @@ async def test_a_revision_of_another_store_or_of_the_future_is_gone(world):
 
 
 @in_world()
-async def test_a_user_beyond_its_share_of_followers_is_refused_until_one_ends(world):
+async def test_user_beyond_its_follower_share_is_refused_until_one_ends(world):
     original, module.USER_FOLLOWERS_MAX = module.USER_FOLLOWERS_MAX, 1
     try:
         async with serving(world, "share") as (session, calls):

@@ -99,7 +99,7 @@ PIECES = st.sampled_from([*SEPARATORS, *LINES])
 
 @given(st.lists(PIECES, max_size=12))
 @example([b"\r\nHost: a"])
-def test_every_plain_head_is_accepted_by_the_normal_parser_with_the_same_headers(pieces):
+def test_normal_parser_reads_every_plain_head_alike(pieces):
     head = REQUEST_LINE + PLAIN + b"\r\n" + b"".join(pieces)
     headers = plain_headers(head)
     if headers is not None:
@@ -121,7 +121,7 @@ def request(body, head=b""):
 
 
 @in_world()
-async def test_a_plain_grant_is_answered_with_the_lease_and_the_stores_name(world):
+async def test_plain_grant_is_answered_with_lease_and_stores_name(world):
     world.processes.start(41)
     path, end = path_of(world)
     answers = []
@@ -144,7 +144,7 @@ async def test_a_refused_grant_is_answered_with_a_problem(world):
 
 
 @in_world()
-async def test_incomplete_oversized_or_invalid_requests_are_left_to_the_normal_path(world):
+async def test_incomplete_oversized_or_invalid_requests_are_left_to_normal_path(world):
     path, end = path_of(world)
     whole = request({"service": "orders"})
     for data in (
@@ -160,7 +160,7 @@ async def test_incomplete_oversized_or_invalid_requests_are_left_to_the_normal_p
 
 
 @in_world()
-async def test_a_head_that_was_accepted_is_not_parsed_again_but_another_one_is(world):
+async def test_only_a_known_head_is_not_parsed_again(world):
     path, end = path_of(world)
     first = path.accept(end, request({"service": "orders"}), None)
     assert path.accept(end, request({"service": "orders"}), first.head).head is first.head

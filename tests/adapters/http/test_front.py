@@ -110,7 +110,7 @@ class Bed:
         return self.front.state
 
 
-def test_every_state_can_be_left_by_a_lost_connection_and_is_reached():
+def test_every_state_is_reached_and_left_by_a_lost_connection():
     states = set(get_args(State))
     assert {state for state, event in TRANSITIONS if event == "lost"} == states - {"closed"}
     assert set(TRANSITIONS.values()) | {"fast_idle"} == states
@@ -120,7 +120,7 @@ def test_aiohttp_is_terminal():
     assert {TRANSITIONS[key] for key in TRANSITIONS if key[0] == "aiohttp"} == {"aiohttp", "closing", "closed"}
 
 
-def test_grants_are_answered_one_after_the_other_on_the_fast_path():
+def test_grants_are_answered_one_after_other_on_fast_path():
     bed = Bed()
     for number in range(1, 4):
         bed.send(b"grant")
@@ -137,7 +137,7 @@ def test_grant_that_is_answered_at_once_leaves_the_connection_idle():
     assert (bed.state, bed.transport.written) == ("fast_idle", b"answer1;")
 
 
-def test_bytes_during_a_grant_are_kept_and_examined_after_its_answer():
+def test_bytes_during_grant_are_kept_and_examined_after_its_answer():
     bed = Bed()
     bed.send(b"grant")
     bed.send(b"gra")
@@ -170,7 +170,7 @@ def test_handover_waits_for_the_answer_of_a_grant_under_way():
     assert bed.transport.written == b"answer1;echo:GET;"
 
 
-def test_process_of_a_tcp_caller_is_found_before_its_first_grant():
+def test_process_of_tcp_caller_is_found_before_its_first_grant():
     bed = Bed(BY_TCP)
     bed.send(b"grant")
     assert bed.front.end.peer.pid == 7
@@ -179,7 +179,7 @@ def test_process_of_a_tcp_caller_is_found_before_its_first_grant():
     assert (bed.peers.search_count, bed.state) == (1, "fast_busy")
 
 
-def test_process_is_not_searched_for_a_caller_who_does_not_grant():
+def test_process_is_not_searched_for_caller_who_does_not_grant():
     bed = Bed(BY_TCP)
     bed.send(b"GET")
     assert bed.peers.search_count == 0
@@ -288,7 +288,7 @@ def test_stop_closes_an_idle_connection_and_finishes_a_grant():
     assert not bed.transport.is_open
 
 
-def test_user_beyond_its_share_is_answered_busy_and_others_are_not(monkeypatch):
+def test_only_a_user_beyond_its_share_gets_busy(monkeypatch):
     monkeypatch.setattr(module, "USER_CONNECTIONS_MAX", 3)
     connections = Connections()
     beds = [Bed(connections=connections) for _ in range(3)]

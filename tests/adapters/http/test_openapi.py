@@ -84,7 +84,7 @@ def test_every_parameter_is_described():
     assert not bare
 
 
-def test_every_description_of_a_type_is_of_one_that_is_there():
+def test_every_description_of_type_is_of_one_that_is_there():
     types = {*SCHEMAS, "LeaseQuery", "ServiceQuery", "HistoryQuery"}
     assert not [name for name in DESCRIPTIONS if "." in name and name.partition(".")[0] not in types]
 

@@ -53,14 +53,14 @@ def test_a_page_that_ends_with_the_listing_leads_nowhere(count):
     assert (entries, len(sizes)) == (numbers, 1)
 
 
-def test_a_page_ends_at_its_bound_of_bytes_and_leads_on():
+def test_page_ends_at_its_bound_of_bytes_and_leads_on():
     numbers = [3 * n + 1 for n in range(50)]
     entries, sizes = read_pages(numbers, 10_000, max_bytes=1_000, size=100)
     assert entries == numbers
     assert max(sizes) < 10
 
 
-def test_an_entry_larger_than_a_page_has_a_page_of_its_own():
+def test_entry_larger_than_page_has_page_of_its_own():
     numbers = [1, 4, 7]
     entries, sizes = read_pages(numbers, 10_000, max_bytes=10, size=100)
     assert (entries, sizes) == (numbers, [1, 1, 1])
@@ -73,7 +73,7 @@ def test_a_piece_has_a_bounded_number_of_entries():
     assert max(piece.count(b",") for piece in pieces) <= paging.SLICE
 
 
-def test_entries_that_come_while_it_is_sorted_are_not_in_it():
+def test_entries_added_during_the_sort_are_left_out():
     async def run():
         items = list(range(3 * paging.SCAN_SLICE))
         order = asyncio.create_task(in_order(items, lambda n: (f"{n:06}",), None, lambda n: True))

@@ -61,7 +61,7 @@ def test_exit_of_an_unwatched_process_is_not_reported(run, spawn, descriptors):
     run(main())
 
 
-def test_a_child_that_goes_on_does_not_keep_its_parent_alive(run, spawn):
+def test_child_that_goes_on_does_not_keep_its_parent_alive(run, spawn):
     parent = spawn("sh", "-c", "sleep 60 & echo $!; read x")
     child = int(parent.stdout.readline())
 
@@ -156,7 +156,7 @@ def test_a_thousand_simultaneous_exits_are_all_reported(run, descriptors):
             os.waitpid(pid, 0)
 
 
-def test_one_pidfd_at_the_most_stays_open_for_those_that_were_found_and_are_not_watched(run, spawn, descriptors):
+def test_at_most_one_pidfd_stays_open_for_unwatched_processes(run, spawn, descriptors):
     children = [spawn("sleep", "60") for _ in range(3)]
 
     async def main():
@@ -201,7 +201,7 @@ def test_closing_gives_every_descriptor_back_and_tells_nobody(run, spawn, descri
 # --- the file limit ---
 
 
-def test_at_the_file_limit_nobody_is_watched_and_nobody_is_dead(run, spawn, no_descriptor_left, descriptors):
+def test_at_file_limit_nobody_is_watched_and_nobody_is_dead(run, spawn, no_descriptor_left, descriptors):
     child, other = spawn("sleep", "60"), spawn("sleep", "60")
 
     async def main():

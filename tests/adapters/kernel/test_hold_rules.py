@@ -22,7 +22,7 @@ IP_LOCAL_PORT_RANGE = 51  # Linux 6.3: the kernel's choice for this socket
 # --- sockets ---
 
 
-def test_over_a_shared_hold_a_server_listens_and_a_bare_bind_does_not(holds, port):
+def test_over_shared_hold_server_listens_and_bare_bind_does_not(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     assert not can_bind("127.0.0.1", port)
     with foreign("127.0.0.1", port, reuse=True, listen=True) as server:
@@ -33,7 +33,7 @@ def test_over_a_shared_hold_a_server_listens_and_a_bare_bind_does_not(holds, por
         assert not can_bind("127.0.0.1", port, reuse=True)
 
 
-def test_over_a_shared_hold_java_listens_with_its_ipv6_socket_for_an_ipv4_address(holds, port):
+def test_java_listens_over_a_shared_hold_with_an_ipv6_socket(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     assert not can_bind("::ffff:127.0.0.1", port, v6only=False)
     assert can_bind("::ffff:127.0.0.1", port, v6only=False, reuse=True, listen=True)
@@ -53,7 +53,7 @@ def test_an_exclusive_hold_keeps_everybody_off(holds, port, udp, reuse):
     assert not can_bind("127.0.0.1", port, reuse=reuse, udp=udp)
 
 
-def test_a_hold_opens_and_closes_at_once_while_its_owner_listens(holds, port):
+def test_hold_opens_and_closes_at_once_while_its_owner_listens(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "exclusive") == "taken"
     holds.set_open("a", is_open=True)
     owner = foreign("127.0.0.1", port, reuse=True, listen=True)
@@ -67,7 +67,7 @@ def test_a_hold_opens_and_closes_at_once_while_its_owner_listens(holds, port):
     holds.set_open("nobody's lease", is_open=True)
 
 
-def test_who_bound_over_an_open_hold_cannot_listen_once_it_is_closed(holds, port):
+def test_socket_bound_over_an_open_hold_cannot_listen_after_close(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     with foreign("127.0.0.1", port, reuse=True) as late:
         holds.set_open("a", is_open=False)
@@ -117,7 +117,7 @@ def test_the_kernels_own_choice_is_never_a_held_port(holds, kind, connect):
         assert raised.value.errno == (errno.EADDRNOTAVAIL if connect else errno.EADDRINUSE)
 
 
-def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port):
+def test_first_listener_over_a_hold_gets_the_port(holds, port):
     assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "taken"
     with foreign("127.0.0.1", port, reuse=True) as first, foreign("127.0.0.1", port, reuse=True) as second:
         first.listen()
@@ -127,7 +127,7 @@ def test_of_two_that_bound_over_a_hold_the_first_that_listens_has_it(holds, port
         assert not can_bind("127.0.0.1", port, reuse=True)
 
 
-def test_of_two_udp_sockets_with_reuseaddr_the_later_one_gets_every_datagram(port):
+def test_later_of_two_reuseaddr_udp_sockets_gets_every_datagram(port):
     """Why no UDP hold is ever open."""
     with (
         foreign("127.0.0.1", port, reuse=True, udp=True) as first,

@@ -42,7 +42,7 @@ def test_tcp_port_of_a_foreign_process_is_busy(holds, port, descriptors, kind, a
 
 @pytest.mark.parametrize("options", [{"listen": True, "reuse": True}, {"reuse": True}, {"udp": True}])
 @pytest.mark.parametrize("address", ["127.0.0.2", "::1", "0.0.0.0", "::"])
-def test_a_number_that_is_taken_at_any_address_is_not_whole(holds, port, descriptors, address, options):
+def test_number_that_is_taken_at_any_address_is_not_whole(holds, port, descriptors, address, options):
     protocol = "udp" if options.get("udp") else "tcp"
     with foreign(address, port, **options):
         before = descriptors()
@@ -53,7 +53,7 @@ def test_a_number_that_is_taken_at_any_address_is_not_whole(holds, port, descrip
 
 
 @pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
-def test_connections_that_a_dead_server_left_do_not_keep_its_number(holds, spawn, port, leave):
+def test_connections_that_dead_server_left_do_not_keep_its_number(holds, spawn, port, leave):
     with leave_behind(spawn, "127.0.0.1", port, leave, reuse="reuse"):
         assert holds.take("a", "tcp", "127.0.0.1", port, "shared", whole=True) == "taken"
 
@@ -83,7 +83,7 @@ def test_udp_port_of_a_foreign_process_makes_both_busy(holds, port, descriptors,
 @pytest.mark.parametrize("kind", ["shared", "exclusive", "none"])
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
-def test_connections_that_a_dead_server_left_do_not_keep_its_port(holds, spawn, port, kind, address, leave):
+def test_connections_that_dead_server_left_do_not_keep_its_port(holds, spawn, port, kind, address, leave):
     with leave_behind(spawn, address, port, leave, reuse="reuse"):
         assert not can_bind(address, port)
         assert holds.is_free("tcp", address, port)
@@ -92,7 +92,7 @@ def test_connections_that_a_dead_server_left_do_not_keep_its_port(holds, spawn, 
 
 
 @pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
-def test_connections_of_a_server_that_did_not_reuse_keep_its_port_until_they_end(holds, spawn, port, leave):
+def test_connections_of_a_non_reusing_server_keep_its_port(holds, spawn, port, leave):
     with leave_behind(spawn, "127.0.0.1", port, leave, reuse="no"):
         assert not can_bind("127.0.0.1", port, reuse=True)  # nor would the owner get it
         assert holds.take("a", "tcp", "127.0.0.1", port, "shared") == "busy"
@@ -130,7 +130,7 @@ def test_behind_old_connections_a_hold_is_never_taken_twice(holds, spawn, port):
 
 
 @pytest.mark.parametrize("blindness", ["sees nothing bound", "can't be read"])
-def test_a_socket_table_that_does_not_show_the_hold_itself_proves_nothing(spawn, port, descriptors, blindness):
+def test_socket_table_that_does_not_show_hold_itself_proves_nothing(spawn, port, descriptors, blindness):
     """As before Linux 6.8, or where a sandbox forbids netlink."""
 
     def blind(protocol, port):
@@ -160,7 +160,7 @@ def test_both_is_one_lock_each_and_shared_keeps_only_tcp(holds, port):
     assert set(holds.sockets("b")) == set()
 
 
-def test_only_a_bound_udp_hold_looks_like_a_server_and_is_left_out_of_the_listeners(diag, port):
+def test_bound_udp_hold_is_left_out_of_the_listeners(diag, port):
     holds = KernelHolds(diag.bound)
     table = SocketDiag(holds.inodes)
     with contextlib.closing(table), contextlib.closing(holds):
@@ -177,7 +177,7 @@ def test_only_a_bound_udp_hold_looks_like_a_server_and_is_left_out_of_the_listen
 
 
 @pytest.mark.parametrize("address", [TEST_NET, "2001:db8::1", "fe80::1"])
-def test_an_address_of_another_host_is_no_address_and_nothing_to_wait_for(holds, port, address):
+def test_address_of_another_host_is_no_address(holds, port, address):
     assert holds.take("a", "both", address, port, "shared") == "no_address"
     assert holds.is_free("both", address, port)
 
@@ -203,7 +203,7 @@ def test_at_the_file_limit_nothing_is_taken_not_even_half(holds, port, no_descri
 # --- the life of a hold ---
 
 
-def test_a_hold_is_not_passed_on_by_exec_and_never_waits(holds, port):
+def test_hold_is_not_passed_on_by_exec_and_never_waits(holds, port):
     assert holds.take("a", "both", "127.0.0.1", port, "exclusive") == "taken"
     for held in holds.sockets("a").values():
         assert not held.get_inheritable()
@@ -230,7 +230,7 @@ def test_a_hold_is_restored_once_its_owner_stops_listening(holds, port):
     assert can_bind("127.0.0.1", port, reuse=True)
 
 
-def test_a_shared_hold_of_both_is_restored_though_the_owners_udp_socket_is_there(holds, port):
+def test_shared_hold_of_both_is_restored_beside_a_udp_socket(holds, port):
     with foreign("127.0.0.1", port, udp=True):
         assert holds.restore("a", "both", "127.0.0.1", port, "shared")
         assert not can_bind("127.0.0.1", port)
@@ -271,7 +271,7 @@ STEPS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(steps=STEPS)
-def test_no_sequence_of_takes_and_drops_holds_a_place_twice_or_loses_a_descriptor(steps):
+def test_no_sequence_of_holds_binds_twice_or_leaks_descriptors(steps):
     low = 29_100  # two ports; a foreign process on one of them would only make more takes busy
     held: dict[str, list[tuple[str, str, int]]] = {}
     with contextlib.closing(SocketDiag()) as diag, contextlib.closing(KernelHolds(diag.bound)) as holds:

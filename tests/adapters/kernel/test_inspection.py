@@ -102,7 +102,7 @@ def test_another_users_process_is_seen_through_the_inspector(client, server, as_
     assert client.problem is None
 
 
-def test_without_an_inspector_others_are_hidden_and_the_problem_says_so(tmp_path, server, as_nobody):
+def test_without_inspector_others_are_hidden_and_problem_says_so(tmp_path, server, as_nobody):
     pid, inode = server
     client = inspection.InspectorClient(str(tmp_path / "missing.sock"), 1.0)
     with as_nobody():

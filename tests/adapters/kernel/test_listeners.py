@@ -58,7 +58,7 @@ def share(spawn, server: socket.socket, code: str = HOLD):
     return child, child.stdout.readline().strip()
 
 
-def test_a_socket_is_its_process_with_all_that_the_kernel_tells_of_it(spawn, server):
+def test_socket_is_attributed_with_every_fact_the_kernel_shows(spawn, server):
     child, _ = share(spawn, server)
     owner = owners([inode(server)])[inode(server)]
     assert (owner.pid, owner.uid, owner.known_by) == (child.pid, os.geteuid(), "socket")
@@ -66,7 +66,7 @@ def test_a_socket_is_its_process_with_all_that_the_kernel_tells_of_it(spawn, ser
     assert owner.cmdline == (sys.executable, "-c", HOLD, str(server.fileno()))
 
 
-def test_of_several_processes_the_eldest_has_it_and_the_next_when_that_is_gone(spawn, server):
+def test_shared_socket_belongs_to_its_eldest_live_process(spawn, server):
     children = sorted((share(spawn, server)[0] for _ in range(3)), key=lambda child: child.pid)
 
     async def scenario():
@@ -91,18 +91,18 @@ def test_a_child_of_a_likely_process_is_named_before_others(spawn, server):
     assert owners([inode(server)], [parent.pid], again=2)[inode(server)].pid == int(child) != foreign.pid
 
 
-def test_portd_itself_is_named_only_where_nobody_else_has_the_socket(spawn, server):
+def test_portd_itself_is_named_only_where_nobody_else_has_socket(spawn, server):
     assert owners([inode(server)])[inode(server)].pid == os.getpid()
     child, _ = share(spawn, server)
     assert owners([inode(server)])[inode(server)].pid == child.pid
 
 
-def test_what_nobody_has_and_what_nobody_asks_for_is_left_out():
+def test_unowned_and_unrequested_sockets_are_left_out():
     assert owners([2**32 - 1], [os.getpid()]) == {}
     assert owners([]) == {}
 
 
-def test_without_rights_another_users_process_stays_hidden_and_its_uid_is_known(spawn, server, as_nobody):
+def test_process_of_another_user_is_known_by_uid_alone(spawn, server, as_nobody):
     share(spawn, server)
     port, hidden = server.getsockname()[1], inode(server)
     server.close()
@@ -123,7 +123,7 @@ def parse_ss(line: str) -> tuple[tuple[str, str, int, bool], frozenset[int]]:
     return (protocol, address, int(port), is_dual), frozenset(map(int, re.findall(r"pid=(\d+)", rest[-1])))
 
 
-def test_the_listing_agrees_with_ss_line_by_line_on_a_busy_host(spawn):
+def test_listing_agrees_with_ss_line_by_line_on_busy_host(spawn):
     crowd = spawn(sys.executable, str(Path(__file__).with_name("crowd.py")), "500", "2000")
     assert crowd.stdout.readline() == "ready\n"
 

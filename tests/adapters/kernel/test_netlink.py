@@ -54,20 +54,20 @@ def test_only_the_asked_port_is_listed(diag):
         assert {inode(one), inode(other)} <= {found.inode for found in diag.listeners()}
 
 
-def test_a_udp_socket_counts_while_it_is_bound_and_not_connected(diag):
+def test_udp_socket_counts_while_it_is_bound_and_not_connected(diag):
     with bound("127.0.0.1", socket.SOCK_DGRAM) as server:
         assert [(one.protocol, one.inode) for one in diag.listeners(port(server))] == [("udp", inode(server))]
         server.connect(("127.0.0.1", 9))
         assert diag.listeners(port(server)) == []
 
 
-def test_a_socket_that_is_bound_and_never_listens_is_no_listener_but_is_bound(diag):
+def test_socket_that_never_listens_is_bound_but_no_listener(diag):
     with bound("127.0.0.1") as hold:
         assert diag.listeners(port(hold)) == []
         assert [one.inode for one in diag.bound("tcp", port(hold))] == [inode(hold)]
 
 
-def test_portds_own_udp_holds_are_left_out_and_its_handed_over_listeners_are_not():
+def test_only_portds_own_udp_holds_are_left_out():
     with (
         bound("127.0.0.1", socket.SOCK_DGRAM) as hold,
         bound("127.0.0.1", listen=True) as handed,
@@ -77,7 +77,7 @@ def test_portds_own_udp_holds_are_left_out_and_its_handed_over_listeners_are_not
         assert [one.inode for one in diag.listeners(port(handed))] == [inode(handed)]
 
 
-def test_an_ipv4_mapped_listener_is_listed_as_the_ipv4_address_it_stands_for(diag):
+def test_ipv4_mapped_listener_is_listed_by_its_ipv4_address(diag):
     with bound("::ffff:127.0.0.1", listen=True, v6only=False) as server:
         assert [one.address for one in diag.listeners(port(server))] == ["127.0.0.1"]
 
@@ -99,7 +99,7 @@ def connection(server_address: str, client_address: str) -> Iterator[tuple[socke
     ("server", "client"),
     [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1")],
 )
-def test_the_other_end_of_a_connection_is_found_whatever_its_family(diag, server, client):
+def test_other_end_of_connection_is_found_whatever_its_family(diag, server, client):
     with connection(server, client) as (accepted, caller):
         found = diag.exact(accepted.getsockname()[:2], accepted.getpeername()[:2])
         assert found == (os.getuid(), inode(caller))
@@ -112,7 +112,7 @@ def test_an_orphan_of_a_closed_connection_has_no_owner(diag):
         assert diag.exact(*ends) is None
 
 
-def test_whoever_listens_on_the_port_of_a_broken_connection_is_not_taken_for_the_caller(diag):
+def test_listener_on_a_closed_connections_port_is_not_the_caller(diag):
     with bound("127.0.0.1") as server:
         server.listen()
         caller = socket.socket()
@@ -176,14 +176,14 @@ def test_a_dump_that_changed_under_the_reader_is_taken_again(monkeypatch, times)
         assert [one.inode for one in diag.listeners(port(server))] == [inode(server)]
 
 
-def test_a_table_that_never_stands_still_is_an_error_not_a_loop(monkeypatch):
+def test_table_that_never_stands_still_is_error_not_loop(monkeypatch):
     connect = SocketDiag._connect
     monkeypatch.setattr(SocketDiag, "_connect", lambda diag: Interrupted(connect(diag), 1_000))
     with contextlib.closing(SocketDiag()) as diag, pytest.raises(OSError, match="changed"):
         diag.listeners()
 
 
-def test_after_an_error_in_the_middle_of_a_dump_the_next_answer_is_its_own(diag, monkeypatch):
+def test_error_in_a_dump_does_not_spoil_the_next(diag, monkeypatch):
     with bound("127.0.0.1", listen=True) as server:
         monkeypatch.setattr(netlink, "messages", lambda data: (_ for _ in ()).throw(OSError("cut off")))
         with pytest.raises(OSError, match="cut off"):

@@ -81,7 +81,7 @@ def of_tcp(peers, connection):
 # --- over a unix socket ---
 
 
-def test_a_unix_caller_is_known_by_what_it_was_at_connect(peers, call, as_root):
+def test_unix_caller_is_known_by_what_it_was_at_connect(peers, call, as_root):
     connection, child = call("AF_UNIX", become="os.setgroups([4711, 4712]); os.setgid(4710); os.setuid(65534)")
     peer = peers.of_unix(connection)
     assert peer == (65534, child.pid, frozenset({4710, 4711, 4712}), "peercred", 0, False, False)
@@ -99,7 +99,7 @@ def test_a_peer_that_entered_another_network_after_connecting_is_marked(peers, c
     assert peers.of_unix(connection).other_network
 
 
-def test_a_socket_of_another_network_is_marked_after_its_opener_exited(peers, call, tmp_path, as_root):
+def test_socket_of_another_network_is_marked_after_its_opener_exited(peers, call, tmp_path, as_root):
     connection, child = call("AF_UNIX", path=tmp_path / "socket", become=ENTER_NETWORK)
     child.kill()
     child.wait()
@@ -126,7 +126,7 @@ def test_peer_has_all_groups_of_an_ordinary_caller(peers, call):
     assert peer.groups == {os.getegid(), *os.getgroups()}
 
 
-def test_a_caller_of_very_many_groups_has_those_of_the_group_database(peers, call, as_root):
+def test_caller_of_very_many_groups_has_those_of_group_database(peers, call, as_root):
     connection, child = call("AF_UNIX", become="os.setgroups(range(2000, 2400)); os.setgid(4710); os.setuid(65534)")
     peer = peers.of_unix(connection)
     nobody = pwd.getpwuid(65534)
@@ -188,7 +188,7 @@ print(KernelPeers(None).of_unix(connection).pid, flush=True)
     ],
     ids=["IPv4", "IPv4 to another address", "IPv6", "IPv4 from an IPv6 socket, as Java's"],
 )
-def test_a_tcp_caller_is_known_by_the_socket_at_the_other_end(run, peers, call, as_root, family, address, to):
+def test_tcp_caller_is_known_by_socket_at_other_end(run, peers, call, as_root, family, address, to):
     if to == "127.77.1.2":
         address = "0.0.0.0"
     connection, child = call(family, address, become="os.setgid(65534); os.setuid(65534)", to=to)
@@ -209,7 +209,7 @@ def test_a_user_without_a_name_has_no_groups_over_tcp(peers, call, as_root):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_the_other_end_of_a_dead_process_is_nobodys_and_never_roots(peers, call, wait_until, address):
+def test_other_end_of_dead_process_is_nobodys_and_never_roots(peers, call, wait_until, address):
     connection, child = call("AF_INET6" if ":" in address else "AF_INET", address)
     assert of_tcp(peers, connection) is not None
     child.kill()
@@ -228,7 +228,7 @@ def test_a_connection_that_is_not_there_is_nobodys(peers):
     assert peers.of_tcp(("127.0.0.1", 1), ("127.0.0.1", 2)) is None
 
 
-def test_of_a_family_that_inherited_the_connection_the_eldest_has_called(run, peers, call):
+def test_of_family_that_inherited_connection_eldest_has_called(run, peers, call):
     connection, child = call(
         "AF_INET",
         then="""
@@ -245,7 +245,7 @@ os.read(reading, 1)
     assert run(peers.with_pid(of_tcp(peers, connection))).pid == child.pid
 
 
-def test_a_caller_whose_descriptors_are_hidden_keeps_its_uid_and_has_no_pid(run, peers, call, as_nobody):
+def test_caller_with_hidden_descriptors_has_a_uid_and_no_pid(run, peers, call, as_nobody):
     connection, child = call("AF_INET")
     child.stdout.readline()
     peer = of_tcp(peers, connection)
@@ -274,7 +274,7 @@ def test_many_callers_at_once_are_each_found(run, peers, call):
     run(main())
 
 
-def test_callers_that_come_while_another_is_looked_for_are_found_though_it_hangs_up(run, peers, call):
+def test_callers_are_identified_though_an_earlier_one_hangs_up(run, peers, call):
     calls = [call("AF_INET") for _ in range(5)]
 
     async def main():

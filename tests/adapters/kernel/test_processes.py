@@ -27,7 +27,7 @@ def is_foreign(processes: KernelProcesses, pid: int) -> bool:
 # --- who it is ---
 
 
-def test_a_process_is_found_with_what_tells_it_from_all_others(run, spawn):
+def test_process_is_found_with_what_tells_it_from_all_others(run, spawn):
     child = spawn("sleep", "60")
 
     async def main():
@@ -141,7 +141,7 @@ def test_exec_keeps_the_identity_and_is_described_anew(run, spawn, wait_until, p
     run(main())
 
 
-def test_a_watched_process_that_changes_its_user_is_described_anew_at_once(run, spawn, wait_until, as_root):
+def test_watched_process_is_described_again_after_setuid(run, spawn, wait_until, as_root):
     child = spawn(python="import os; input(); os.setuid(65534); print(flush=True); input()")
 
     async def main():
@@ -172,7 +172,7 @@ def test_a_process_of_another_network_namespace_is_refused(run, spawn, as_root):
     run(main())
 
 
-def test_a_pid_of_a_lower_namespace_is_translated_and_never_taken_as_ours(run, spawn, as_root):
+def test_pid_of_a_lower_namespace_is_translated(run, spawn, as_root):
     shell = spawn("unshare", "-p", "-f", "--mount-proc", "sh", "-c", "sleep 60 & echo $!; wait")
     inner = int(shell.stdout.readline())
     caller = procfs.children(shell.pid)[0]
@@ -192,7 +192,7 @@ def test_a_pid_of_a_lower_namespace_is_translated_and_never_taken_as_ours(run, s
         os.kill(caller, 9)  # init of the namespace: everybody in it ends
 
 
-def test_a_watched_process_that_leaves_our_network_is_refused_before_long(run, spawn, wait_until, as_root):
+def test_watched_process_that_leaves_our_network_is_refused_before_long(run, spawn, wait_until, as_root):
     child = spawn(python="import ctypes; input(); print(ctypes.CDLL(None).unshare(0x40000000), flush=True); input()")
 
     async def main():

@@ -89,7 +89,7 @@ def test_a_name_made_to_deceive_changes_nothing(spawn):
     assert procfs.start_ticks(child.pid) is not None
 
 
-def test_the_uid_is_the_effective_one_even_of_a_process_that_cannot_be_dumped(spawn, as_root):
+def test_uid_is_effective_even_of_an_undumpable_process(spawn, as_root):
     child = spawn(python="import os; os.seteuid(65534); print(flush=True); input()")
     child.stdout.readline()
     assert os.stat(f"/proc/{child.pid}/fd").st_uid == 0  # it can't be dumped, and its other files say root
@@ -113,7 +113,7 @@ def test_a_zombie_has_no_start(spawn, wait_until):
     assert procfs.start_ticks(child.pid) is None
 
 
-def test_what_the_kernel_hides_is_none_and_the_rest_is_there(spawn, as_nobody):
+def test_what_kernel_hides_is_none_and_rest_is_there(spawn, as_nobody):
     child = spawn("sleep", "60")
     with as_nobody():
         owner = procfs.describe(child.pid, "socket")
@@ -122,13 +122,13 @@ def test_what_the_kernel_hides_is_none_and_the_rest_is_there(spawn, as_nobody):
     assert (owner.uid, owner.cmdline) == (0, ("sleep", "60"))
 
 
-def test_at_the_file_limit_a_stat_raises_rather_than_reads_as_gone(spawn, no_descriptor_left):
+def test_at_file_limit_stat_raises_rather_than_reads_as_gone(spawn, no_descriptor_left):
     child = spawn("sleep", "60")
     with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
         procfs.stat(child.pid)
 
 
-def test_the_open_sockets_of_a_process_are_found_by_their_inodes(spawn):
+def test_open_sockets_of_process_are_found_by_their_inodes(spawn):
     with socket.socket() as ours, socket.socket() as not_passed:
         child = spawn("sleep", "60", pass_fds=[ours.fileno()])
         found = inspector.socket_inodes(child.pid)

@@ -176,7 +176,7 @@ def stop(server) -> None:
     server.stdout.readline()
 
 
-def test_a_lease_is_bound_while_its_owner_listens_and_held_when_it_stops(serve):
+def test_lease_is_bound_exactly_while_its_owner_listens(serve):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid)
@@ -214,7 +214,7 @@ def test_foreign_listener_is_a_named_conflict_until_it_exits(serve, spawn):
     scenario(body)
 
 
-def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_exits(spawn):
+def test_descendant_stays_the_owners_without_its_parent(spawn):
     async def body(leases, watch, table):
         stays, leave = os.pipe()
         launcher = spawn(
@@ -260,7 +260,7 @@ def test_a_descendant_is_the_owners_and_stays_so_when_the_process_between_them_e
         ("127.0.0.1", "SOCK_DGRAM", "127.0.0.1", "both", "bound"),
     ],
 )
-def test_an_owner_is_bound_where_callers_of_the_lease_reach_it(serve, listens, kind, leased, protocol, state):
+def test_owner_is_bound_where_callers_of_lease_reach_it(serve, listens, kind, leased, protocol, state):
     async def body(leases, watch, table):
         server, port = serve(listens, kind=kind)
         leases.grant(port, server.pid, address=leased, protocol=protocol)
@@ -299,7 +299,7 @@ def test_where_the_process_is_hidden_its_uid_decides(serve, as_nobody, uid, stat
     scenario(body)
 
 
-def test_what_was_listened_on_before_a_restart_is_held_when_nobody_listens_any_more(serve):
+def test_bound_lease_without_listener_is_held_after_a_restart(serve):
     async def body(leases, watch, table):
         server, port = serve()
         leases.grant(port, server.pid, state="bound", listening=("127.0.0.1",), vouched_by="owner")
@@ -328,7 +328,7 @@ def test_a_report_that_did_not_come_true_is_made_again(serve):
     scenario(body)
 
 
-def test_a_socket_is_attributed_once_and_never_where_no_lease_is(serve):
+def test_socket_is_attributed_once_and_never_where_no_lease_is(serve):
     async def body(leases, watch, table):
         server, port = serve()
         serve()
@@ -340,7 +340,7 @@ def test_a_socket_is_attributed_once_and_never_where_no_lease_is(serve):
     scenario(body)
 
 
-def test_however_many_sockets_are_new_a_look_attributes_a_bounded_number(serve, monkeypatch):
+def test_however_many_sockets_are_new_look_attributes_bounded_number(serve, monkeypatch):
     monkeypatch.setattr(attribution, "BATCH_MAX", 2)
 
     async def body(leases, watch, table):
@@ -355,7 +355,7 @@ def test_however_many_sockets_are_new_a_look_attributes_a_bounded_number(serve, 
     scenario(body)
 
 
-def test_a_socket_on_its_way_from_portd_to_its_owner_is_nobodys_until_it_arrives(spawn):
+def test_socket_in_handoff_belongs_to_no_process(spawn):
     async def body(leases, watch, table):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs, socket.create_server(("127.0.0.1", 0)) as handed:

@@ -65,7 +65,7 @@ def scenario(body, cooldown_s: float = 0.05) -> None:
     asyncio.run(run())
 
 
-def test_an_exit_without_a_listener_is_reported_before_anything_else_runs():
+def test_exit_without_listener_is_reported_before_anything_else_runs():
     async def body(succession, table, reports):
         succession.owners_exited([make_lease(20000)])
         assert reports == [(20000, None)]
@@ -107,7 +107,7 @@ def test_an_ended_lease_is_expected_until_its_cooldown_is_over():
     scenario(body)
 
 
-def test_a_lease_that_was_listened_on_or_released_is_not_expected_again():
+def test_bound_or_released_lease_is_not_expected_again():
     async def body(succession, table, reports):
         for fields in ({"ended_because": "released"}, {"ended_because": "owner_exited", "kin": (CHILD,)}):
             succession.apply(Event(1, "ended", 0.0, make_lease(20000, state="ended", **fields)))

@@ -311,7 +311,7 @@ def test_a_renamed_host_announces_its_services_with_the_new_name() -> None:
     assert servers(net, "b") == {"box1-portd-2.local."}, "no service is announced before its host's name is won"
 
 
-def test_a_service_waits_for_its_hosts_name_and_probes_again_with_another() -> None:
+def test_service_waits_for_its_hosts_name_and_probes_again() -> None:
     net = Net()
     host = net.host()
     host.publish(service("a"))
@@ -328,7 +328,7 @@ def test_a_service_waits_for_its_hosts_name_and_probes_again_with_another() -> N
     assert servers(net, "a") == {"box1-portd-2.local."}
 
 
-def test_a_link_that_comes_up_during_probing_is_probed_three_times_too() -> None:
+def test_link_that_comes_up_late_is_probed_three_times() -> None:
     net = Net()
     host = net.host()
     host.publish(service("a"))
@@ -353,7 +353,7 @@ def test_an_own_address_received_over_another_interface_is_no_conflict() -> None
     assert not host.zone.host.is_won
 
 
-def test_a_stale_service_is_retracted_unless_its_name_is_in_use() -> None:
+def test_stale_service_is_retracted_unless_its_name_is_in_use() -> None:
     net = Net()
     host = owned(net, "a")
     for name in ("a", "old"):

@@ -100,7 +100,7 @@ def test_a_probe_asks_for_many_names_and_proposes_their_records() -> None:
     assert {rrset.name for rrset in first.authority} == {question.name for question in first.question}
 
 
-def test_a_probe_with_long_txts_keeps_each_question_with_its_proposal() -> None:
+def test_probe_with_long_txts_keeps_each_question_with_its_proposal() -> None:
     names = [f"S{number}._x._tcp.local." for number in range(12)]
     claims = [(name, [wire.text(name, bytes([200]) + b"x" * 200)]) for name in names]
     for packet in wire.encode_probe(claims):

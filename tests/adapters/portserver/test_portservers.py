@@ -102,7 +102,7 @@ def test_address_that_is_taken_is_reported_and_leases_go_on(make_daemon: MakeDae
             assert connection.call("POST", "/v1/leases", {"service": "orders", "ttl": 60}).status == 201
 
 
-def test_path_is_replaced_after_a_crash_and_removed_at_the_stop(make_daemon: MakeDaemon, place: Path) -> None:  # noqa: F811
+def test_path_is_replaced_after_crash_and_removed_at_stop(make_daemon: MakeDaemon, place: Path) -> None:  # noqa: F811
     path = place / "portserver.sock"
     daemon = make_daemon(extra=f'[compat]\nportserver = "{path}"').start()
     daemon.kill()

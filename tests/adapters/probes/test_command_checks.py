@@ -66,9 +66,7 @@ def test_the_exit_status_decides(run: Any, bed: Any, script: str, result: str, n
 
 
 @pytest.mark.parametrize("command", ["/bin/true", "sh", "/bin/../bin/sh", "/bin/sh "])
-def test_a_program_that_is_not_allowed_to_the_letter_is_not_run(
-    run: Any, bed: Any, command: str, tmp_path: Path
-) -> None:
+def test_program_that_is_not_allowed_to_letter_is_not_run(run: Any, bed: Any, command: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
     async def scenario() -> None:
@@ -101,9 +99,7 @@ def test_a_program_that_is_not_there_is_critical(run: Any, bed: Any) -> None:
     run(scenario())
 
 
-def test_the_environment_is_the_service_s_and_nothing_of_the_daemon_s(
-    run: Any, bed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_is_service_s_and_nothing_of_daemon_s(run: Any, bed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTD_TOKEN", "secret")
 
     async def scenario() -> None:
@@ -238,7 +234,7 @@ def test_output_is_cut_at_4_kb(run: Any, bed: Any) -> None:
     run(scenario())
 
 
-def test_output_without_end_is_cut_off_long_before_the_time_out(run: Any, bed: Any) -> None:
+def test_output_without_end_is_cut_off_long_before_time_out(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         async with bed(allow_commands=["/usr/bin/yes"]) as prober:
             check = CommandCheck(command=("/usr/bin/yes",), timeout=3600)
@@ -261,7 +257,7 @@ def test_a_time_out_kills_the_program_and_its_children(run: Any, bed: Any, tmp_p
     run(scenario())
 
 
-def test_a_program_s_end_is_the_end_of_what_it_left_behind(run: Any, bed: Any, tmp_path: Path) -> None:
+def test_program_s_end_is_end_of_what_it_left_behind(run: Any, bed: Any, tmp_path: Path) -> None:
     pids = open_to_all(tmp_path / "pids")
 
     async def scenario() -> None:

@@ -123,7 +123,7 @@ def test_what_is_no_proper_answer_is_critical(run: Any, bed: Any, service: Any, 
         [b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"]
     ),
 )
-def test_no_answer_of_a_server_does_more_than_fail_the_check(bed: Any, service: Any, data: bytes, lead: bytes) -> None:
+def test_no_answer_of_server_does_more_than_fail_check(bed: Any, service: Any, data: bytes, lead: bytes) -> None:
     async def blurt(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(lead + data)
@@ -192,7 +192,7 @@ def test_stream_without_an_end_passes_by_its_status(run: Any, bed: Any, service:
     run(scenario())
 
 
-def test_a_server_that_answers_by_the_byte_runs_into_the_time_out(run: Any, bed: Any, service: Any) -> None:
+def test_server_that_answers_by_byte_runs_into_time_out(run: Any, bed: Any, service: Any) -> None:
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
         while True:  # until the peer has had enough
@@ -221,7 +221,7 @@ def test_a_redirect_is_judged_and_never_followed(run: Any, bed: Any, service: An
     assert visits == []
 
 
-def test_a_request_is_as_asked_for_and_carries_nothing_of_the_daemon(
+def test_request_is_as_asked_for_and_carries_nothing_of_daemon(
     run: Any, bed: Any, service: Any, answers: Any, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PORTD_TOKEN", "secret-of-the-daemon")

@@ -137,7 +137,7 @@ def test_nothing_is_checked_before_it_is_bound(run: Any, bed: Any, check: Check)
 @pytest.mark.parametrize(
     ("event", "state"), [("unbound", "held"), ("ended", "ended"), ("conflict", "conflict"), ("declined", "held")]
 )
-def test_a_check_stops_with_what_it_checks_and_breaks_off_what_is_under_way(
+def test_check_ends_and_is_cancelled_with_its_lease(
     run: Any, bed: Any, service: Any, mood: Mood, event: EventType, state: State
 ) -> None:
     async def scenario() -> None:
@@ -329,7 +329,7 @@ def test_a_hanging_service_delays_nobody(run: Any, bed: Any, service: Any, answe
     run(scenario())
 
 
-def test_a_check_without_a_slot_waits_in_line_once_and_is_next(run: Any, bed: Any, service: Any, answer: Any) -> None:
+def test_check_without_slot_waits_in_line_once_and_is_next(run: Any, bed: Any, service: Any, answer: Any) -> None:
     hanging, lively = Mood(answer), Mood(answer)
     hanging.status = ""
 
@@ -368,7 +368,7 @@ def test_a_hundred_services_time_out_side_by_side(run: Any, bed: Any, service: A
 # --- listen ---
 
 
-def test_the_kernel_s_word_counts_at_once_and_no_traffic_is_made(run: Any, bed: Any, closed_port: int) -> None:
+def test_listen_check_counts_at_once_and_sends_nothing(run: Any, bed: Any, closed_port: int) -> None:
     async def scenario() -> None:
         async with bed() as prober:
             lease = prober.bind(ListenCheck(), closed_port, protocol="udp")
@@ -452,7 +452,7 @@ def test_a_stopped_daemon_is_not_taken_for_silence(run: Any, bed: Any) -> None:
     run(scenario())
 
 
-def test_silence_waits_for_the_start_period_and_for_a_restored_daemon(run: Any, bed: Any) -> None:
+def test_silence_waits_for_start_period_and_for_restored_daemon(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         async with bed() as prober:
             prober.bind(ReportCheck(ttl=5, start_period=20), 9)

@@ -48,7 +48,7 @@ def test_a_port_that_nobody_listens_on_is_critical(run: Any, bed: Any, closed_po
     run(scenario())
 
 
-def test_a_listener_whose_backlog_is_full_runs_into_the_time_out(run: Any, bed: Any) -> None:
+def test_listener_whose_backlog_is_full_runs_into_time_out(run: Any, bed: Any) -> None:
     async def scenario() -> None:
         with socket.socket() as listener, socket.socket() as first:
             listener.bind(("127.0.0.1", 0))
@@ -61,7 +61,7 @@ def test_a_listener_whose_backlog_is_full_runs_into_the_time_out(run: Any, bed: 
     run(scenario())
 
 
-def test_a_tcp_check_of_a_udp_lease_is_critical_and_nothing_worse(run: Any, bed: Any, closed_port: int) -> None:
+def test_tcp_check_of_udp_lease_is_critical_and_nothing_worse(run: Any, bed: Any, closed_port: int) -> None:
     async def scenario() -> None:
         async with bed() as prober:
             assert (await prober.result(TcpCheck(), closed_port, protocol="udp"))[0] == "critical"
@@ -158,7 +158,7 @@ def test_what_is_no_proper_grpc_answer_is_critical(run: Any, bed: Any, service: 
     run(scenario())
 
 
-def test_a_grpc_server_that_never_answers_runs_into_the_time_out(run: Any, bed: Any, service: Any) -> None:
+def test_grpc_server_that_never_answers_runs_into_time_out(run: Any, bed: Any, service: Any) -> None:
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1000):
             pass
@@ -183,7 +183,7 @@ def test_responses_are_decoded_as_protobuf_codes_them(status: int) -> None:
 
 
 @given(st.binary(max_size=200), st.booleans())
-def test_no_answer_of_a_server_does_more_than_fail_the_check(data: bytes, settings_first: bool) -> None:
+def test_no_answer_of_server_does_more_than_fail_check(data: bytes, settings_first: bool) -> None:
     call = HealthCall("127.0.0.1:1", GrpcCheck())
     try:
         call.receive((b"\0\0\0\x04\0\0\0\0\0" if settings_first else b"") + data)

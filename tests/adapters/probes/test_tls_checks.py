@@ -127,7 +127,7 @@ def test_client_certificate_is_shown_where_configured(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become the user of a lease")
-def test_files_are_read_with_the_rights_of_the_lease_s_user(run: Any, bed: Any, service: Any, files: Files) -> None:
+def test_files_are_read_with_rights_of_lease_s_user(run: Any, bed: Any, service: Any, files: Files) -> None:
     async def scenario() -> None:
         async with service(answer, ssl=server_context(files)) as port, bed() as prober:
             check = HttpCheck(**tls(files, cert=str(files.client_cert), key=str(files.client_key)))

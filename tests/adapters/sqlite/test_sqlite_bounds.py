@@ -43,7 +43,7 @@ async def test_events_kept_are_bounded_in_bytes(tmp_path, monkeypatch):
         assert [event.revision for event in after.events] == [event.revision for event in loaded.events]
 
 
-async def test_history_is_bounded_in_bytes_for_each_user_and_in_all(tmp_path):
+async def test_history_is_bounded_in_bytes_per_user_and_total(tmp_path):
     bounds = History(total_bytes=200_000, user_bytes=110_000)
     async with opened(tmp_path / "portd.db", history=bounds) as store:
         await store.commit([end(number, uid=number % 3 or None) for number in range(1, 901)])
@@ -72,7 +72,7 @@ async def test_usage_equals_what_the_tables_hold(tmp_path):
         assert database.execute("SELECT uid, leases, bytes FROM usage ORDER BY uid").fetchall() == counted
 
 
-async def test_a_query_that_hangs_is_answered_in_time_and_others_at_once(tmp_path, monkeypatch):
+async def test_hanging_query_times_out_and_delays_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "READ_TIMEOUT_S", 0.05)
     thawed = threading.Event()
     async with opened(tmp_path / "portd.db") as store:

@@ -118,10 +118,10 @@ def lost_by_power_cuts(disk, tmp_path, durability, kept):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
-def test_nothing_acknowledged_is_missing_after_a_power_cut_whatever_the_disk_still_wrote(disk, tmp_path, kept):
+def test_nothing_acknowledged_is_missing_after_a_power_cut(disk, tmp_path, kept):
     assert set(lost_by_power_cuts(disk, tmp_path, "full", kept)) == {0}
 
 
-def test_fast_durability_loses_the_newest_commits_in_a_power_cut_and_nothing_else(disk, tmp_path):
+def test_fast_durability_loses_only_newest_commits_in_a_power_cut(disk, tmp_path):
     lost = lost_by_power_cuts(disk, tmp_path, "fast", 0.0)
     assert max(lost) > 0, "so it is the sync that keeps them, and the cut that takes them"

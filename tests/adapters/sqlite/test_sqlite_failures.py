@@ -32,11 +32,11 @@ def on_failing_disk(disk, tmp_path, scenario):
     assert child.returncode == 0
 
 
-def test_refused_writes_change_nothing_and_the_same_store_goes_on_when_the_disk_does(disk, tmp_path):
+def test_refused_writes_change_nothing_and_the_store_recovers(disk, tmp_path):
     on_failing_disk(disk, tmp_path, "writes_refused")
 
 
-def test_after_a_failed_sync_the_store_refuses_everything_and_leaves_the_files_alone(disk, tmp_path):
+def test_after_failed_sync_store_refuses_everything_and_leaves_files_alone(disk, tmp_path):
     on_failing_disk(disk, tmp_path, "sync_failed")
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_refuses_commits_and_keeps_every_acknowledged_one(small_disk
     asyncio.run(run())
 
 
-def test_a_start_on_a_full_disk_reads_everything_and_writes_when_there_is_space(small_disk):
+def test_start_on_a_full_disk_reads_and_later_writes(small_disk):
     async def run():
         async with opened(small_disk / "portd.db") as store:
             await store.load()
@@ -96,7 +96,7 @@ def test_a_start_on_a_full_disk_reads_everything_and_writes_when_there_is_space(
     asyncio.run(run())
 
 
-def test_a_new_store_on_a_full_disk_says_so_and_is_made_once_there_is_space(small_disk):
+def test_new_store_on_a_full_disk_is_made_later(small_disk):
     async def run():
         filler = fill(small_disk)
         with pytest.raises(StateUnusable, match="can't be used"):
@@ -107,7 +107,7 @@ def test_a_new_store_on_a_full_disk_says_so_and_is_made_once_there_is_space(smal
     asyncio.run(run())
 
 
-def test_a_start_on_a_read_only_disk_says_so_and_changes_nothing(small_disk):
+def test_start_on_read_only_disk_says_so_and_changes_nothing(small_disk):
     async def run():
         await (await SqliteStore.open(small_disk / "portd.db", "full")).close()
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
@@ -125,7 +125,7 @@ def test_a_place_where_no_store_can_be_is_named(tmp_path):
         asyncio.run(SqliteStore.open(tmp_path / "file" / "portd.db", "full"))
 
 
-def test_a_database_locked_by_another_program_is_unavailable_until_it_lets_go(tmp_path, monkeypatch):
+def test_locked_database_is_unavailable_until_it_is_unlocked(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "BUSY_TIMEOUT_S", 0.05)
 
     async def run():
@@ -142,7 +142,7 @@ def test_a_database_locked_by_another_program_is_unavailable_until_it_lets_go(tm
     asyncio.run(run())
 
 
-def test_a_cancelled_commit_that_waits_for_the_disk_is_written_all_the_same(tmp_path):
+def test_cancelled_commit_that_waits_for_disk_is_written_all_same(tmp_path):
     async def run():
         async with opened(tmp_path / "portd.db") as store:
             with closing(sqlite3.connect(tmp_path / "portd.db", isolation_level=None)) as other:
@@ -171,7 +171,7 @@ def test_a_revision_given_twice_stops_the_store(tmp_path):
     asyncio.run(run())
 
 
-def test_a_value_that_the_database_can_not_hold_leaves_nothing_of_its_batch(tmp_path):
+def test_unstorable_value_leaves_nothing_of_its_batch(tmp_path):
     async def run():
         async with opened(tmp_path / "portd.db") as store:
             with pytest.raises(StoreLost):

@@ -91,7 +91,7 @@ def test_an_empty_store_of_schema_1_is_an_empty_store(tmp_path):
     asyncio.run(run())
 
 
-def test_a_store_of_schema_1_ends_up_with_the_schema_of_a_new_one(tmp_path):
+def test_migrated_store_has_the_schema_of_a_new_one(tmp_path):
     make_schema_1(tmp_path / "old.db", HISTORY)
     schema.prepare(tmp_path / "old.db")
     schema.prepare(tmp_path / "new.db")
@@ -103,7 +103,7 @@ def test_a_store_of_schema_1_ends_up_with_the_schema_of_a_new_one(tmp_path):
     assert shape("old.db") == shape("new.db")
 
 
-def test_the_taking_over_of_schema_1_happens_whole_or_not_at_all(tmp_path):
+def test_migration_from_schema_1_is_atomic(tmp_path):
     path = tmp_path / "portd.db"
     make_schema_1(path, HISTORY, pruned_to=45)
     before = dump(path)
@@ -113,7 +113,7 @@ def test_the_taking_over_of_schema_1_happens_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])
-def test_a_power_cut_while_schema_1_is_taken_over_loses_nothing(disk, tmp_path, kept):
+def test_power_cut_while_schema_1_is_taken_over_loses_nothing(disk, tmp_path, kept):
     directory = tmp_path / "state"
     directory.mkdir()
     make_schema_1(directory / "portd.db", HISTORY, pruned_to=45)
@@ -140,7 +140,7 @@ async def load(path):
 
 
 @pytest.mark.parametrize("older", range(1, len(LATER)))
-def test_a_database_of_every_older_number_is_brought_to_the_newest_with_all_it_has(tmp_path, older):
+def test_every_older_schema_migrates_without_loss(tmp_path, older):
     path = tmp_path / "portd.db"
     schema.prepare(path, LATER[:older])
     with closing(sqlite3.connect(path, isolation_level=None)) as database:

@@ -106,7 +106,7 @@ def test_damage_is_found_behind_a_log_that_a_crash_left(path):
     assert "damaged" in refusal(after)
 
 
-def test_a_lease_that_can_not_be_decoded_is_damage_and_nothing_is_checkpointed(path):
+def test_undecodable_lease_is_damage_and_nothing_is_checkpointed(path):
     after = crashed(path)
     with closing(sqlite3.connect(after, isolation_level=None)) as database:
         database.execute("PRAGMA wal_autocheckpoint = 0")
@@ -127,7 +127,7 @@ def test_a_live_lease_whose_event_is_missing_is_damage(path, gone):
 
 
 @pytest.mark.parametrize("revision", [8, 5000])
-def test_a_live_lease_whose_event_is_another_leases_or_nobodys_is_damage(path, revision):
+def test_live_lease_without_its_own_event_is_damage(path, revision):
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("UPDATE live SET revision = ? WHERE id = 'lease-000007'", (revision,))
     assert "events are missing" in refusal(path)
@@ -152,7 +152,7 @@ def test_another_programs_database_is_left_alone(tmp_path, application_id):
     assert "another program" in refusal(path)
 
 
-def test_a_newer_database_is_left_alone_and_the_way_out_is_to_upgrade(path):
+def test_newer_database_is_unchanged_and_the_error_says_upgrade(path):
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("PRAGMA user_version = 99")
     assert "upgrade portd" in refusal(path)
@@ -169,7 +169,7 @@ def test_a_newer_number_that_only_the_log_has_is_seen(path):
     assert "upgrade portd" in refusal(after)
 
 
-def test_a_log_without_its_database_is_not_mixed_with_a_new_one(path):
+def test_log_without_its_database_is_not_mixed_with_new_one(path):
     after = crashed(path)
     after.unlink()
     assert "missing" in refusal(after)
@@ -206,7 +206,7 @@ STATEMENTS = {
 
 
 @pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
-def test_what_is_asked_while_the_daemon_runs_neither_reads_history_in_vain_nor_sorts_it(path, statement):
+def test_queries_of_a_running_daemon_use_their_indexes(path, statement):
     """At most it goes through what is live, or through an index in its order."""
     with closing(sqlite3.connect(path)) as database:
         explained = database.execute("EXPLAIN QUERY PLAN " + re.sub(r"\?|:\w+", "1", statement.replace("?1", "?")))

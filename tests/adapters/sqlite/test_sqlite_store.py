@@ -23,7 +23,7 @@ from tests.adapters.sqlite.nouns import a_lease, an_event, ended, granted
 from tests.adapters.sqlite.stores import opened
 
 
-def test_the_store_id_stays_with_the_database_and_is_its_own(tmp_path):
+def test_store_id_stays_with_database_and_is_its_own(tmp_path):
     async def store_id(name):
         async with opened(tmp_path / name) as store:
             return (await store.load()).store_id
@@ -130,7 +130,7 @@ def revisions_kept(path):
         return {revision for (revision,) in database.execute("SELECT revision FROM events")}
 
 
-def test_the_event_that_a_live_lease_is_known_by_is_kept_until_the_lease_changes_or_ends(tmp_path):
+def test_event_that_holds_a_live_lease_is_kept(tmp_path):
     path = tmp_path / "portd.db"
 
     async def run():
@@ -156,7 +156,7 @@ def test_the_event_that_a_live_lease_is_known_by_is_kept_until_the_lease_changes
     asyncio.run(run())
 
 
-def test_a_pruning_that_a_crash_cut_short_is_finished_by_the_next_and_tells_no_half_of_the_past(tmp_path):
+def test_interrupted_pruning_is_finished_by_the_next(tmp_path):
     path = tmp_path / "portd.db"
 
     async def run():
@@ -173,7 +173,7 @@ def test_a_pruning_that_a_crash_cut_short_is_finished_by_the_next_and_tells_no_h
     asyncio.run(run())
 
 
-def test_a_change_of_the_live_leases_while_they_are_loaded_is_seen_whole_or_not_at_all(tmp_path):
+def test_change_during_a_load_is_seen_whole_or_not(tmp_path):
     async def run():
         async with opened(tmp_path / "portd.db", "fast") as store:
             for batch in range(50):

@@ -60,7 +60,7 @@ async def test_a_lease_comes_back_as_it_was_secrets_too(store):
 
 
 @on_every_store
-async def test_an_ended_lease_that_passed_on_is_live_again_and_may_end_again(store):
+async def test_ended_lease_that_passed_on_may_end_again(store):
     lease = a_lease(1)
     await store.commit([an_event(1, lease)])
     await store.commit([an_event(2, ended(lease, 1.7e9), "ended")])
@@ -76,7 +76,7 @@ async def test_an_ended_lease_that_passed_on_is_live_again_and_may_end_again(sto
 
 
 @on_every_store
-async def test_of_several_changes_in_one_commit_the_last_is_the_lease_and_all_are_events(store):
+async def test_commit_keeps_the_last_change_and_every_event(store):
     events = [
         an_event(1, a_lease(1)),
         an_event(2, a_lease(1, port=20009), "declined"),
@@ -91,7 +91,7 @@ async def test_of_several_changes_in_one_commit_the_last_is_the_lease_and_all_ar
 
 
 @on_every_store
-async def test_a_lease_granted_and_ended_in_one_commit_has_ended_and_was_never_live(store):
+async def test_lease_granted_and_ended_in_one_commit_has_ended(store):
     events = [*granted([1]), an_event(2, ended(a_lease(1), 1_700_000_100.0), "ended"), *granted([3])]
     await store.commit(events)
     loaded = await store.load()
@@ -116,7 +116,7 @@ async def test_an_ended_lease_is_live_no_more_and_still_found(store):
 
 
 @on_every_store
-async def test_the_newest_end_of_every_name_and_of_every_port_is_remembered_and_no_other(store):
+async def test_newest_end_of_each_name_and_port_is_remembered(store):
     def end(number, instance, port):
         lease = a_lease(number, instance=instance, port=port)
         return an_event(number, ended(lease, 1_700_000_000.0 + number), "ended")
@@ -147,7 +147,7 @@ async def test_endpoints_of_one_instance_are_remembered_each(store):
 
 
 @on_every_store
-async def test_history_tells_who_had_a_port_newest_first_live_and_ended(store):
+async def test_history_tells_who_had_port_newest_first_live_and_ended(store):
     await store.commit(
         [
             an_event(1, ended(a_lease(1, port=80), 1_700_000_050.0), "ended"),
@@ -160,7 +160,7 @@ async def test_history_tells_who_had_a_port_newest_first_live_and_ended(store):
 
 
 @on_every_store
-async def test_history_of_one_moment_counts_from_the_grant_until_just_before_the_end(store):
+async def test_history_counts_from_the_grant_until_before_the_end(store):
     await store.commit(
         [an_event(1, ended(a_lease(10, port=80), 1_700_000_050.0), "ended"), an_event(2, a_lease(50, port=80))]
     )
@@ -201,7 +201,7 @@ async def test_history_has_the_time_before_a_lease_moved(store):
 
 
 @on_every_store
-async def test_a_lease_of_both_protocols_is_in_the_history_of_either(store):
+async def test_lease_of_both_protocols_is_in_history_of_either(store):
     await store.commit(
         [an_event(n, a_lease(n, port=53, protocol=protocol)) for n, protocol in enumerate(["tcp", "udp", "both"], 1)]
     )
@@ -229,7 +229,7 @@ async def test_ended_leases_are_listed_newest_end_first_and_by_service(store):
 
 
 @on_every_store
-async def test_pruning_forgets_old_ends_and_surplus_events_and_never_a_live_lease(store):
+async def test_pruning_deletes_old_history_and_never_a_live_lease(store):
     await store.commit(granted(range(1, 1001)))
     await store.commit([an_event(1000 + n, ended(a_lease(n), 1_700_005_000.0 + n), "ended") for n in range(1, 701)])
     assert await store.prune(1_700_005_000.0 + 501, events_kept=100) >= 500 + 1600 - 300  # what the live are may stay
