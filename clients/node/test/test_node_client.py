@@ -179,7 +179,7 @@ def test_what_only_node_has(daemon: Daemon, name: str) -> None:
 def test_the_readmes_service_is_found_by_its_look_up(daemon: Daemon, project: Path) -> None:
     service = daemon.start_program(put(project, "service.mjs", SERVICE))
     try:
-        assert re.fullmatch(r"orders is on port 255\d\d", first_line(service))
+        assert re.fullmatch(r"orders is on port \d+", first_line(service))
         wait_for(lambda: portd_client.resolve_all("orders", client=daemon.client), "the service passes its check")
         assert output(daemon, put(project, "look_up.mjs", LOOK_UP)) == "ok\n\n"
     finally:
