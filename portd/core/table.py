@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from portd.core.bindings import Binding, binding_of, conflicts
@@ -29,6 +29,8 @@ class LeaseTable:
     def __init__(self) -> None:
         self.revision = 0
         self._live: dict[str, Lease] = {}
+        self.get: Callable[[str], Lease | None] = self._live.get
+        """Returns a live lease by its id, or None."""
         self._reserved: dict[str, tuple[Lease, Request]] = {}
         self._moving: dict[str, tuple[Lease, Request]] = {}
         # By id from here on, so that most events change nothing but the lease itself.
@@ -47,10 +49,6 @@ class LeaseTable:
         return iter(self._live.values())
 
     # --- queries ---
-
-    def get(self, lease_id: str) -> Lease | None:
-        """Return a live lease, or None."""
-        return self._live.get(lease_id)
 
     def named(self, service: str, instance: str, endpoint: str) -> Lease | None:
         """Return the lease or reservation that has this name, or None."""
@@ -124,7 +122,8 @@ class LeaseTable:
         for instance in shared:
             if (service, instance, endpoint) not in self._names:
                 return instance
-        return (self._instances.get(service) or _Instances(service)).lowest()
+        instances = self._instances.get(service)
+        return _numbered(service, 1) if instances is None else instances.lowest()
 
     # --- reservations and events ---
 
@@ -220,7 +219,7 @@ class LeaseTable:
         self._services.setdefault(lease.service, {})[lease.id] = lease
 
     def _enter(self, lease: Lease) -> None:
-        assert self.conflicting(Binding(lease.protocol, lease.address, lease.port)) is None, (
+        assert lease.port not in self._bindings or self.conflicting(binding_of(lease)) is None, (
             f"{binding_of(lease)} is leased"
         )
         self._names[(lease.service, lease.instance, lease.endpoint)] = lease.id
@@ -228,7 +227,10 @@ class LeaseTable:
         self._enter_process(lease)
         user = lease.uid if lease.token_name is None else lease.user
         self._users[user] = self._users.get(user, 0) + 1
-        self._instances.setdefault(lease.service, _Instances(lease.service)).enter(lease.instance, lease.id)
+        instances = self._instances.get(lease.service)
+        if instances is None:
+            instances = self._instances[lease.service] = _Instances(lease.service)
+        instances.enter(lease.instance, lease.id)
 
     def _leave(self, lease: Lease) -> None:
         del self._names[(lease.service, lease.instance, lease.endpoint)]
@@ -287,7 +289,8 @@ class _Instances:
         self._service = service
         self._leases: dict[str, dict[str, None]] = {}  # ids by instance, oldest first
         self._all: dict[str, None] = {}  # ids of all, oldest first
-        self._next = 1
+        self._next = 1  # no number below it is free but those in `_freed`
+        self._lowest = _numbered(service, 1)
         self._freed: list[int] = []
 
     def __bool__(self) -> bool:
@@ -298,13 +301,14 @@ class _Instances:
 
     def lowest(self) -> str:
         while self._freed:
-            name = self._name(self._freed[0])
+            name = _numbered(self._service, self._freed[0])
             if name not in self._leases:
                 return name
             heapq.heappop(self._freed)
-        while (name := self._name(self._next)) in self._leases:
+        while self._lowest in self._leases:
             self._next += 1
-        return name
+            self._lowest = _numbered(self._service, self._next)
+        return self._lowest
 
     def oldest(self, instance: str) -> str | None:
         return next(iter(self._leases.get(instance, ())), None)
@@ -323,9 +327,13 @@ class _Instances:
             return
         del self._leases[instance]
         _, _, digits = instance.rpartition("-")
-        if digits.isdecimal() and digits[0] != "0" and int(digits) < self._next and instance == self._name(int(digits)):
+        if not digits.isdecimal() or digits[0] == "0" or int(digits) >= self._next:
+            return
+        if instance == _numbered(self._service, int(digits)):
             heapq.heappush(self._freed, int(digits))
 
-    def _name(self, number: int) -> str:
-        suffix = f"-{number}"
-        return self._service[: 63 - len(suffix)] + suffix  # an instance is a DNS label too
+
+def _numbered(service: str, number: int) -> str:
+    """Return the name of a service's instance: SERVICE-N, cut to the 63 bytes of a DNS label (RFC 1035)."""
+    suffix = f"-{number}"
+    return service[: 63 - len(suffix)] + suffix
