@@ -16,6 +16,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network
 from typing import Final, NamedTuple
 
+from msgspec import Struct
+
 from portd.core.bindings import Binding, binding_of
 from portd.core.model import Lease, Protocol
 from portd.core.own_addresses import Instance, OwnAddresses, User
@@ -38,7 +40,7 @@ class PoolCount(NamedTuple):
     free: int
 
 
-class PortRequest(NamedTuple):
+class PortRequest(Struct, frozen=True, gc=False):
     """What the allocator needs to know of a request. `address` is resolved, never `own`.
 
     `ports` are the requested numbers, the preferred one first; `is_exact`: no others. `is_at_share`: the user has as
@@ -96,7 +98,7 @@ class Allocator:
 
         Whoever goes on to the next one has found that the last one can't be had.
         """
-        tried = set()
+        tried: set[int] = set()
         for port in request.ports:
             binding = request.on(port)
             tried.add(port)
@@ -107,21 +109,22 @@ class Allocator:
                 yield binding
         if request.is_exact:
             return
-        last = self._last_port(request)
-        if last is not None and last not in tried:
-            yield request.on(last)
+        if self._last:
+            last = self._last_port(request)
+            if last is not None and last not in tried:
+                yield request.on(last)
         if request.is_at_share:
             yield from self._cooling(request, self.quarantines.cooling(request.user))
             return
-        free = self._free[request.pool]
+        free, used, quarantined = self._free[request.pool], self._used, self.quarantines.by_port
         for _ in range(len(free)):
             if not free:
                 break
             port = next(iter(free))
-            if port in self._used or port in self.quarantines.by_port:
+            if port in used or port in quarantined:
                 del free[port]  # it comes back when its lease has ended and it has cooled down
                 continue
-            yield request.on(port)
+            yield Binding(request.protocol, request.address, port)
             if port in free:
                 free.move_to_end(port)
         yield from self._cooling(request, self.quarantines.cooling(of_all=True))

@@ -39,7 +39,7 @@ MOVES: Final[dict[EventType, Move]] = {
 }
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One intended move, not yet true: `fields` are the fields of the lease that it sets.
 
     `lease` is given for a grant alone; every other change takes the lease as it is when its turn comes, so that two

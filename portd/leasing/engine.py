@@ -12,11 +12,13 @@ from portd.core.static_ports import StaticPort
 from portd.core.table import LeaseTable
 from portd.leasing.adopting import Adopter
 from portd.leasing.deciding import Decider
+from portd.leasing.drafting import Drafter
 from portd.leasing.feed import Feed
 from portd.leasing.journal import Journal
 from portd.leasing.observing import Observer
 from portd.leasing.owners import Owners
 from portd.leasing.passing import Passing
+from portd.leasing.placing import Placer
 from portd.leasing.policy import Policy, new_id
 from portd.leasing.queries import LeaseQueries
 from portd.leasing.seams import Clock, Holds, LeaseStore, Loaded, Processes
@@ -51,7 +53,7 @@ class LeaseEngine:
 
     def reconfigure(self, policy: Policy, cooldown_s: float) -> None:
         """Apply what can change while the engine runs."""
-        self.decider.policy = policy
+        self.decider.reconfigure(policy)
         self.allocator.cooldown_s = cooldown_s
 
     def close(self) -> None:
@@ -84,7 +86,9 @@ def build_engine(
     timer.on_freed = freed.notify
     owners = Owners(processes, table)
     static_holds = StaticHolds(allocator.statics, table, holds)
-    decider = Decider(table, allocator, names, holds, keeper, static_holds, owners, clocks, policy, make_id)
+    drafter = Drafter(table, allocator, names, static_holds, policy, make_id)
+    placer = Placer(table, allocator, holds, keeper, clocks, policy)
+    decider = Decider(table, owners, clocks, drafter, placer)
     queries = LeaseQueries(table, allocator, journal, clocks, keeper, store, clock, lambda: decider.policy)
     passing = Passing(table, allocator, journal, processes, clock, keeper, owners)
     observer = Observer(

@@ -115,7 +115,10 @@ class LeaseService:
         granted, with a pointer into the array when there are several.
         """
         deadline = asyncio.get_running_loop().time() + min(wait_s, WAIT_MAX_S) if wait_s else 0.0
-        adopted = {index: await self._adopter.find(each, caller) for index, each in enumerate(requests) if each.adopt}
+        adopted: dict[int, Adopted] = {}
+        for index, each in enumerate(requests):
+            if each.adopt:
+                adopted[index] = await self._adopter.find(each, caller)
         while True:
             while (unsettled := self.unsettled(requests)) is not None:
                 await unsettled.wait()
@@ -191,8 +194,11 @@ class LeaseService:
         """Return the answer to a call that was settled some time ago: what ended since then is shown as ended."""
         if pending.refusal is not None:
             raise pending.refusal
-        leases = [self._table.get(lease.id) or await self._queries.find(lease.id) for lease, _ in pending.grants]
-        return Granted(leases, [token for _, token in pending.grants])
+        granted = Granted([], [])
+        for lease, token in pending.grants:
+            granted.leases.append(self._table.get(lease.id) or await self._queries.find(lease.id))
+            granted.tokens.append(token)
+        return granted
 
     # --- what owners do ---
 

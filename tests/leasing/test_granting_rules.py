@@ -232,6 +232,16 @@ async def test_ports_in_relation_are_granted_all_or_none(world):
     assert world.processes.watched_count == 0
 
 
+@in_world(ports=range(20000, 20003))
+async def test_a_refused_offset_points_to_its_own_request(world):
+    world.processes.start(41)
+    for port in range(20010, 20013):
+        world.foreign.add(Binding("tcp", LOOPBACK, port))
+    with pytest.raises(PortTaken) as refused:
+        await world.ask([LeaseRequest(service="k"), LeaseRequest(service="k", endpoint="peer", offset=10)], pid=41)
+    assert refused.value.pointer == "/1/port"
+
+
 @in_world()
 async def test_an_offset_needs_a_first_request_without_one(world):
     world.processes.start(41)
