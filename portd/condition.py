@@ -15,6 +15,7 @@ from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
 from portd.adapters.consul.server import ConsulServer
 from portd.adapters.dns.server import DnsServer
+from portd.adapters.etcd.session import EtcdSession
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.server import HttpServer
 from portd.adapters.http.status import pool_status
@@ -30,6 +31,7 @@ from portd.config import Settings
 from portd.leasing.journal import Journal
 from portd.leasing.queries import LeaseQueries
 
+Gauge = tuple[str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]
 NO_LABELS: tuple[str, ...] = ()
 
 
@@ -51,6 +53,7 @@ class Condition(NamedTuple):
     prober: Prober
     availability: Availability
     compat: Sequence[PortpickerServer | GrpcPortServer | ConsulServer]
+    cluster: EtcdSession | None
 
     def conditions(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return a function for each part; each gives a dict whose `problem` is None or a sentence."""
@@ -58,7 +61,7 @@ class Condition(NamedTuple):
             "store": self._store,
             "mdns": self._mdns,
             "dns": self._dns,
-            "cluster": lambda: {"enabled": bool(self.settings.cluster.engine), "problem": None},
+            "cluster": lambda: {"enabled": False} if self.cluster is None else self.cluster.condition(),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -77,6 +80,8 @@ class Condition(NamedTuple):
         """Return what an operator should know, a sentence each."""
         found = list(self.store.notes)
         found += [f"[compat] {server.problem}" for server in self.compat if server.problem]
+        if self.cluster is not None:
+            found += self.cluster.warnings()
         if descriptors.are_short():
             found.append(
                 "portd is at its file limit: new leases are refused, some ports may have no hold; raise LimitNOFILE of "
@@ -122,9 +127,24 @@ class Condition(NamedTuple):
                 ("kind",),
                 {(kind,): age for kind, age in self.prober.oldest_result_ages().items()},
             ),
+            *(() if self.cluster is None else self._cluster_gauges(self.cluster)),
             *self.availability.gauges(self.clock.now().at),
             *((name, text, NO_LABELS, {NO_LABELS: float(value)}) for name, (text, value) in plain.items()),
         ]
+
+    @staticmethod
+    def _cluster_gauges(cluster: EtcdSession) -> Iterable[Gauge]:
+        plain = {
+            "portd_cluster_hosts": ("Hosts of the cluster, this one included.", len(cluster.view.hosts) + 1),
+            "portd_cluster_instances": ("Endpoints of other hosts.", len(cluster.leases())),
+            "portd_cluster_stale_seconds": ("0 while etcd answers.", cluster.stale_s() or 0),
+            "portd_cluster_claimed": (
+                "1 while this host's name is its own.",
+                float(cluster.publisher.state == "claimed"),
+            ),
+            "portd_cluster_unwritten": ("Changes that wait for etcd.", cluster.publisher.waiting_count),
+        }
+        return [(name, text, NO_LABELS, {NO_LABELS: float(value)}) for name, (text, value) in plain.items()]
 
     def _store(self) -> dict[str, Any]:
         condition = self.store.condition()

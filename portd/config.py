@@ -147,12 +147,24 @@ class Compat(_Section, frozen=True):
 
 
 class Cluster(_Section, frozen=True):
-    """Many hosts together."""
+    """Several hosts together, by etcd; an empty `engine` is off.
+
+    `node` is this host's name (default: the host name), `advertise` the address or interface that other hosts reach
+    (default: the one that reaches etcd). A host that dies disappears after `ttl` seconds. `follow`: all services, those
+    that somebody here asked for, or what suits the number of hosts. A relative `password_file` is a systemd credential.
+    """
 
     engine: Literal["", "etcd"] = ""
     endpoints: tuple[str, ...] = ()
     node: str = ""
     advertise: str = ""
+    ttl: Annotated[int, Meta(ge=3, le=600)] = 10
+    follow: Literal["auto", "all", "asked"] = "auto"
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    user: str = ""
+    password_file: str = ""
 
 
 class Token(_Section, frozen=True):
@@ -517,8 +529,38 @@ def _check_loopback(key: str, address: str) -> Iterator[Problem]:
 
 
 def _check_cluster(settings: Settings) -> Iterator[Problem]:
-    if settings.cluster != Cluster():
-        yield "cluster", "is not available in this version of portd: remove the section"
+    cluster = settings.cluster
+    if not cluster.engine:
+        if cluster != Cluster():
+            yield "cluster.engine", 'must be set to "etcd" for the other settings of [cluster] to apply'
+        return
+    if not cluster.endpoints:
+        yield "cluster.endpoints", 'needs the client URLs of etcd, like ["http://10.0.0.1:2379"]'
+    for url in cluster.endpoints:
+        if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}/?", url):
+            yield "cluster.endpoints", f"{url!r} is not http://HOST:PORT or https://HOST:PORT"
+    if cluster.node and not re.match(LABEL_PATTERN, cluster.node):
+        yield "cluster.node", f"{cluster.node!r} is not a name of 1 to 63 of a-z, 0-9 and '-'"
+    if cluster.advertise:
+        yield from _check_advertise(cluster.advertise)
+    if bool(cluster.tls_cert) != bool(cluster.tls_key):
+        yield "cluster.tls_cert", "tls_cert and tls_key go together"
+    is_plain = any(url.startswith("http://") for url in cluster.endpoints)
+    if is_plain and (cluster.tls_ca or cluster.tls_cert):
+        yield "cluster.endpoints", "with tls_ca or tls_cert every URL must begin with https://"
+    if bool(cluster.user) != bool(cluster.password_file):
+        yield "cluster.user", "user and password_file go together"
+
+
+def _check_advertise(advertise: str) -> Iterator[Problem]:
+    try:
+        address = ipaddress.ip_address(advertise)
+    except ValueError:
+        if not re.fullmatch(r"[^\s/:]{1,15}", advertise):
+            yield "cluster.advertise", f"{advertise!r} is neither an address nor the name of an interface"
+        return
+    if address.is_loopback or address.is_unspecified or address.is_multicast:
+        yield "cluster.advertise", f"{advertise} is not an address that other hosts reach"
 
 
 def _check_auth(settings: Settings) -> Iterator[Problem]:

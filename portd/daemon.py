@@ -112,6 +112,8 @@ class Daemon:
                     systemd.feed_watchdog(),
                 )
             ]
+            if watchers.cluster is not None:
+                background.append(tasks.create_task(watchers.cluster.run()))
             if self._settings.mdns.enabled:
                 await watchers.announcer.start()
             with suppress(OSError):  # a DNS port that is taken is reported in the status: leases matter more

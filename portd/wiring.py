@@ -7,21 +7,28 @@ run. A new part is added here, and to the order of start and stop in `daemon.py`
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
+from portd import __version__
 from portd.adapters import systemd
 from portd.adapters.availability import Availability
 from portd.adapters.clock import LeaseClock
 from portd.adapters.consul.server import ConsulServer
 from portd.adapters.dns.server import DnsServer
+from portd.adapters.etcd.addresses import advertised, login
+from portd.adapters.etcd.session import EtcdSession
 from portd.adapters.handoff import HandoffServer
 from portd.adapters.http.authenticator import Authenticator, Token
 from portd.adapters.http.events import EventCalls
 from portd.adapters.http.fast_path import FastPath
+from portd.adapters.http.hosts import HostCalls
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.names import NameCalls
@@ -47,6 +54,10 @@ from portd.adapters.portserver.portpicker import PortpickerServer
 from portd.adapters.probes.prober import Prober
 from portd.adapters.sqlite.store import SqliteStore
 from portd.adapters.users import ListedUsers
+from portd.cluster.entries import HostEntry
+from portd.cluster.naming import as_unique
+from portd.cluster.publisher import Publisher
+from portd.cluster.view import Seen, View
 from portd.condition import Condition
 from portd.config import (
     Paths,
@@ -60,7 +71,7 @@ from portd.config import (
 from portd.core.bindings import ranges_of
 from portd.core.errors import ConfigError
 from portd.core.failpoints import failpoint
-from portd.core.model import Event, Lease
+from portd.core.model import LABEL_PATTERN, Event, Lease
 from portd.core.rights import hash_token
 from portd.core.static_ports import StaticPort
 from portd.core.table import LeaseTable
@@ -103,6 +114,7 @@ class Watchers:
     log: LeaseLog
     availability: Availability
     when_all_critical: dict[str, WhenAllCritical]
+    cluster: EtcdSession | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ def build(
     """
     tls = _tls(settings)
     engine = _engine(settings, store, inspection.choose(paths.inspector))
-    watchers = _watchers(settings, engine)
+    watchers = _watchers(settings, engine, _cluster(settings, loaded.store_id))
     _subscribe(settings, engine, watchers)
     _adopt_holds(engine.holds, loaded.live, kept_holds)
     engine.leases.restore(loaded, procfs.boot_id())
@@ -145,6 +157,9 @@ def build(
     watchers.dns.restore(engine.table, engine.table.revision)
     watchers.prober.restore(engine.table)
     watchers.availability.restore(engine.table, engine.clock.now().at)
+    if watchers.cluster is not None:
+        watchers.cluster.restore(list(engine.table))
+        _show_other_hosts(settings, engine, watchers, watchers.cluster)
     if settings.mdns.enabled:
         watchers.announcer.restore(engine.table)
     failpoint("start.restored")
@@ -168,7 +183,7 @@ def policy(settings: Settings) -> Policy:
         settings.leases.quota_per_uid,
         settings.leases.hold,
         frozenset(settings.health.allow_commands),
-        host_name(),
+        settings.cluster.node or host_name(),
         os.geteuid(),
         settings.leases.names == "shared",
         ListedUsers({name: service.users for name, service in settings.services.items()}).lists,
@@ -212,7 +227,48 @@ def _engine(settings: Settings, store: SqliteStore, inspections: inspection.Insp
     return Engine(store, clock, diag, sockets, holds, processes, leases.table, leases.journal, leases, inspections)
 
 
-def _watchers(settings: Settings, engine: Engine) -> Watchers:
+def _cluster(settings: Settings, store_id: str) -> EtcdSession | None:
+    """Build the session with etcd; None where no cluster is configured. Raises ConfigError.
+
+    The database's id tells two hosts of one name apart: a machine id is the same in cloned images, and for several
+    daemons of one machine.
+    """
+    cluster = settings.cluster
+    if not cluster.engine:
+        return None
+    node = cluster.node or host_name().lower()
+    if not re.match(LABEL_PATTERN, node):
+        raise ConfigError(f"cluster.node: the host name {node!r} is not a name of a-z, 0-9 and '-': set [cluster] node")
+    advertise = advertised(cluster.advertise, cluster.endpoints)
+    about = HostEntry(store_id, procfs.boot_id(), advertise[0] if advertise else "", __version__)
+    identity = login(
+        cluster.tls_ca,
+        cluster.tls_cert,
+        cluster.tls_key,
+        cluster.user,
+        cluster.password_file,
+        is_tls=any(url.startswith("https://") for url in cluster.endpoints),
+    )
+    view = View(node, cluster.ttl, cluster.follow)
+    return EtcdSession(cluster.endpoints, identity, Publisher(node, about, advertise), view, cluster.ttl)
+
+
+def _show_other_hosts(settings: Settings, engine: Engine, watchers: Watchers, cluster: EtcdSession) -> None:
+    """Have long polls and DNS follow what changes on other hosts."""
+
+    def show(seen: list[Seen]) -> None:
+        for service in {one.lease.service for one in seen}:
+            engine.journal.touch(service)
+        if settings.dns.listen:
+            for one in seen:
+                lease = as_unique(one.lease)
+                shown = replace(lease, state="ended") if one.is_gone else lease
+                watchers.dns.apply(Event(engine.table.revision, "updated", engine.clock.now().at, shown))
+
+    cluster.on_seen = show
+
+
+def _watchers(settings: Settings, engine: Engine, cluster: EtcdSession | None) -> Watchers:
     leases, table = engine.leases, engine.table
     metrics = Metrics()
     panic = _when_all_critical(settings)
@@ -261,6 +317,7 @@ def _watchers(settings: Settings, engine: Engine) -> Watchers:
         LeaseLog(),
         Availability(),
         panic,
+        cluster,
     )
 
 
@@ -283,6 +340,8 @@ def _subscribe(settings: Settings, engine: Engine, watchers: Watchers) -> None:
         subscribed.append(watchers.dns.apply)
     if settings.mdns.enabled:
         subscribed.append(watchers.announcer.apply)
+    if watchers.cluster is not None:
+        subscribed.append(watchers.cluster.apply)
     for watcher in subscribed:
         engine.journal.subscribe(watcher)
 
@@ -319,12 +378,21 @@ def _fronts(
         watchers.prober,
         watchers.availability,
         compat,
+        watchers.cluster,
     )
     watchers.metrics.gauges = condition.gauges
     panic = watchers.when_all_critical
     parts = (
         leases,
-        ServiceCalls(queries, watchers.feed, watchers.announcer.lan, revisions, lambda name: panic.get(name, "none")),
+        ServiceCalls(
+            queries,
+            watchers.feed,
+            watchers.announcer.lan,
+            revisions,
+            lambda name: panic.get(name, "none"),
+            watchers.cluster,
+        ),
+        HostCalls(queries, watchers.cluster),
         events,
         PortCalls(queries, KernelSocketTable(engine.diag, engine.inspections.ports)),
         LanCalls(watchers.announcer.lan),

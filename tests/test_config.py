@@ -7,6 +7,8 @@ import pytest
 from portd.config import Paths, Settings, http_addresses, load, parse, pool_ports, system_paths, user_paths
 from portd.core.errors import ConfigError
 
+CLUSTER = "[cluster]\nengine = 'etcd'\nendpoints = ['http://10.0.0.1:2379']\n"
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -33,7 +35,17 @@ from portd.core.errors import ConfigError
         ("[dns]\nzone = 'a..b'", "f.toml:2: dns.zone"),
         ("[dns]\nzone = '" + "a." * 40 + "'", "dns.zone"),
         ("[health]\nallow_commands = ['x']", "'x' is not an absolute path"),
-        ("[cluster]\nengine = 'etcd'", "f.toml:1: cluster: is not available in this version"),
+        ("[cluster]\nnode = 'a'", "f.toml:1: cluster.engine: must be set"),
+        ("[cluster]\nengine = 'etcd'", "cluster.endpoints: needs the client URLs of etcd"),
+        ("[cluster]\nengine = 'etcd'\nendpoints = ['10.0.0.1:2379']", "f.toml:3: cluster.endpoints: '10.0.0.1:2379'"),
+        (CLUSTER + "node = 'A_B'", "cluster.node: 'A_B' is not a name"),
+        (CLUSTER + "advertise = '127.0.0.1'", "cluster.advertise: 127.0.0.1 is not an address that other hosts reach"),
+        (CLUSTER + "advertise = 'a b'", "neither an address nor the name of an interface"),
+        (CLUSTER + "tls_cert = '/c.pem'", "cluster.tls_cert: tls_cert and tls_key go together"),
+        (CLUSTER + "tls_ca = '/c.pem'", "must begin with https://"),
+        (CLUSTER + "user = 'portd'", "cluster.user: user and password_file go together"),
+        (CLUSTER + "ttl = 2", "cluster.ttl"),
+        (CLUSTER + "single = true", "f.toml:4: cluster.single: unknown setting"),
         ("[compat]\nconsul = '0.0.0.0:8500'", "f.toml:2: compat.consul: 0.0.0.0 is not a loopback address"),
         ("[compat]\nconsol = 1", "f.toml:2: compat.consol: unknown setting"),
         ("[dns]\nlisten = ['127.0.0.1:1', 'x']", "dns.listen: 'x' is not ADDRESS:PORT"),

@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 class HostEntry(Struct, frozen=True, omit_defaults=True):
     """A host. `machine` identifies the daemon's database, which distinguishes two hosts of one name; `services` are
-    the numbers of published endpoints by service."""
+    the numbers of published instances by service."""
 
     machine: str
     boot: str = ""

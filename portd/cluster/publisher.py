@@ -61,7 +61,8 @@ class Publisher:
         self.fence: int | None = None
         """The revision at which the fence key was last written; None while that is not known."""
         self._about = about
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()  # instances by service
+        self._endpoints: Counter[tuple[str, str]] = Counter()  # by (service, instance)
         self._wanted: dict[str, bytes] = {}
         self._written: dict[str, bytes | None] = {}  # None: there is a key, its value is not known
         self._dirty: dict[str, None] = {}  # in the order of first changes
@@ -93,11 +94,11 @@ class Publisher:
             return
         if value is None:
             del self._wanted[key]
-            self._count(lease.service, -1)
+            self._count(lease, -1)
         else:
             self._wanted[key] = value
             if before is None:
-                self._count(lease.service, 1)
+                self._count(lease, 1)
         self._mark([key], now)
 
     # --- the host's name ---
@@ -214,8 +215,14 @@ class Publisher:
         parts = split_key(key)
         return parts is not None and parts.host == self.host
 
-    def _count(self, service: str, step: int) -> None:
-        self._counts[service] += step
-        if not self._counts[service]:
-            del self._counts[service]
-        self._is_host_dirty = True
+    def _count(self, lease: Lease, step: int) -> None:
+        """Count an endpoint that appears or disappears; the host's entry changes with the number of instances."""
+        instance = (lease.service, lease.instance)
+        self._endpoints[instance] += step
+        if self._endpoints[instance] == max(step, 0):  # its first endpoint, or its last one
+            self._counts[lease.service] += step
+            self._is_host_dirty = True
+        if not self._endpoints[instance]:
+            del self._endpoints[instance]
+        if not self._counts[lease.service]:
+            del self._counts[lease.service]

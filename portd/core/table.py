@@ -169,6 +169,11 @@ class LeaseTable:
             self._live[lease.id] = self._services[lease.service][lease.id] = lease
         return before
 
+    def skip_to(self, revision: int) -> None:
+        """Note a revision that no lease of this host has: that of a change on another host."""
+        assert revision > self.revision, f"revision {revision} after {self.revision}"
+        self.revision = revision
+
     def restore(self, leases: Iterable[Lease], revision: int) -> None:
         """Fill an empty table with what was live, at this revision."""
         assert not self._live

@@ -1,7 +1,8 @@
 """Who is given to callers, and at which address: one rule for HTTP, DNS, mDNS, Prometheus, the gateway and the cluster.
 
-An instance counts for itself: nothing that another one does or lacks takes it out. Its endpoints are one thing: a
-drained one, or a critical check of `main`, takes all of them out. This module must not know the protocols of callers.
+An instance, a name on one host, counts for itself: nothing that another one does or lacks takes it out. Its endpoints
+are one thing: a drained one, or a critical check of `main`, takes all of them out. This module must not know the
+protocols of callers.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ def serving(leases: Iterable[Lease], when_all_critical: WhenAllCritical = "none"
     applies to each endpoint name for itself.
     """
     present = [lease for lease in leases if lease.state == "bound"]
-    draining: set[str] = set()
-    critical: set[str] = set()
+    draining: set[tuple[str, str]] = set()
+    critical: set[tuple[str, str]] = set()
     for lease in present:
         if lease.drain:
-            draining.add(lease.instance)
+            draining.add((lease.host, lease.instance))
         if lease.endpoint == MAIN_ENDPOINT and _is_critical(lease):
-            critical.add(lease.instance)
-    undrained = [lease for lease in present if lease.instance not in draining] if draining else present
-    found = [lease for lease in undrained if lease.instance not in critical and is_healthy(lease)]
+            critical.add((lease.host, lease.instance))
+    undrained = [one for one in present if (one.host, one.instance) not in draining] if draining else present
+    found = [one for one in undrained if is_healthy(one) and not (critical and (one.host, one.instance) in critical)]
     if when_all_critical == "all" and len(found) < len(undrained):
         served = {lease.endpoint for lease in found}
         found += [
             lease
             for lease in undrained
-            if lease.endpoint not in served and (lease.instance in critical or _is_critical(lease))
+            if lease.endpoint not in served and ((lease.host, lease.instance) in critical or _is_critical(lease))
         ]
     return found
 

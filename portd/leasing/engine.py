@@ -99,6 +99,7 @@ def build_engine(
     feed = Feed()
     journal.subscribe(feed.apply)
     journal.subscribe_durable(feed.confirm)
+    journal.subscribe_touched(feed.touch)
     return LeaseEngine(
         table, allocator, journal, decider, service, observer, passing, adopter, queries, feed, timer, static_holds
     )

@@ -75,9 +75,12 @@ class Feed:
     def apply(self, event: Event) -> None:
         """Accept the next event, and wake the long polls of its service; followers see it once it is confirmed."""
         self._unconfirmed.append(event)
-        self.revision = event.revision
-        service = event.lease.service
-        self._changed[service] = event.revision
+        self.touch(event.lease.service, event.revision)
+
+    def touch(self, service: str, revision: int) -> None:
+        """Wake the long polls of a service that has changed, here (with an event) or on another host (without)."""
+        self.revision = revision
+        self._changed[service] = revision
         self._changed.move_to_end(service)
         if len(self._changed) > SERVICES_KEPT:
             self._forgotten = max(self._forgotten, self._changed.popitem(last=False)[1])

@@ -55,7 +55,8 @@ class Journal:
         self._watchers: list[ApplyEvent] = []
         self._durable_watchers: list[Callable[[int], None]] = []
         self._requests: list[Pending] = []
-        self._observed: deque[Change] = deque()
+        self._observed: deque[Change | str] = deque()  # or a service that has changed on another host
+        self._touch_watchers: list[Callable[[str, int], None]] = []
         self._unwritten: list[Event] = []
         self._is_committing = False
         self._is_hanging = False
@@ -117,6 +118,15 @@ class Journal:
         """Apply a change that has happened already. One that is not legal when its turn comes is dropped."""
         self._observed.append(change)
         self._apply_observations()
+
+    def touch(self, service: str) -> None:
+        """Give a change of a service on another host a revision of this daemon's; it has no event and is not stored."""
+        self._observed.append(service)
+        self._apply_observations()
+
+    def subscribe_touched(self, watcher: Callable[[str, int], None]) -> None:
+        """Have `watcher` called with a service that has changed on another host, and the revision of that change."""
+        self._touch_watchers.append(watcher)
 
     def mark_unwritable(self, problem: str) -> None:
         """Treat the store as read-only, for this reason, until a write succeeds."""
@@ -271,6 +281,12 @@ class Journal:
         try:
             while self._observed:
                 change = self._observed.popleft()
+                if isinstance(change, str):
+                    self._revision += 1
+                    self._table.skip_to(self._revision)
+                    for touched in self._touch_watchers:
+                        touched(change, self._revision)
+                    continue
                 lease = change.lease or self._table.get(change.lease_id)
                 if lease is None or not is_legal(lease, change.type):
                     continue

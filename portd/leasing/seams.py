@@ -255,3 +255,33 @@ ObserveExit = Callable[[Lease, Successor | None], None]
 listens. An ended lease is reported once more where its successor appears within the cooldown."""
 
 Sleep = Callable[[float], Awaitable[None]]
+
+
+class HostFacts(NamedTuple):
+    """A host of the cluster: its address, its version, and its published instances by service. `age_s` are the seconds
+    since it was known to be alive; None where that is not known."""
+
+    host: str
+    address: str
+    version: str
+    services: dict[str, int]
+    age_s: float | None
+
+
+class OtherHosts(Protocol):
+    """What the cluster knows; a host on its own has none."""
+
+    async def ask(self, service: str) -> None:
+        """Make sure that a look-up of a service has an answer."""
+
+    def of_service(self, service: str) -> Collection[Lease]:
+        """Return the other hosts' leases of a service."""
+
+    def leases(self) -> Sequence[Lease]:
+        """Return all leases of other hosts that are known."""
+
+    def stale_s(self) -> float | None:
+        """Return for how many seconds the cluster's store has not been heard from; None while it answers."""
+
+    def hosts(self) -> Sequence[HostFacts]:
+        """Return the hosts, this one first."""

@@ -19,6 +19,7 @@ from portd.cluster.entries import Change, fence_key, host_key
 from portd.cluster.publisher import Batch, Publisher
 from portd.cluster.view import Position, Seen, View
 from portd.core.model import Event, Lease
+from portd.leasing.seams import HostFacts
 
 HEARTBEAT_S: Final = 0.8
 """Seconds between two heartbeats; with the time-out of a call, a member that does not answer is left within 2 s."""
@@ -88,6 +89,25 @@ class EtcdSession:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 while not self.view.is_known(service):
                     await self._was_read.wait()
+
+    def of_service(self, service: str) -> Collection[Lease]:
+        """Return the other hosts' leases of a service."""
+        return self.view.of_service(service)
+
+    def leases(self) -> Sequence[Lease]:
+        """Return all leases of other hosts that are known."""
+        return self.view.leases()
+
+    def hosts(self) -> Sequence[HostFacts]:
+        """Return the hosts, this one first."""
+        age_s = self.view.stale_s(_now())
+        about = self.publisher.about
+        own = HostFacts(self.publisher.host, about.address, about.version, about.services, 0.0)
+        others = [
+            HostFacts(name, one.address, one.version, one.services, age_s)
+            for name, one in sorted(self.view.hosts.items())
+        ]
+        return [own, *others]
 
     def stale_s(self) -> float | None:
         """Return for how many seconds etcd has not been heard from; None while the view is fresh."""

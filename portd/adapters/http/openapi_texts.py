@@ -91,6 +91,9 @@ OPERATIONS: Final[dict[tuple[str, str], Texts]] = {
     ("GET", "/v1/ports/{port}/history"): Texts(
         "show_port_history", "ports", "Lists the leases of a port, live and ended ones, newest first."
     ),
+    ("GET", "/v1/hosts"): Texts(
+        "list_hosts", "services", "Lists the hosts of the cluster, this one first; only this one without a cluster."
+    ),
     ("GET", "/v1/lan"): Texts("browse_lan", "lan", "Lists the DNS-SD services that hosts of the LAN announce."),
     ("GET", "/v1/names/ask"): Texts(
         "ask_name",
@@ -241,6 +244,28 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "targets": "HOST:PORT of the target.",
     "labels": "The labels of the target.",
     "stale": "Seconds since the cluster's store was heard from.",
+    "Host.address": "The address that other hosts reach it at.",
+    "Host.version": "Its version of portd.",
+    "Host.services": "How many services it has.",
+    "Host.instances": "How many instances it has.",
+    "seen": "When it was last known to be alive.",
+    "self": "Whether it is this host.",
+    "engine": "What keeps the entries of the cluster.",
+    "node": "The name of this host in the cluster.",
+    "member": "The etcd member that is used; null while none answers.",
+    "ClusterStatus.lease": "The etcd lease of this host, in hexadecimal.",
+    "ClusterStatus.ttl": "Seconds after which a dead host disappears.",
+    "ClusterStatus.state": "Whether this host's name is claimed, refused, or waiting for a lease.",
+    "published": "How many keys this host publishes.",
+    "waiting": "How many changes are not written yet.",
+    "ClusterStatus.hosts": "How many hosts there are.",
+    "ClusterStatus.instances": "How many endpoints of other hosts are known.",
+    "ClusterStatus.revision": "The revision of etcd up to which other hosts are known.",
+    "follows": "Whether all services are followed, or those that were asked for.",
+    "moved": "How often another member was tried.",
+    "malformed": "How many entries could not be read.",
+    "etcd_version": "The version of the member.",
+    "db_size_bytes": "The size of etcd's database.",
     # names of the gateway
     "domain": "The host name.",
     "ServedName.service": "The service that answers.",

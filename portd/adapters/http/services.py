@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Annotated, Any, Final, Literal
 from zlib import crc32
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
 from portd.adapters.http.calls import Answer, Call, Route, encode
+from portd.adapters.http.hosts import stale_header
 from portd.adapters.http.paging import Cursor, Limit, Rows, decode_cursor, in_order, page
 from portd.adapters.http.revisions import After, Revisions
 from portd.core.announcing import LanService
 from portd.core.model import MAIN_ENDPOINT, Health, Label, Lease
 from portd.core.requests import Tag
 from portd.core.shares import Shares
-from portd.core.views import LeaseView, OwnerView, moment
+from portd.core.views import LeaseView, OwnerView, moment, view_lease
 from portd.core.visibility import WhenAllCritical, is_loopback, reachable_at, serving
 from portd.leasing.feed import Feed
 from portd.leasing.queries import LeaseQueries
+from portd.leasing.seams import OtherHosts
 
 WAIT_MAX_S: Final = 600.0
 """The longest long poll, in seconds: proxies and kernels forget idle connections that stay longer."""
@@ -72,7 +74,7 @@ class ServiceQuery(Struct, frozen=True, forbid_unknown_fields=True):
     held: bool = False
     tag: tuple[Tag, ...] = ()
     endpoint: Label = MAIN_ENDPOINT
-    scope: Literal["local", "cluster", "lan", "all"] = "local"
+    scope: Literal["local", "cluster", "lan", "all"] | None = None
     after: After | None = None
     min: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     wait: Annotated[float, Meta(ge=0, le=WAIT_MAX_S)] = 0.0
@@ -81,12 +83,13 @@ class ServiceQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Instances(Struct, frozen=True):
-    """The instances of a service, as of a revision."""
+    """The instances of a service, as of a revision; those of other hosts as they were `stale` seconds ago."""
 
     service: str
     revision: int
     instances: list[LeaseView]
     next: str | None
+    stale: float | UnsetType = UNSET
 
 
 class TargetQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +97,7 @@ class TargetQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
     tag: tuple[Tag, ...] = ()
     endpoint: Label | None = None
+    scope: Literal["local", "cluster"] | None = None
 
 
 class Target(Struct, frozen=True):
@@ -113,7 +117,9 @@ class ServiceCalls:
         lan: LanLookup,
         revisions: Revisions,
         when_all_critical: Callable[[str], WhenAllCritical] = lambda service: "none",
+        others: OtherHosts | None = None,
     ) -> None:
+        self._others = others
         self._when_all_critical = when_all_critical
         self._revisions = revisions
         self._polls = Shares("long polls", total=POLLS_MAX, per_user=USER_POLLS_MAX)
@@ -166,6 +172,9 @@ class ServiceCalls:
         query: ServiceQuery = call.query
         name = call.path["name"]
         after = decode_cursor(query.cursor, size=3)
+        others = self._others if query.scope in (None, "cluster", "all") else None
+        if others is not None:
+            await others.ask(name)
         await self._wait(name, query, call)
         from_lan: list[LanService] = []
         if query.scope in ("lan", "all") and query.endpoint == MAIN_ENDPOINT and not query.tag:
@@ -176,19 +185,23 @@ class ServiceCalls:
             ]
         now, revision = self._queries.now().at, self._feed.revision
         asked_at = asked_address(call)
-        local = [(one, at) for one in self._select(name, query) if (at := reachable_at(one, asked_at))]
-        addresses = {lease.id: at[0] for lease, at in local}
-        seen: list[Lease | LanService] = [*(lease for lease, _ in local), *from_lan]
+        leases = [(one, at) for one in self._select(name, query) if (at := reachable_at(one, asked_at))]
+        addresses = {lease.id: at[0] for lease, at in leases}
+        seen: list[Lease | LanService] = [*(lease for lease, _ in leases), *from_lan]
 
         def show(one: Lease | LanService) -> LeaseView:
             if isinstance(one, LanService):
                 return _view_lan(one, name, now)
-            view = self._queries.view(one, call.caller)
+            is_here = self._queries.get(one.id) is not None
+            view = self._queries.view(one, call.caller) if is_here else view_lease(one, call.caller)
             return view if view.address == addresses[one.id] else replace(view, address=addresses[one.id])
 
-        found = await in_order(seen, _order, after, lambda one: True)
+        found = await in_order(seen, self._order, after, lambda one: True)
         head = b'"service":%s,"revision":%d,' % (encode(name), revision)
-        return Answer(page("instances", found, query.limit, show, encode, head), revision=revision)
+        if others is not None and (stale_s := others.stale_s()) is not None:
+            head += b'"stale":%.1f,' % stale_s
+        rows = page("instances", found, query.limit, show, encode, head)
+        return Answer(rows, revision=revision, headers=stale_header(others))
 
     async def _wait(self, name: str, query: ServiceQuery, call: Call) -> None:
         """Wait for what the query waits for, `wait` seconds at most: a change of the service, or enough instances."""
@@ -205,8 +218,21 @@ class ServiceCalls:
                     return
 
     def _serving(self, name: str, query: ServiceQuery) -> list[Lease]:
-        given = serving(self._queries.of_service(name), self._when_all_critical(name))
+        given = serving(self._leases(name, query), self._when_all_critical(name))
         return [lease for lease in given if _matches(lease, query)]
+
+    def _leases(self, name: str, query: ServiceQuery) -> Collection[Lease]:
+        """Return the leases of the hosts that the query asks about."""
+        here = self._queries.of_service(name)
+        if self._others is None or query.scope in ("local", "lan"):
+            return here
+        return [*here, *self._others.of_service(name)]
+
+    def _order(self, seen: Lease | LanService) -> tuple[str, ...]:
+        """Return the position in a listing: this host's leases, then the cluster's, then what the LAN announces."""
+        if isinstance(seen, LanService):
+            return ("lan", seen.name, seen.type)
+        return ("" if self._queries.get(seen.id) is not None else "cluster", seen.instance, f"{seen.host}/{seen.id}")
 
     def _select(self, name: str, query: ServiceQuery) -> list[Lease]:
         if query.scope == "lan":
@@ -214,7 +240,7 @@ class ServiceCalls:
         if query.serving or query.passing:
             found = self._serving(name, query)
         else:
-            leases = self._queries.of_service(name)
+            leases = self._leases(name, query)
             found = [lease for lease in leases if _matches(lease, query) and (query.held or lease.state != "held")]
         return [lease for lease in found if query.health in (None, lease.health)]
 
@@ -234,10 +260,11 @@ class ServiceCalls:
             )
 
         revision = self._queries.revision
-        found = await in_order(self._queries, lambda lease: lease.name, None, matches)
-        return Answer(
-            Rows(b"[", (_target(lease, asked_at) for _, lease in found), lambda count: b"]"), revision=revision
-        )
+        others = None if query.scope == "local" else self._others
+        leases = self._queries if others is None else [*self._queries, *others.leases()]
+        found = await in_order(leases, lambda lease: (*lease.name, lease.host), None, matches)
+        rows = Rows(b"[", (_target(lease, asked_at) for _, lease in found), lambda count: b"]")
+        return Answer(rows, revision=revision, headers=stale_header(others))
 
 
 def asked_address(call: Call) -> str | None:
@@ -274,13 +301,6 @@ def _user_of(lease: Lease) -> str:
     if isinstance(lease.user, str):
         return lease.user
     return lease.owner.user if lease.owner.user and lease.owner.uid == lease.uid else str(lease.uid)
-
-
-def _order(seen: Lease | LanService) -> tuple[str, ...]:
-    """Return the place in a listing: this host's leases before what other hosts announce."""
-    if isinstance(seen, LanService):
-        return ("lan", seen.name, seen.type)
-    return ("", seen.instance, seen.id)
 
 
 def _view_lan(seen: LanService, service: str, now: float) -> LeaseView:

@@ -66,9 +66,26 @@ class DnsStatus(Struct, frozen=True):
 
 
 class ClusterStatus(Struct, frozen=True):
-    """The condition of the cluster."""
+    """The condition of the cluster; nothing but `enabled` where none is configured."""
 
     enabled: bool
+    engine: str | UnsetType = UNSET
+    node: str | UnsetType = UNSET
+    member: str | UnsetType | None = UNSET
+    lease: str | UnsetType | None = UNSET
+    ttl: int | UnsetType = UNSET
+    state: str | UnsetType = UNSET
+    published: int | UnsetType = UNSET
+    waiting: int | UnsetType = UNSET
+    hosts: int | UnsetType = UNSET
+    instances: int | UnsetType = UNSET
+    revision: int | UnsetType = UNSET
+    follows: str | UnsetType = UNSET
+    stale: float | UnsetType | None = UNSET
+    moved: int | UnsetType = UNSET
+    malformed: int | UnsetType = UNSET
+    etcd_version: str | UnsetType | None = UNSET
+    db_size_bytes: int | UnsetType = UNSET
     problem: str | UnsetType | None = UNSET
 
 

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 
 from portd.adapters.http.calls import encode
 from portd.adapters.http.events import EventCalls
+from portd.adapters.http.hosts import HostCalls
 from portd.adapters.http.lan import LanCalls
 from portd.adapters.http.leases import LeaseCalls
 from portd.adapters.http.names import NameCalls
@@ -31,6 +32,7 @@ ROUTES = [
     *ServiceCalls(None, None, None, REVISIONS).routes(),
     *EventCalls(None, REVISIONS).routes(),
     *PortCalls(None, None).routes(),
+    *HostCalls(None, None).routes(),
     *LanCalls(None).routes(),
     *NameCalls(None).routes(),
     *StatusCalls(None, {}, None, None, None).routes(),
