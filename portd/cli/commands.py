@@ -21,6 +21,8 @@ GROUPS = {
     "see who has what": {"ls": "listing", "who": "listing", "history": "listing", "checks": "listing"},
     "find services": {
         "services": "lookup",
+        "hosts": "cluster",
+        "cluster": "cluster",
         "resolve": "lookup",
         "wait": "lookup",
         "url": "urls",

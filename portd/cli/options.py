@@ -306,6 +306,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "PORT": port_argument,
     "SERVICE": label,
     "PID": number,
+    "ACTION": choice("status"),
     "SHELL": choice("bash", "zsh", "fish"),
 }
 """How positional arguments of these names are read."""

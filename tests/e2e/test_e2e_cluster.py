@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +75,22 @@ def test_instances_of_other_hosts_are_found_at_their_addresses(tmp_path: Path) -
         assert [one["host"] for one in b.daemon.get("/v1/hosts")] == ["b", "a"]
         assert b.daemon.get("/v1/hosts")[1]["instances"] == 1
         assert (b.status["state"], b.status["stale"], b.status["problem"]) == ("claimed", None, None)
+
+
+def test_command_line_shows_hosts_and_the_clusters_condition(tmp_path: Path) -> None:
+    with hosts(tmp_path, "a", "b") as ([member], [a, b]):
+        a.serve("orders")
+        wait_for(lambda: b.look_up("orders"), "b finds it")
+
+        def portd(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "portd", *words]
+            return subprocess.run(command, env=b.daemon.environ, capture_output=True, text=True, timeout=20)
+
+        assert [one["host"] for one in json.loads(portd("hosts", "--json").stdout)] == ["b", "a"]
+        assert "this host" in portd("hosts").stdout
+        shown = portd("cluster", "status")
+        assert (shown.returncode, member.url in shown.stdout, "fresh" in shown.stdout) == (0, True, True)
+        assert portd("cluster", "stop").returncode == 2
 
 
 def test_loopback_instances_are_not_published(tmp_path: Path) -> None:
