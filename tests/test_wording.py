@@ -23,6 +23,7 @@ NEVER = {
     r"by chance": "at random",
     r"at its word|kernel's (own )?word|by its word|own word": "per the kernel",
     r"told": "reported, notified, logged",
+    r"wish(es|ed)?": "request",
     r"doubt(s|ed)?": "mark unwritable",
     r"tend(s|ed)?": "run due timers",
     r"vouches": "identifies",

@@ -30,9 +30,9 @@ def _measure() -> list[dict[str, Any]]:
         daemon = bed.Portd(directory)
         rows = [_row(daemon, 0)]
         with daemon.serving():
-            wish = {"service": "bench", "pid": os.getpid()}
+            body = {"service": "bench", "pid": os.getpid()}
             for _ in range(LEASE_COUNT // CALL_SIZE):
-                daemon.ask("POST", "/v1/leases", [wish] * CALL_SIZE)
+                daemon.ask("POST", "/v1/leases", [body] * CALL_SIZE)
         return [*rows, _row(daemon, LEASE_COUNT)]
 
 

@@ -85,9 +85,9 @@ class Puppet:
         self.children.append(self.do("fork"))
         return self.children[-1]
 
-    def hand_over(self, wish: Any) -> tuple[Any, list[dict[str, Any]]]:
+    def hand_over(self, body: Any) -> tuple[Any, list[dict[str, Any]]]:
         """Have it ask for a handoff; returns the answer, and what the sockets are that came with it."""
-        answer, sockets = self.do("hand_over", place=str(self._daemon.handoff), wish=wish)
+        answer, sockets = self.do("hand_over", place=str(self._daemon.handoff), body=body)
         return answer, sockets
 
     def become(self, *words: str) -> None:
@@ -129,11 +129,11 @@ class _Body:
             os._exit(0)
         return child
 
-    def hand_over(self, place: str, wish: Any) -> tuple[Any, list[dict[str, Any]]]:
+    def hand_over(self, place: str, body: Any) -> tuple[Any, list[dict[str, Any]]]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(10)
             connection.connect(place)
-            connection.send(json.dumps(wish).encode())
+            connection.send(json.dumps(body).encode())
             data, sockets = receive(connection)
         self._sockets += sockets
         return json.loads(data), [_describe(one) for one in sockets]

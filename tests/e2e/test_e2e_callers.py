@@ -245,14 +245,14 @@ def test_process_of_another_network_is_refused_whoever_asks_for_it(daemon: Daemo
 def test_process_of_another_network_gets_no_port_and_no_socket(daemon: Daemon, network: str) -> None:
     with owner() as outside, Puppet(daemon, "ip", "netns", "exec", network) as foreign:
         lease = daemon.lease("mine", pid=outside.pid)
-        wishes = (
+        bodies = (
             {"lease": lease["id"], "listen": True},
             {"request": {"service": "foreign", "pid": outside.pid}},
             {"request": {"service": "foreign", "ttl": 60}, "listen": True},
         )
-        for wish in wishes:
-            answer, sockets = foreign.hand_over(wish)
-            assert (answer["problem"]["code"], sockets) == ("other_network", []), wish
+        for body in bodies:
+            answer, sockets = foreign.hand_over(body)
+            assert (answer["problem"]["code"], sockets) == ("other_network", []), body
         refused = foreign.call("POST", "/v1/leases", {"service": "foreign", "pid": outside.pid})
         assert (refused.status, refused.code) == (422, "other_network")
         assert daemon.show(lease["id"])["state"] == "held"
@@ -275,10 +275,10 @@ def test_a_connection_whose_opener_has_exited_gets_nothing(daemon: Daemon) -> No
         subprocess.run(command, pass_fds=[theirs.fileno()], check=True)
         _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
         with socket.socket(fileno=descriptors[0]) as connection:
-            for wish in ({"request": {"service": "orphan", "ttl": 60}}, {"lease": lease["id"], "listen": True}):
-                connection.send(json.dumps(wish).encode())
+            for body in ({"request": {"service": "orphan", "ttl": 60}}, {"lease": lease["id"], "listen": True}):
+                connection.send(json.dumps(body).encode())
                 data, sockets = receive(connection)
-                assert (json.loads(data)["problem"]["code"], sockets) == ("other_network", []), wish
+                assert (json.loads(data)["problem"]["code"], sockets) == ("other_network", []), body
 
 
 def test_root_of_a_user_namespace_is_no_admin(daemon: Daemon, nobody: Puppet) -> None:
@@ -343,11 +343,11 @@ def curl(network: str, cert: Path, url: str, *words: str) -> Reply:
 def test_callers_from_elsewhere_need_tls_and_a_token(remote: Daemon, network: str, place: Path) -> None:
     cert, url = place / "cert.pem", f"https://{HERE}:{remote.tcp[1]}"
     lease_of_root = remote.lease("roots", ttl=60)
-    wish = json.dumps({"service": "far", "ttl": 60})
+    request = json.dumps({"service": "far", "ttl": 60})
     for words in ([], ["-H", "Authorization: Bearer wrong"], ["-H", "Authorization: Basic eDp5"]):
         for path, body in (
             ("/v1/leases", []),
-            ("/v1/leases", ["-d", wish, "-H", "Content-Type: application/json"]),
+            ("/v1/leases", ["-d", request, "-H", "Content-Type: application/json"]),
             (f"/v1/leases/{lease_of_root['id']}", ["-X", "DELETE"]),
         ):
             refused = curl(network, cert, url + path, *words, *body)
@@ -357,7 +357,7 @@ def test_callers_from_elsewhere_need_tls_and_a_token(remote: Daemon, network: st
     assert curl(network, cert, f"{url}/v1/leases", *bearer).status == 200
     without_clock = curl(network, cert, f"{url}/v1/leases", *bearer, "-d", json.dumps({"service": "far"}))
     assert (without_clock.status, without_clock.code, without_clock.body["pointer"]) == (400, "invalid_request", "/ttl")
-    granted = curl(network, cert, f"{url}/v1/leases", *bearer, "-d", wish)
+    granted = curl(network, cert, f"{url}/v1/leases", *bearer, "-d", request)
     assert (granted.status, granted.body["owner"]["pid"], granted.body["owner"]["known_by"]) == (201, None, "token")
     refused = curl(network, cert, f"{url}/v1/leases/{lease_of_root['id']}", *bearer, "-X", "DELETE")
     assert (refused.status, refused.code) == (403, "not_owner")

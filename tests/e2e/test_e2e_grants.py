@@ -96,14 +96,18 @@ def test_a_grant_says_all_that_the_contract_promises(daemon: Daemon) -> None:
 
 
 def test_requested_port_is_granted_or_replaced_unless_exact(daemon: Daemon) -> None:
-    wish = daemon.first_port + 50
-    assert daemon.lease("wish", port=wish)["port"] == wish
-    assert daemon.lease("wish", port=wish)["port"] != wish
-    assert refused(daemon, {"service": "wish", "port": wish, "exact": True}) == (409, "port_taken", "/port")
+    requested = daemon.first_port + 50
+    assert daemon.lease("requested", port=requested)["port"] == requested
+    assert daemon.lease("requested", port=requested)["port"] != requested
+    assert refused(daemon, {"service": "requested", "port": requested, "exact": True}) == (409, "port_taken", "/port")
     outside = next(port for port in range(5000, 6000) if is_bindable(port))
-    assert daemon.lease("wish", port=outside, exact=True)["port"] == outside
+    assert daemon.lease("requested", port=outside, exact=True)["port"] == outside
     with listen_on(outside + 1):
-        assert refused(daemon, {"service": "wish", "port": outside + 1, "exact": True}) == (409, "port_taken", "/port")
+        assert refused(daemon, {"service": "requested", "port": outside + 1, "exact": True}) == (
+            409,
+            "port_taken",
+            "/port",
+        )
 
 
 def test_the_longest_unused_port_is_given(make_daemon: MakeDaemon) -> None:

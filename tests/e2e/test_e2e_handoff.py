@@ -52,7 +52,7 @@ def test_a_request_is_granted_and_received_at_once(daemon: Daemon, puppet: Puppe
 
 
 @pytest.mark.parametrize(
-    ("wish", "kinds"),
+    ("body", "kinds"),
     [
         ({"protocol": "udp"}, ["udp"]),
         ({"protocol": "both"}, ["tcp", "udp"]),
@@ -66,9 +66,9 @@ def test_a_request_is_granted_and_received_at_once(daemon: Daemon, puppet: Puppe
     ],
 )
 def test_every_protocol_and_address_comes_by_handoff(
-    daemon: Daemon, puppet: Puppet, wish: Any, kinds: list[str]
+    daemon: Daemon, puppet: Puppet, body: Any, kinds: list[str]
 ) -> None:
-    answer, sockets = puppet.hand_over({"request": {"service": "kinds", **wish}, "listen": True})
+    answer, sockets = puppet.hand_over({"request": {"service": "kinds", **body}, "listen": True})
     assert sockets == [binding_of(answer["lease"], kind) for kind in kinds]
     daemon.wait_state(answer["lease"]["id"], "bound")
 
@@ -124,8 +124,8 @@ def test_user_without_privileges_gets_privileged_port_that_is_its_own(make_daemo
     daemon.start()
     with Puppet(daemon, uid=NOBODY) as nobody:
         assert "ermission" in str(nobody.listen(low))
-        for wish in ({"service": "low"}, {"service": "web", "address": "own", "port": 443, "exact": True}):
-            answer, sockets = nobody.hand_over({"request": wish, "listen": True})
+        for body in ({"service": "low"}, {"service": "web", "address": "own", "port": 443, "exact": True}):
+            answer, sockets = nobody.hand_over({"request": body, "listen": True})
             assert sockets == [binding_of(answer["lease"])]
             assert answer["lease"]["port"] < 1024
             assert daemon.wait_state(answer["lease"]["id"], "bound")["owner"]["uid"] == NOBODY
@@ -144,7 +144,7 @@ def test_refused_handoff_names_its_reason(daemon: Daemon, puppet: Puppet) -> Non
     daemon.call("DELETE", f"/v1/leases/{ended['id']}")
     taken = puppet.lease("taken", hold="none")
     with listen_on(taken["port"]):
-        for wish, code, pointer in [
+        for body, code, pointer in [
             ({"lease": "0" * 24}, "not_found", None),
             ({"lease": ended["id"]}, "lease_ended", None),
             ({"lease": taken["id"]}, "port_taken", "/lease"),
@@ -158,9 +158,9 @@ def test_refused_handoff_names_its_reason(daemon: Daemon, puppet: Puppet) -> Non
             ([], "invalid_request", ""),
             (None, "invalid_request", ""),
         ]:
-            answer, sockets = puppet.hand_over(wish)
+            answer, sockets = puppet.hand_over(body)
             problem = answer["problem"]
-            assert (problem["code"], problem.get("pointer"), sockets) == (code, pointer, []), (wish, problem)
+            assert (problem["code"], problem.get("pointer"), sockets) == (code, pointer, []), (body, problem)
             assert problem["detail"]
 
 
@@ -218,8 +218,8 @@ def test_at_the_file_limit_every_caller_is_answered_busy(make_daemon: MakeDaemon
     with owner() as process, handoff(daemon) as connection:
         lease = daemon.lease("none", pid=process.pid, hold="none")
 
-        def ask(wish: dict[str, Any]) -> tuple[Any, list[socket.socket]]:
-            connection.send(json.dumps(wish).encode())
+        def ask(body: dict[str, Any]) -> tuple[Any, list[socket.socket]]:
+            connection.send(json.dumps(body).encode())
             answer, sockets = receive(connection)
             return json.loads(answer), sockets
 

@@ -192,8 +192,8 @@ def test_a_port_that_somebody_listens_on_is_never_granted(make_daemon: MakeDaemo
         listen_on(first + 2, "::1"),
         listen_on(first + 3, "127.0.0.9"),
     ):
-        wish = daemon.lease("wish", port=first)
-        assert wish["port"] == first + 4
+        requested = daemon.lease("requested", port=first)
+        assert requested["port"] == first + 4
         refused = daemon.call("POST", "/v1/leases", {"service": "more"})
         assert (refused.status, refused.code) == (503, "pool_exhausted")
         assert daemon.verdict(daemon.first_port) in ("unmanaged", "declined")

@@ -94,12 +94,12 @@ async def test_without_an_instance_each_grant_takes_the_lowest_free_number(world
 @in_world()
 async def test_an_array_is_granted_whole_or_not_at_all(world):
     world.processes.start(41)
-    wishes = [
+    requests = [
         LeaseRequest(service="orders"),
         LeaseRequest(service="orders", endpoint="metrics"),
         LeaseRequest(service="billing"),
     ]
-    leases = (await world.ask(wishes, pid=41)).leases
+    leases = (await world.ask(requests, pid=41)).leases
     assert [lease.instance for lease in leases] == ["orders-1", "orders-1", "billing-1"]
     assert len({lease.port for lease in leases}) == 3
     before = (dict(world.holds.held), len(world.table), world.allocator.count("default"))
@@ -119,7 +119,7 @@ async def test_port_of_a_foreign_process_goes_on_probation(world):
 
 
 @in_world()
-async def test_an_exact_wish_gets_that_port_or_none(world):
+async def test_exact_request_gets_its_port_or_none(world):
     world.processes.start(41)
     assert (await world.grant(41, service="orders", port=8080, exact=True)).port == 8080
     with pytest.raises(PortTaken):
@@ -152,8 +152,8 @@ async def test_a_static_port_is_its_services_for_good(world):
 async def test_static_port_has_its_protocol_unless_another_is_requested(world):
     world.processes.start(41)
 
-    async def given(**wish):
-        lease = await world.grant(41, **wish)
+    async def given(**requested):
+        lease = await world.grant(41, **requested)
         return lease.protocol, lease.port, lease.lifetime
 
     assert await given(service="names") == ("udp", 5353, "static")

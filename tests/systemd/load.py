@@ -23,14 +23,14 @@ REQUEST = (
 )
 
 
-def wish(index: int) -> bytes:
+def request_body(index: int) -> bytes:
     """Make a request for a lease that nobody else has asked for."""
     return json.dumps({"service": "load", "instance": f"load-{os.getpid()}-{index}", "ttl": 600}).encode()
 
 
 async def ask(index: int, answers: list[tuple[int, str]]) -> None:
     """Ask for one lease; whatever goes wrong is an answer too."""
-    body = wish(index)
+    body = request_body(index)
     try:
         async with asyncio.timeout(20):
             reader, writer = await asyncio.open_unix_connection(SOCKET)
@@ -49,7 +49,7 @@ async def ask_for_socket(index: int, answers: list[tuple[int, str]]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as asking:
         try:
             asking.connect(HANDOFF)
-            asking.send(b'{"request": %s}' % wish(index))
+            asking.send(b'{"request": %s}' % request_body(index))
             loop.add_reader(asking, readable.set)
             async with asyncio.timeout(20):
                 await readable.wait()

@@ -12,8 +12,8 @@ from box import wait_for
 pytestmark = pytest.mark.systemd
 
 
-def lease(box, service="orders", **wishes):
-    return box.api("/v1/leases", {"service": service, "ttl": 600, **wishes})
+def lease(box, service="orders", **fields):
+    return box.api("/v1/leases", {"service": service, "ttl": 600, **fields})
 
 
 def leases(box):
