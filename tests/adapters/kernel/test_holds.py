@@ -52,6 +52,16 @@ def test_number_that_is_taken_at_any_address_is_not_whole(holds, port, descripto
     assert holds.take("a", protocol, "127.0.0.1", port, "none", whole=True) == "taken"
 
 
+@pytest.mark.parametrize("address", ["127.0.0.2", "::1", "0.0.0.0", "::"])
+@pytest.mark.parametrize("options", [{"listen": True, "reuse": True}, {"reuse": True}])
+def test_wildcard_hold_needs_the_number_at_every_address(holds, port, address, options):
+    with foreign(address, port, **options):
+        assert holds.take("a", "tcp", "::", port, "shared", whole=True) == "busy"
+        assert not holds.is_free("tcp", "::", port, whole=True)
+    assert holds.take("a", "tcp", "::", port, "shared", whole=True) == "taken"
+    assert not can_bind(address, port)
+
+
 @pytest.mark.parametrize("leave", ["TIME_WAIT", "an open connection"])
 def test_connections_that_dead_server_left_do_not_keep_its_number(holds, spawn, port, leave):
     with leave_behind(spawn, "127.0.0.1", port, leave, reuse="reuse"):
