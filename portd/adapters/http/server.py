@@ -47,6 +47,10 @@ USER_UNREAD_MAX_BYTES: Final = 32 << 20
 
 OnRefusal = Callable[[Refusal, int | None, int | None], None]
 
+BACKLOG: Final = 4096
+"""Connections that may wait while the daemon restarts; systemd/portd.socket has the same. asyncio reports a full unix
+socket as ENOTCONN to its clients."""
+
 
 class HttpServer:
     """The API on any number of sockets. `revision` gives the value of X-Portd-Revision, `store_id` of X-Portd-Store.
@@ -95,7 +99,7 @@ class HttpServer:
             self._servers.append(acceptor)
             return
         loop = asyncio.get_running_loop()
-        self._servers.append(await loop.create_server(self._make_front, sock=listener, backlog=1024))
+        self._servers.append(await loop.create_server(self._make_front, sock=listener, backlog=BACKLOG))
 
     async def stop_accepting(self) -> None:
         """Stop accepting; wait briefly so that clients already connected can send their request."""
