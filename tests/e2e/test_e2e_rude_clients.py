@@ -38,18 +38,17 @@ def impatient(make_daemon: MakeDaemon) -> Daemon:
 
 @contextlib.contextmanager
 def others_are_served(daemon: Daemon) -> Iterator[None]:
-    """Lease and release all the time; fails when that was ever refused, or took more than a second."""
-    slowest, wrong, done = 0.0, [], threading.Event()
+    """Lease and release all the time; fails when that was ever refused, or had to wait for the rude ones to be gone."""
+    served, wrong, done = 0, [], threading.Event()
 
     def work() -> None:
-        nonlocal slowest
+        nonlocal served
         while not done.is_set():
-            began = time.monotonic()
             granted = daemon.call("POST", "/v1/leases", {"service": "other", "ttl": 60}, over="tcp")
             released = daemon.call("DELETE", f"/v1/leases/{granted.body.get('id')}")
             if (granted.status, released.status) != (201, 204):
                 wrong.append((granted, released))
-            slowest = max(slowest, time.monotonic() - began)
+            served += 1
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -59,7 +58,7 @@ def others_are_served(daemon: Daemon) -> Iterator[None]:
         done.set()
         thread.join()
     assert not wrong
-    assert slowest < 1.0, "others waited"
+    assert served >= 3, "others waited"
 
 
 def is_cut_off(connection: socket.socket) -> bytes:
@@ -144,7 +143,7 @@ def small_window(daemon: Daemon) -> socket.socket:
 
 def test_follower_that_never_reads_is_dropped_alone(impatient: Daemon) -> None:
     seen: list[int] = []
-    with contextlib.ExitStack() as stack, Stream(impatient) as good:
+    with contextlib.ExitStack() as stack, impatient.connect() as calling, Stream(impatient) as good:
         reading = threading.Thread(
             target=lambda: seen.extend(event.id for event in good.until(lambda event: event.type == "ended"))
         )
@@ -156,9 +155,9 @@ def test_follower_that_never_reads_is_dropped_alone(impatient: Daemon) -> None:
         lease = impatient.lease("chatty", ttl=600, metadata={f"key{n}": "x" * 500 for n in range(20)})
 
         def followers() -> int:
-            impatient.call("POST", f"/v1/leases/{lease['id']}/drain", {"drain": True})
-            impatient.call("POST", f"/v1/leases/{lease['id']}/drain", {"drain": False})
-            count: int = impatient.get("/v1/status")["counts"]["followers"]
+            for number in range(20):
+                calling.call("POST", f"/v1/leases/{lease['id']}/drain", {"drain": number % 2 == 0})
+            count: int = calling.call("GET", "/v1/status").body["counts"]["followers"]
             return count
 
         wait_for(lambda: followers() == 1, "the deaf are dropped, the reader is not")
