@@ -17,6 +17,7 @@ GROUPS = {
         "release": "leasing",
         "drain": "leasing",
         "transfer": "leasing",
+        "stop": "stopping",
     },
     "see who has what": {"ls": "listing", "who": "listing", "history": "listing", "checks": "listing"},
     "find services": {

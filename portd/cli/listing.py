@@ -172,6 +172,8 @@ def _lease(lease: dict[str, Any]) -> list[tuple[str, str]]:
         since = f", for {printing.age(lease['health_since'])}" if lease.get("health_since") else ""
         checked = f", checked {printing.age(lease['checked_at'])} ago" if lease.get("checked_at") else ""
         lines.append(("health", f"{printing.health(lease)}{reason}{since}{checked}"))
+    if lease.get("workspace"):
+        lines.append(("directory", lease["workspace"] + (f" ({lease['branch']})" if lease.get("branch") else "")))
     lines += _process("owner", lease["owner"])
     if other := printing.elsewhere(lease):
         lines.append(("elsewhere", f"the owner listens on {other} instead: give it this port ({{port}} or $PORT)"))

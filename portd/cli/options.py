@@ -284,7 +284,9 @@ def _assign(command: Command, plain: list[str], program: list[str] | None, value
         key = word.strip("[]-… ").lower()
         if word.startswith("-- "):
             if program is None and plain:
-                raise _missing_separator(command, [values[name.lower()] for name in command.arguments[:1]] + plain)
+                raise _missing_separator(
+                    command, [values[name.strip("[]").lower()] for name in command.arguments[:1]] + plain
+                )
             if not program:
                 raise UsageError(f"the command to run is missing: put it after '--' ({usage})")
             values[key], program = program, None

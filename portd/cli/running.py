@@ -54,6 +54,7 @@ def assignment(text: str) -> tuple[str, str]:
 
 def run(values: dict[str, Any]) -> int:
     """Lease, prepare, and become the command; returns only when that is impossible."""
+    _infer(values)
     requests = _requests(values)
     names = [request.get("endpoint", "main") for request in requests]
     texts = [*values["command"], *(value for _, value in values["env"])]
@@ -94,10 +95,23 @@ def run(values: dict[str, Any]) -> int:
         raise
 
 
+def _infer(values: dict[str, Any]) -> None:
+    """Fill in what the work tree says: the service where none is given, and the instance in a second work tree."""
+    from portd.cli import work_trees
+
+    tree = work_trees.find(os.getcwd())
+    values["work_tree"] = tree.fields
+    if values["service"] is None:
+        values["service"] = work_trees.infer_service(tree, os.getcwd())
+        if values["instance"] is None:
+            values["instance"] = tree.instance
+
+
 def _requests(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Make one request for each endpoint; check and announcement are the main endpoint's unless said otherwise."""
     main = lease_options.request(values)
     own = {"port", "exact", "check", "announce"}
+    main.update(values["work_tree"])
     shared = {key: value for key, value in main.items() if key not in own}
     requests = {"main": main}
     for name, fields in values["endpoint"]:
@@ -223,7 +237,7 @@ def _note(text: str) -> None:
 COMMANDS = (
     Command(
         "run",
-        ["SERVICE", "-- COMMAND"],
+        ["[SERVICE]", "-- COMMAND"],
         "Start a service on a leased port",
         run,
         (
@@ -255,6 +269,10 @@ COMMAND replaces portd (same pid), so the lease ends when the service does.
 PORT, HOST, PORTD_LEASE, PORTD_TOKEN, PORTD_URL and PORTD_PUBLIC_URL (the URL
 at the gateway) are set. A $PORT on the command line is expanded by your shell
 before portd runs: write {port}.
+
+Without SERVICE the name is the work tree's: from .portd.toml (service = "web"),
+package.json, pyproject.toml, go.mod or the directory. In a further work tree
+of a repository (git worktree) the branch is the instance.
 
     portd run orders -- python3 -m http.server {port}
     portd run web --port 3000,3001,8000-8010 --env VITE_URL={url} -- npm run dev

@@ -210,7 +210,9 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     `uid` is the user of the process at the grant: it never changes, and rights and quotas go by it. `owner` describes
     the process as it is now: it may have changed its user and its program since. `listening` are the addresses at
     which its own listeners are, `vouched_by` the rule that made them its own, `elsewhere` the other ports that the
-    owner listens on while this one is not listened on. `weight` and `priority` are those of its SRV records (RFC 2782).
+    owner listens on while this one is not listened on. `workspace` is the directory of the work tree that the service
+    was started in, `branch` the branch that is checked out there. `weight` and `priority` are those of its SRV
+    records (RFC 2782).
 
     The fields below the line never leave the daemon: no view of a lease shows them. `kin` are processes that are known
     to be its own, as (pid, start ticks): see `core.ownership`. `passed_from` is the owner before the last `passed`,
@@ -244,6 +246,8 @@ class Lease(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     priority: int = 0
     check: Check | None = None
     announce: Announcement | None = None
+    workspace: str | None = None
+    branch: str | None = None
     host: str
     created_at: float
     renewed_at: float | None = None

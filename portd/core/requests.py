@@ -36,6 +36,10 @@ Ports = PortNumber | PortRange | Annotated[tuple[PortNumber | PortRange, ...], M
 Weight = Annotated[int, Meta(ge=0, le=65_535)]
 
 
+Workspace = Annotated[str, Meta(pattern=r"^/[^\x00-\x1f\x7f]*\Z", max_length=1024)]
+Branch = Annotated[str, Meta(pattern=r"^[^\x00-\x20\x7f]+\Z", max_length=255)]
+
+
 class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request for one lease; only `service` is required.
 
@@ -64,6 +68,8 @@ class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     priority: Annotated[int, Meta(ge=0, le=65_535)] = 0
     check: Check | UnsetType | None = UNSET
     announce: bool | AnnounceRequest | UnsetType | None = UNSET
+    workspace: Workspace | None = None
+    branch: Branch | None = None
 
 
 class RenewRequest(Struct, frozen=True, forbid_unknown_fields=True):

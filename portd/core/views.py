@@ -80,6 +80,8 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
     ended_at: datetime | None
     ended_because: EndedBecause | None
     revision: int
+    workspace: str | None = None
+    branch: str | None = None
     token: str | UnsetType = UNSET
 
 
@@ -189,6 +191,8 @@ def view_lease(
         ended_at=moment(lease.ended_at),
         ended_because=lease.ended_because,
         revision=lease.revision,
+        workspace=lease.workspace if sees_process(caller, lease.uid) else None,
+        branch=lease.branch if sees_process(caller, lease.uid) else None,
         token=token,
     )
 
