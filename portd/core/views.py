@@ -80,8 +80,8 @@ class LeaseView(Struct, frozen=True, gc=False, kw_only=True):
     ended_at: datetime | None
     ended_because: EndedBecause | None
     revision: int
-    workspace: str | None = None
-    branch: str | None = None
+    workspace: str | UnsetType = UNSET
+    branch: str | UnsetType = UNSET
     token: str | UnsetType = UNSET
 
 
@@ -191,10 +191,15 @@ def view_lease(
         ended_at=moment(lease.ended_at),
         ended_because=lease.ended_because,
         revision=lease.revision,
-        workspace=lease.workspace if sees_process(caller, lease.uid) else None,
-        branch=lease.branch if sees_process(caller, lease.uid) else None,
+        workspace=_if_known(lease.workspace, caller, lease),
+        branch=_if_known(lease.branch, caller, lease),
         token=token,
     )
+
+
+def _if_known(text: str | None, caller: Caller, lease: Lease) -> str | UnsetType:
+    """Show what a work tree says, to those who may see the process; a field that is not known is left out."""
+    return text if text is not None and sees_process(caller, lease.uid) else UNSET
 
 
 def view_event(event: Event, caller: Caller) -> EventView:

@@ -178,8 +178,8 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "ended_because": "Why the lease ended.",
     "started_at": "When the process started.",
     "revision": "The newest revision of what is shown; revisions only grow.",
-    "workspace": "The directory of the work tree that the service was started in; null for other users.",
-    "branch": "The branch that is checked out in the work tree; null for other users.",
+    "workspace": "The directory of the work tree that the service was started in; left out where it is not known.",
+    "branch": "The branch that is checked out in the work tree; left out likewise.",
     # health
     "check": "The health check of the lease.",
     "health": "What the check found: `passing`, `warning`, `critical`, or `unknown` before the first result.",
