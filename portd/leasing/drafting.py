@@ -126,7 +126,8 @@ class Drafter:
             "token_hash": hash_token(token),
         }
         # What has its default stays out: msgspec finds each keyword by a search through all fields (a microsecond).
-        if request.tags or request.metadata or request.weight is not UNSET or request.priority:
+        has_details = request.tags or request.metadata or request.weight is not UNSET or request.priority
+        if has_details or request.workspace or request.branch:
             fields |= _details(request)
         if numbers or is_own:
             fields |= {"exact": is_exact, "port_requested": bool(numbers), "own_address": is_own}
@@ -235,6 +236,10 @@ def _details(request: LeaseRequest) -> dict[str, Any]:
         fields["weight"] = request.weight
     if request.priority:
         fields["priority"] = request.priority
+    if request.workspace is not None:
+        fields["workspace"] = request.workspace
+    if request.branch is not None:
+        fields["branch"] = request.branch
     return fields
 
 
