@@ -29,7 +29,7 @@ class ForeignProcesses:
         assert binding is not None
         try:
             async with asyncio.timeout(SEARCH_MAX_S):
-                sockets = [each for each in self._sockets.on_port(binding.port) if _is_in_the_way(each, binding)]
+                sockets = [each for each in self._sockets.on_port(binding.port) if _conflicts(each, binding)]
                 owners = await self._sockets.owners({each.socket.inode for each in sockets})
         except (OSError, TimeoutError):
             return refusal
@@ -46,7 +46,8 @@ class ForeignProcesses:
 _KINDS: Final = ("listening", "bound", "connected")
 
 
-def _is_in_the_way(each: PortSocket, binding: Binding) -> bool:
+def _conflicts(each: PortSocket, binding: Binding) -> bool:
+    """Return whether a socket keeps others from the binding."""
     has_protocol = binding.protocol in (each.socket.protocol, "both")
     return has_protocol and overlaps(each.socket.address, binding.address, v6only=each.socket.v6only)
 

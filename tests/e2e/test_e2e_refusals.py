@@ -70,8 +70,8 @@ REFUSALS = {
         configured("[leases]\ncooldwn = 1"), os.EX_CONFIG, r"portd.toml:2: leases.cooldwn: unknown"
     ),
     "nested TOML": Refusal(configured("x = " + "[" * 5000), os.EX_CONFIG, r"portd.toml: not TOML: .*nested too deeply"),
-    "unbuilt setting": Refusal(
-        configured("[cluster]\nengine = 'etcd'"), os.EX_CONFIG, r"portd.toml:1: cluster: is not"
+    "incomplete section": Refusal(
+        configured("[cluster]\nengine = 'etcd'"), os.EX_CONFIG, r"portd.toml:1: cluster.endpoints: needs"
     ),
     "certificate": Refusal(
         lambda daemon: (
