@@ -243,6 +243,25 @@ async def test_a_refused_offset_points_to_its_own_request(world):
 
 
 @in_world()
+async def test_lease_renewed_by_a_second_attempt_still_expires(world):
+    world.processes.start(41)
+    renewed = await world.grant(41, service="k", instance="k-1", endpoint="peer", ttl=30.0)
+    world.processes.end(41)
+    world.processes.start(42)
+    world.foreign.add(Binding("tcp", LOOPBACK, 20006))
+    call = [
+        LeaseRequest(service="k"),
+        LeaseRequest(service="k", instance="k-1", endpoint="peer", ttl=30.0, offset=20),
+        LeaseRequest(service="k", endpoint="admin", offset=5),
+    ]
+    leases = (await world.ask(call, pid=42)).leases
+    assert [lease.port for lease in leases] == [20002, renewed.port, 20007]
+    world.pass_time(31.0)
+    await world.settle()
+    assert world.table.get(renewed.id) is None
+
+
+@in_world()
 async def test_an_offset_needs_a_first_request_without_one(world):
     world.processes.start(41)
     for call in ([{"offset": 1}], [{"offset": 1}, {}], [{}, {"offset": 1, "port": 8080}]):
