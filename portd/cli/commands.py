@@ -35,6 +35,7 @@ GROUPS = {
         "status": "condition",
         "doctor": "doctor",
         "gateway": "gateway",
+        "open": "opening",
         "demo": "demo",
         "install": "installing",
         "uninstall": "installing",
