@@ -5,7 +5,7 @@ Each bound is here once; what depends on the configuration or on other leases is
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
@@ -39,6 +39,18 @@ Weight = Annotated[int, Meta(ge=0, le=65_535)]
 Workspace = Annotated[str, Meta(pattern=r"^/[^\x00-\x1f\x7f]*\Z", max_length=1024)]
 Branch = Annotated[str, Meta(pattern=r"^[^\x00-\x20\x7f]+\Z", max_length=255)]
 
+DEFAULT_PROTOCOL: Final[Protocol] = "tcp"
+DEFAULT_ADDRESS: Final = "127.0.0.1"
+DEFAULT_POOL: Final = "default"
+"""What a new lease has that its request leaves out. A static port's own address and protocol come before these."""
+
+Value = TypeVar("Value")
+
+
+def given(value: Value | UnsetType, default: Value) -> Value:
+    """Return what a request gives, or the default where it leaves it out."""
+    return default if isinstance(value, UnsetType) else value
+
 
 class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request for one lease; only `service` is required.
@@ -52,20 +64,20 @@ class LeaseRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     service: Label
     instance: Label | None = None
     endpoint: Label = "main"
-    protocol: Protocol = "tcp"
-    address: Annotated[str, Meta(min_length=1, max_length=64)] = "127.0.0.1"
+    protocol: Protocol | UnsetType = UNSET
+    address: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
     port: Ports | None = None
     exact: bool = False
     adopt: bool = False
     offset: Annotated[int, Meta(ge=-65_534, le=65_534)] | None = None
-    pool: Annotated[str, Meta(min_length=1, max_length=63)] = "default"
+    pool: Annotated[str, Meta(min_length=1, max_length=63)] | UnsetType = UNSET
     hold: HoldKind | None = None
     pid: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
     ttl: Ttl | None = None
     tags: Tags | UnsetType = UNSET
     metadata: Metadata | UnsetType = UNSET
     weight: Weight | UnsetType = UNSET
-    priority: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    priority: Annotated[int, Meta(ge=0, le=65_535)] | UnsetType = UNSET
     check: Check | UnsetType | None = UNSET
     announce: bool | AnnounceRequest | UnsetType | None = UNSET
     workspace: Workspace | None = None

@@ -9,7 +9,15 @@ from msgspec import UNSET
 from portd.core import announcing, health
 from portd.core.errors import LeaseDiffers
 from portd.core.model import OWN_ADDRESS, Lease
-from portd.core.requests import LeaseRequest, PatchRequest, check_details, check_timing, port_numbers
+from portd.core.requests import (
+    DEFAULT_ADDRESS,
+    DEFAULT_PROTOCOL,
+    LeaseRequest,
+    PatchRequest,
+    check_details,
+    check_timing,
+    port_numbers,
+)
 
 
 def replaced_fields(lease: Lease, request: PatchRequest | LeaseRequest, at: float) -> dict[str, Any]:
@@ -44,21 +52,24 @@ def replaced_fields(lease: Lease, request: PatchRequest | LeaseRequest, at: floa
     return {name: value for name, value in fields.items() if getattr(lease, name) != value}
 
 
-def check_same(lease: Lease, request: LeaseRequest, address: str) -> None:
+def check_same(lease: Lease, request: LeaseRequest, address: str | None) -> None:
     """Raise LeaseDiffers where the request gives something else than the lease has, beyond what may be replaced.
 
-    `address` is the requested one in its normal form. What is not given, or has its default, does not differ; nor does
-    a port that is not `exact`: another one was granted for it.
+    `address` is the requested one in its normal form, None where the request has none. What is not given does not
+    differ; nor does a port that is not `exact`: another one was granted for it. A static port has its own protocol and
+    address where a request gives the defaults.
     """
+    is_static = lease.lifetime == "static"
     ports = port_numbers(request.port)
     differing = {
-        "protocol": request.protocol not in ("tcp", lease.protocol),
+        "protocol": request.protocol not in (UNSET, lease.protocol)
+        and not (is_static and request.protocol == DEFAULT_PROTOCOL),
         "address": not _has_address(lease, request, address),
         "port": request.exact and lease.port not in ports,
-        "pool": request.pool not in ("default", lease.pool),
+        "pool": request.pool not in (UNSET, lease.pool),
         "hold": request.hold not in (None, lease.hold),
         "ttl": request.ttl is not None and request.ttl != lease.ttl,
-        "priority": request.priority not in (0, lease.priority),
+        "priority": request.priority not in (UNSET, lease.priority),
     }
     for field, differs in differing.items():
         if differs:
@@ -69,7 +80,9 @@ def check_same(lease: Lease, request: LeaseRequest, address: str) -> None:
             )
 
 
-def _has_address(lease: Lease, request: LeaseRequest, address: str) -> bool:
-    if request.address == OWN_ADDRESS:
+def _has_address(lease: Lease, request: LeaseRequest, address: str | None) -> bool:
+    if address is None or request.adopt:  # an adopted lease has its listener's address
+        return True
+    if address == OWN_ADDRESS:
         return lease.own_address
-    return address in ("127.0.0.1", lease.address)
+    return address == lease.address or (lease.lifetime == "static" and address == DEFAULT_ADDRESS)

@@ -13,7 +13,7 @@ from portd.core.bindings import is_loopback, overlaps
 from portd.core.errors import FILE_LIMIT, Busy, InvalidRequest, NotOwner, OtherNetwork, Refusal
 from portd.core.model import OWN_ADDRESS, Listener
 from portd.core.ownership import Holder, Seen
-from portd.core.requests import LeaseRequest
+from portd.core.requests import DEFAULT_ADDRESS, DEFAULT_PROTOCOL, LeaseRequest, given
 from portd.core.rights import Caller
 from portd.leasing.seams import ForeignNetwork, Process, Processes, ProcessGone
 
@@ -52,23 +52,25 @@ class Adopter:
             raise InvalidRequest("'adopt' needs a 'port'", pointer="/port")
         if request.pid is not None:
             raise InvalidRequest("'adopt' leases for the process that listens: leave 'pid' out", pointer="/pid")
+        protocol = given(request.protocol, DEFAULT_PROTOCOL)
+        address = given(request.address, DEFAULT_ADDRESS)
         found = [
             (listener, holder)
             for listener, holder in await self.find_listeners(request.port)
-            if request.protocol in (listener.protocol, "both") and not holder.is_portd
+            if protocol in (listener.protocol, "both") and not holder.is_portd
         ]
         if not found:
             raise InvalidRequest(
                 f"nobody listens on port {request.port}: start the program first, or lease without 'adopt'",
                 pointer="/port",
             )
-        is_own = request.address == OWN_ADDRESS
-        at_address = [] if is_own else [each for each in found if _is_at(each[0], request.address)]
+        is_own = address == OWN_ADDRESS
+        at_address = [] if is_own else [each for each in found if _is_at(each[0], address)]
         listener, holder = (at_address or found)[0]
         process = self._process(listener, holder, caller)
         same = [one.address for one, other in found if other.ancestors[:1] == holder.ancestors[:1]]
         seen = Seen(tuple(sorted(set(same))), "owner")
-        return Adopted(process, request.address if at_address else listener.address, seen)
+        return Adopted(process, address if at_address else listener.address, seen)
 
     def _process(self, listener: Listener, holder: Holder, caller: Caller) -> Process:
         if not holder.ancestors:

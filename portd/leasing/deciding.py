@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from portd.core.errors import InvalidRequest, PoolExhausted, PortReserved, PortTaken, QuotaExceeded, Refusal
 from portd.core.model import OWN_ADDRESS, Lease
-from portd.core.requests import LeaseRequest
+from portd.core.requests import LeaseRequest, given
 from portd.core.rights import Caller
 from portd.core.table import LeaseTable
 from portd.core.transitions import Change
@@ -193,7 +193,9 @@ class Decider:
             if process is not None:
                 fields = {"owner": process.owner, "process": process.id}
         else:
-            address = request.address if request.address == OWN_ADDRESS else normal_address(request.address)
+            address = given(request.address, None)
+            if address is not None and address != OWN_ADDRESS:
+                address = normal_address(address)
             check_same(lease, request, address)
         if request.check is not UNSET:
             self.validate_check(request.check, lease.protocol, lease.uid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 from msgspec import UNSET, Struct
 
@@ -20,7 +20,16 @@ from portd.core.errors import InvalidRequest, PortTaken, QuotaExceeded
 from portd.core.model import OWN_ADDRESS, Check, HoldKind, Lease, Owner, Protocol
 from portd.core.names import Holder, ServiceNames, check_name
 from portd.core.own_addresses import User
-from portd.core.requests import LeaseRequest, check_details, check_timing, port_numbers
+from portd.core.requests import (
+    DEFAULT_ADDRESS,
+    DEFAULT_POOL,
+    DEFAULT_PROTOCOL,
+    LeaseRequest,
+    check_details,
+    check_timing,
+    given,
+    port_numbers,
+)
 from portd.core.rights import Caller, hash_token
 from portd.core.table import LeaseTable
 from portd.leasing.owners import describe_owner
@@ -28,10 +37,6 @@ from portd.leasing.pending import Pending
 from portd.leasing.policy import Policy, new_id, new_token
 from portd.leasing.seams import Process
 from portd.leasing.static_holds import StaticHolds
-
-DEFAULT_ADDRESS: Final = "127.0.0.1"
-DEFAULT_PROTOCOL: Final = "tcp"
-"""What a request binds that says nothing else; a static port's own address and protocol replace them."""
 
 
 class Draft(Struct, gc=False):
@@ -82,9 +87,9 @@ class Drafter:
         Raises InvalidRequest, ServiceTaken, PortTaken (the instance) or QuotaExceeded; PoolExhausted where the block of
         own addresses is used up.
         """
-        self._check(request)
+        pool = self._check(request)
         policy, now = self.policy, pending.now
-        service, endpoint, protocol = request.service, request.endpoint, request.protocol
+        service, endpoint, protocol = request.service, request.endpoint, given(request.protocol, DEFAULT_PROTOCOL)
         owner = Owner(uid=caller.uid, known_by=caller.known_by) if process is None else process.owner
         uid = owner.uid
         token_name = caller.token_name if uid is None else None
@@ -93,7 +98,7 @@ class Drafter:
         instance, of_instance = self._instance(request, made)
         if not caller.admin:
             self._check_names(service, instance, user, of_instance, now.tick)
-        address, is_own = request.address, request.address == OWN_ADDRESS
+        address, is_own = given(request.address, DEFAULT_ADDRESS), request.address == OWN_ADDRESS
         if is_own:  # endpoints share their instance's address
             address = self._own_address(service, instance, user if of_instance is None else of_instance.user, pending)
         elif address != DEFAULT_ADDRESS:
@@ -103,9 +108,9 @@ class Drafter:
         is_static = static is not None and (not numbers or static.port in numbers[:1])
         if static is not None and is_static:
             numbers, is_exact = (static.port,), True
-            if static.protocol != "both" and protocol == DEFAULT_PROTOCOL:
+            if request.protocol is UNSET or (static.protocol != "both" and protocol == DEFAULT_PROTOCOL):
                 protocol = static.protocol
-            address = address if is_own or request.address != DEFAULT_ADDRESS else static.address
+            address = static.address if address == DEFAULT_ADDRESS else address
         is_at_share = policy.quota_per_uid > 0 and self._is_at_share(user)
         hold = policy.hold if request.hold is None and protocol != "udp" else _hold_kind(request, protocol)
         token = self._make_token()
@@ -115,7 +120,7 @@ class Drafter:
             "endpoint": endpoint,
             "protocol": protocol,
             "address": address,
-            "pool": request.pool,
+            "pool": pool,
             "hold": hold,
             "lifetime": "ttl" if request.ttl is not None else "static" if is_static else "process",
             "owner": owner,
@@ -151,7 +156,7 @@ class Drafter:
             self._statics.give_way(service, endpoint, pending.reserve)
         is_privileged = caller.admin or is_own or (is_static and bool(policy.is_listed(service, user)))
         name = (service, instance, endpoint)
-        ports = PortRequest(name, user, protocol, address, numbers, request.pool, is_exact, is_at_share)
+        ports = PortRequest(name, user, protocol, address, numbers, pool, is_exact, is_at_share)
         return Draft(self._make_id(now.at), token, ports, hold, is_privileged, not (is_exact or is_own), fields)
 
     def validate_check(self, check: Check | None, protocol: Protocol, uid: int | None) -> Check | None:
@@ -165,10 +170,12 @@ class Drafter:
 
     # --- parts ---
 
-    def _check(self, request: LeaseRequest) -> None:
-        if request.pool not in self._pools:
+    def _check(self, request: LeaseRequest) -> str:
+        """Return the pool of a request; raises InvalidRequest for what can't be granted."""
+        pool = given(request.pool, DEFAULT_POOL)
+        if pool not in self._pools:
             raise InvalidRequest(
-                f"there is no pool {request.pool!r}: the configuration has {', '.join(self._pools)}",
+                f"there is no pool {pool!r}: the configuration has {', '.join(self._pools)}",
                 pointer="/pool",
             )
         if request.ttl is not None and request.ttl > self.policy.max_ttl_s:
@@ -177,10 +184,11 @@ class Drafter:
             )
         if request.exact and request.port is None:
             raise InvalidRequest("'exact' needs a 'port'", pointer="/exact")
-        if request.offset is not None and request.pool != "default" and request.port is None:
+        if request.offset is not None and pool != DEFAULT_POOL and request.port is None:
             raise InvalidRequest("a port with 'offset' comes from no pool", pointer="/pool")
         if request.tags or request.metadata:
             check_details(request.tags or (), request.metadata or {})
+        return pool
 
     def _instance(self, request: LeaseRequest, made: Sequence[Lease]) -> tuple[str, Lease | None]:
         """Return the instance's name, and the oldest of its leases."""

@@ -158,8 +158,8 @@ class LeaseQueries:
         warnings = []
         if count := self.without_hold_count:
             warnings.append(
-                f"{count} leases have no hold: their owners listened already when portd started; each is held again as "
-                "soon as its owner stops listening"
+                f"{count} leases have no hold: their owners listened already when portd started or adopted them; each "
+                "is held as soon as its owner stops listening"
             )
         misplaced = [(lease, reason) for lease in self._table if (reason := self._allocator.misplaced(lease))]
         warnings += [

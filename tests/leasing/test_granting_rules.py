@@ -139,6 +139,29 @@ def test_asking_again_for_something_else_is_lease_differs(field):
     scenario()
 
 
+@pytest.mark.parametrize(
+    ("has", "default"),
+    [
+        ({"protocol": "udp"}, {"protocol": "tcp"}),
+        ({"address": "0.0.0.0"}, {"address": "127.0.0.1"}),
+        ({"address": "own"}, {"address": "127.0.0.1"}),
+        ({"priority": 5}, {"priority": 0}),
+    ],
+)
+def test_asking_again_for_a_default_that_differs_is_lease_differs(has, default):
+    @in_world()
+    async def scenario(world):
+        world.processes.start(41)
+        name = {"service": "orders", "instance": "orders-1"}
+        lease = await world.grant(41, **name, **has)
+        assert (await world.grant(41, **name)).id == (await world.grant(41, **name, **has)).id == lease.id
+        with pytest.raises(LeaseDiffers) as refused:
+            await world.grant(41, **name, **default)
+        assert refused.value.pointer == f"/{next(iter(default))}"
+
+    scenario()
+
+
 @in_world()
 async def test_repeated_request_for_a_busy_port_changes_nothing(world):
     world.processes.start(41)

@@ -152,6 +152,11 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "ttl": "Seconds until the lease ends unless it is renewed. Without it the lease ends with its process.",
     "seconds": "The new period in seconds, from now on; without it the old one starts again.",
     "pid": "The process id.",
+    "LeaseRequest.protocol": "`tcp` by default, or as the service's static port has it.",
+    "LeaseRequest.address": "The address that the owner will bind: an address of this host (127.0.0.1 by default), "
+    "`localhost`, `0.0.0.0`, `::`, or `own`.",
+    "LeaseRequest.pool": "The pool that the port is granted from; `default` by default.",
+    "LeaseRequest.priority": "The priority of its SRV records (RFC 2782); 0 by default.",
     "LeaseRequest.pid": "The process that the lease belongs to; the caller by default.",
     "LeaseQuery.pid": "Only leases of this process.",
     "LeaseQuery.uid": "Only leases of this user.",
