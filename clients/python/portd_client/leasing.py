@@ -280,7 +280,8 @@ class Lease(LeaseHandle):
             self._client,
             steps.keep(state.document, state.token, state.request, may_move=self._on_change is not None),
         )
-        if not self._stop.is_set() and state.update(found) and self._on_change is not None:
+        has_moved = state.update(found)  # also while it is released: a lease granted meanwhile is released then
+        if has_moved and self._on_change is not None and not self._stop.is_set():
             try:
                 self._on_change(self)
             except Exception as error:  # the program's own fault must not end the keeping of its lease

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import portd_client
-from clients.conformance.bed import Daemon, foreign_listener, wait_for
-from portd_client import calls, steps
+from clients.conformance.bed import DEADLINE_S, Daemon, foreign_listener, wait_for
+from portd_client import calls, leasing, steps
 from portd_client.errors import DaemonUnavailable, PortTaken
 
 
@@ -329,3 +329,22 @@ def _later(moment: str, seconds: float) -> str:
     from datetime import datetime, timedelta
 
     return (datetime.fromisoformat(moment) + timedelta(seconds=seconds)).isoformat()
+
+
+def test_release_gives_back_a_lease_that_was_granted_meanwhile(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, granted = threading.Event(), threading.Event()
+
+    def grant_late(client: portd_client.Client, sequence: object) -> object:
+        assert made.wait(DEADLINE_S)
+        found = client.grant({"service": "late", "instance": "late-2", "ttl": 60})
+        granted.set()
+        assert lease._stop.wait(DEADLINE_S)
+        return found
+
+    monkeypatch.setattr(steps, "pause_s", lambda document, chance: 0.0)
+    monkeypatch.setattr(leasing, "drive", grant_late)
+    lease = portd_client.lease("late", client=daemon.client, ttl=60, instance="late-1")
+    made.set()
+    assert granted.wait(DEADLINE_S)
+    lease.release()
+    assert not list(daemon.client.leases(instance="late-2"))
