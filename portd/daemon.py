@@ -215,7 +215,7 @@ def main(config_path: str | None = None, user: bool | None = None, check_config:
         settings = load(config_path, paths)
     except Fault as error:
         print(f"portd: {one_line(error)}", file=sys.stderr)
-        return _exit_status(error)
+        return 1 if check_config else _exit_status(error)  # a check's clear no, as of every other command
     if check_config:
         print(f"{config_path or paths.config}: fine")
         return os.EX_OK

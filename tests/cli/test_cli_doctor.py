@@ -136,6 +136,14 @@ def test_check_config_warns_of_static_port_in_ephemeral_range(tmp_path: Path, po
     assert (f"{port} (grpc)" in done.stderr) is is_warned
 
 
+def test_check_config_of_a_wrong_file_is_a_clear_no(tmp_path: Path) -> None:
+    (tmp_path / "portd.toml").write_text("[leases]\ncooldwn = 1\n")
+    command = [sys.executable, "-m", "portd", "serve", "--check-config", "--config", str(tmp_path / "portd.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "portd.toml:2: leases.cooldwn" in done.stderr
+
+
 def test_only_a_foreign_mdns_responder_is_a_problem() -> None:
     resolved = view(5353, "udp", "unmanaged", "/usr/lib/systemd/systemd-resolved")
     avahi = view(5353, "udp", "unmanaged", "/usr/sbin/avahi-daemon")
