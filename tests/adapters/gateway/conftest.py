@@ -82,11 +82,8 @@ class Gateway:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway that the tests of a module share."""
-    daemon = Daemon(tmp_path_factory.mktemp("portd"))
-    daemon.start()
-    try:
+    with Daemon(tmp_path_factory.mktemp("portd")) as daemon:
+        daemon.start()
         made = Gateway(daemon)
         yield made
         made.close()
-    finally:
-        daemon.stop()

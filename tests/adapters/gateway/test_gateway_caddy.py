@@ -53,7 +53,7 @@ class Caddy:
     def close(self) -> None:
         """Stop Caddy and the daemon."""
         end(self.program, signal.SIGTERM)
-        self.daemon.stop()
+        self.daemon.__exit__(None, None, None)
 
     def curl(self, host: str, *options: str) -> str:
         """Return the answer of a request over HTTPS, with the status and the version of HTTP after it."""
