@@ -119,6 +119,7 @@ class Host:
         self.is_running = True
         self.is_connected = True
         self.disturbed_at = 0.0
+        self.was_away = False
         self.watching: dict[str, int] = {}
         self.delayed: deque[Batch] = deque()
         self.boot()
@@ -142,7 +143,9 @@ class Host:
             publisher.lease_lost()
             is_other_past = True
         if publisher.lease_id is None:
+            is_other_past |= self.was_away and self.view.position is not None
             self.claim(now)
+        self.was_away = False
         if is_other_past:
             self.view.forget_revisions()
             self.watching = {}
@@ -290,6 +293,7 @@ class Simulation:
             if kind == "kill":
                 host.boot()
         host.disturbed_at = self.now
+        host.was_away = True
 
     def disturb_etcd(self) -> None:
         kind = self.rng.choice(("compact", "compact", "away", "wipe"))

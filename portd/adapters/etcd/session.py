@@ -199,6 +199,8 @@ class EtcdSession:
     async def _serve(self, gateway: Gateway) -> None:
         """Use one member until it fails; raises EtcdError."""
         self._keep_alive_at = 0.0
+        if self.publisher.lease_id is None and self.view.position is not None:
+            self._read_again()  # without a lease nothing proves that etcd has not been wiped meanwhile
         await self._beat(gateway)
         self._is_connected, self._problem = True, None
         logger.info("cluster: connected to %s", gateway.url)
