@@ -191,6 +191,7 @@ def test_a_problem_is_whole(daemon: Daemon) -> None:
         ("/v1/ports/%D9%A3", "/port"),
         ("/v1/ports/80?protocol=both", "/protocol"),
         ("/v1/ports/80/history?at=yesterday", "/at"),
+        ("/v1/ports/80/history?at=0.5", "/at"),
         ("/v1/ports/80/history?at=2026-01-31T12:00:00", "/at"),
         ("/v1/lan?type=http", "/type"),
         ("/v1/ports/80/history?limit=-1", "/limit"),

@@ -4,7 +4,9 @@ document read the same table."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -69,6 +71,9 @@ class Route(NamedTuple):
     media_type: str = "application/json"
 
 
+_DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]")
+
+
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """A call without query parameters."""
 
@@ -103,6 +108,9 @@ class Reader:
             raise InvalidQuery(what, pointer=pointer) from None
         if null := next((given for given in raw if getattr(query, given) is None), None):
             raise InvalidQuery("a query has no null: leave the parameter out", pointer=f"/{null}")
+        for name, text in raw.items():  # lenient decoding reads a number as seconds since the epoch
+            if isinstance(getattr(query, name), datetime) and not _DATE.match(text):
+                raise InvalidQuery(f"{name} {text!r} is not a time as in RFC 3339", pointer=f"/{name}")
         return query
 
     async def body(self, request: web.Request, timeout_s: float) -> Any:
