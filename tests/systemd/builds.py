@@ -55,9 +55,9 @@ def build_venv_for(python: str, place: Path, pip: Path) -> None:
     program.chmod(0o755)
 
 
-def build_package(place: Path, version: str, venv: Path) -> Path:
+def build_package(place: Path, version: str, venv: Path, **environ: str) -> Path:
     """Build the Debian package from an environment; returns where it is."""
-    quick = {**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "none"}
+    quick = {**os.environ, "DPKG_DEB_COMPRESSOR_TYPE": "none", **environ}
     done = subprocess.run(
         [TREE / "systemd/debian/build", "--version", version, "--venv", venv, place],
         check=True,

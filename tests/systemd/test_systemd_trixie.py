@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,8 @@ def test_service_with_drop_in_binds_only_its_leased_port(box):
 
 def test_resolved_asks_portd_for_names_in_its_zone(box):
     lease = box.api("/v1/leases", {"service": "web", "instance": "web-1", "address": "own", "ttl": 600})
+    box.run(f"systemd-run --unit web python3 -m http.server --bind {lease['address']} {lease['port']}")
+    wait_for(lambda: box.api("/v1/services/web?serving=true")["instances"], "the instance serves")
     endpoint = f"web-1.web.portd.internal:{lease['port']}"
     assert box.run("resolvectl query --legend=no web.portd.internal").split()[1] == lease["address"]
     assert box.run("getent ahostsv4 web-1.web.portd.internal").split()[0] == lease["address"]
@@ -143,7 +146,7 @@ def test_after_an_uninstall_resolved_knows_portd_no_more(box):
 
 
 def test_the_debian_package_works_there_too(root, next_venv, make_box, tmp_path):
-    package = build_package(tmp_path, "0.9.1", next_venv)
+    package = build_package(tmp_path, "0.9.1", next_venv, PORTD_BUILD_PYTHON=sys.executable, PYTHONPATH=str(TREE))
     box = make_box(root=root, venv=None, seed=f"cp {package} opt/portd.deb")
     box.run("dpkg --install /opt/portd.deb")
     assert box.api("/healthz") == {"status": "ok"}
