@@ -70,8 +70,10 @@ def test_page_shows_leases_as_they_come_and_go(own_daemon: Daemon, browser: Brow
     with own_daemon.connect() as connection:
         connection.call("DELETE", f"/v1/leases/{granted['id']}")
     wait_for(lambda: not browser.texts("#services .name"), "the row is gone")
-    seen = " ".join(browser.texts("#events .event"))  # newest first; what its owner does else may stand between
-    assert 0 <= seen.index("ended") < seen.index("granted")
+    wait_for(
+        lambda: re.search(r"\bended\b.*\bgranted\b", " ".join(browser.texts("#events .event"))),
+        "the events list the end before the grant: the newest is first",
+    )
     assert browser.do("errors") == []
 
 
