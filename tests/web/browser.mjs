@@ -21,7 +21,12 @@ const commands = {
     page.on("dialog", (dialog) => dialog.accept());
     await page.goto(url);
   },
-  async text({ selector }) { return page.locator(selector).allInnerTexts(); },
+  async text({ selector }) {
+    const found = page.locator(selector);
+    // Rows out of sight are not rendered (content-visibility) and have no text yet; one that goes meanwhile has none.
+    if (await found.count()) await found.first().scrollIntoViewIfNeeded({ timeout: 2000 }).catch(() => {});
+    return found.allInnerTexts();
+  },
   async click({ selector }) { await page.locator(selector).first().click(); },
   async press({ key }) { await page.keyboard.press(key); },
   async type({ text }) { await page.keyboard.type(text); },
