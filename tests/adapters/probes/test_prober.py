@@ -358,7 +358,7 @@ def test_a_hundred_services_time_out_side_by_side(run: Any, bed: Any, service: A
         mood.status = ""
         async with service(mood) as port, bed(concurrency=128) as prober:
             for _ in range(100):
-                prober.bind(HttpCheck(timeout=2.0), port)
+                prober.bind(HttpCheck(timeout=0.8), port)
             await prober.until_so(lambda: mood.open == 100)
             await prober.until(lambda: prober.health == ["critical"] * 100)
 
